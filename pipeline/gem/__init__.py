@@ -1,0 +1,1 @@
+"""Nouns: the shared model module behind every stage."""

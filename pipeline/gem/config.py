@@ -1,0 +1,281 @@
+"""params.yaml as frozen, typed models: no defaults here, every value has one home.
+
+`read_params` reports every unknown key, missing key, wrong type and value out of range at once.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.gem import yamlfile
+from pipeline.gem.errors import InputError, did_you_mean
+
+GROUPS = ("technical", "biological", "perturbation")
+
+Share = Annotated[float, Field(ge=0, le=0.5)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class Frozen(BaseModel):
+    """A record that refuses unknown keys, guesses no type and never changes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Synthesize(Frozen):
+    seed: Seed
+    samples: Annotated[int, Field(ge=50)]
+    genes: Annotated[int, Field(ge=20)]
+    preset: Literal["bulk", "single_cell"]
+    studies: Count
+    tissues: Count
+    cell_types_per_tissue: Count
+    perturbations: Count
+    contexts_per_study: Count
+    perturbations_per_study: Count
+    control_share: Annotated[float, Field(gt=0, lt=1)]
+    strata_per_study: Count
+    donors_per_stratum: Count
+    mechanisms: Count
+    embedding_size: Count
+    null_share: Probability
+    missing_sex: Probability
+    missing_age: Annotated[float, Field(ge=0, le=0.5)]
+    wrong_sex: Share
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.perturbations_per_study > self.perturbations:
+            raise ValueError(f"perturbations_per_study ({self.perturbations_per_study}) is more than perturbations ({self.perturbations})")
+        contexts = self.tissues * self.cell_types_per_tissue
+        if self.contexts_per_study > contexts:
+            raise ValueError(f"contexts_per_study ({self.contexts_per_study}) is more than there are contexts ({contexts})")
+        return self
+
+
+class Categorical(Frozen):
+    """One label: encoded one-hot."""
+
+    kind: Literal["categorical"]
+
+
+class Multilabel(Frozen):
+    """Several labels, "a|b": encoded multi-hot."""
+
+    kind: Literal["multilabel"]
+
+
+class Numeric(Frozen):
+    """A number, with a unit where the text has one: standardised on the training split."""
+
+    kind: Literal["numeric"]
+    scale: Literal["linear", "log"]
+
+
+Covariate = Annotated[Union[Categorical, Multilabel, Numeric], Field(discriminator="kind")]
+
+
+class Covariates(Frozen):
+    technical: dict[str, Covariate]
+    biological: dict[str, Covariate]
+    perturbation: dict[str, Covariate]
+
+    @model_validator(mode="after")
+    def _one_group_each(self):
+        names = [name for group in GROUPS for name in getattr(self, group)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is declared in more than one group")
+        return self
+
+    def all(self) -> dict[str, Covariate]:
+        return {name: covariate for group in GROUPS for name, covariate in getattr(self, group).items()}
+
+
+class Control(Frozen):
+    column: str
+    value: str
+
+
+class Data(Frozen):
+    source: str
+    layer: str | None
+    sample_id: str
+    covariates: Covariates
+    context_columns: Names
+    control: Control | None
+    date_column: str | None
+    study_column: str | None
+    min_gene_samples: Annotated[int, Field(ge=0)]
+    empty_samples: Literal["refuse", "drop"]
+
+
+class Splits(Frozen):
+    seed: Seed
+    validation: Share
+    test_random: Share
+    test_control: Share
+    combination: Share
+    perturbation: Share
+    study: Share
+
+
+class Latent(Frozen):
+    technical: Annotated[int, Field(ge=1, le=4096)]
+    biological: Annotated[int, Field(ge=1, le=4096)]
+    perturbation: Annotated[int, Field(ge=1, le=4096)]
+
+
+class Model(Frozen):
+    latent: Latent
+    hidden: Count
+    blocks: Annotated[int, Field(ge=0)]
+    prior_blocks: Annotated[int, Field(ge=0)]
+    expansion: Count
+    dropout: Probability
+    linear_decoder: bool
+    min_variance: Positive
+
+
+class KLWeight(Frozen):
+    technical: NonNegative
+    biological: NonNegative
+    perturbation: NonNegative
+
+
+class Train(Frozen):
+    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)]
+    kl_weight: KLWeight
+    kl_warmup: Annotated[float, Field(ge=0, le=1)]
+    predictive_weight: NonNegative
+    mixture_weight: NonNegative
+    classifier_weight: NonNegative
+    free_bits: NonNegative
+    metadata_dropout: Probability
+    epochs: Count
+    patience: Count
+    batch_size: Count
+    learning_rate: Positive
+    weight_decay: NonNegative
+    gradient_clip: Positive
+    predictive_draws: Count
+    device: Literal["auto", "cpu", "cuda"]
+    threads: Count
+
+
+class Tune(Frozen):
+    trials: Count
+
+
+class Evaluate(Frozen):
+    study: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+    seed: Seed
+    bootstrap: Annotated[int, Field(ge=20)]
+    prior_draws: Count
+
+
+class Tracking(Frozen):
+    experiment: Annotated[str, Field(min_length=1)]
+
+
+class Params(Frozen):
+    synthesize: Synthesize
+    data: Data
+    splits: Splits
+    model: Model
+    train: Train
+    tune: Tune
+    evaluate: Evaluate
+    tracking: Tracking
+
+    def flat(self, *sections: str) -> dict[str, object]:
+        """Dotted names to values, of the named sections (all if none is named)."""
+        return flatten(self.model_dump(mode="json", include=set(sections) or None))
+
+    def override(self, changes: Mapping[str, object]) -> "Params":
+        """These parameters with other values under dotted names, validated again."""
+        return Params.model_validate(set_dotted(self.model_dump(mode="json"), changes))
+
+
+def flatten(values: Mapping, prefix: str = "") -> dict[str, object]:
+    """Nested mappings as one, with dotted names."""
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def set_dotted(values: dict, changes: Mapping[str, object]) -> dict:
+    """`values` (nested) with `changes` (dotted) written in; parents that are absent are made."""
+    for name, value in changes.items():
+        *parents, last = name.split(".")
+        target = values
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[last] = value
+    return values
+
+
+def read_params(path: Path | str = "params.yaml") -> Params:
+    """The validated parameters. InputError lists every problem, with file, line and dotted key."""
+    return read_model(path, Params)
+
+
+def read_model(path: Path | str, model: type[Frozen]):
+    """A YAML file as a frozen model; InputError lists every problem at once."""
+    document = yamlfile.read(path)
+    try:
+        return model.model_validate(document.values)
+    except ValidationError as error:
+        raise InputError(*(_explain(problem, model, document) for problem in error.errors())) from None
+
+
+def _explain(problem: dict, model: type[Frozen], document: yamlfile.Document) -> str:
+    # A discriminated union adds the chosen tag to the location; it is not a key of the file.
+    key, reached = (), document.values
+    for position, part in enumerate(problem["loc"], start=1):
+        if isinstance(reached, Mapping) and part not in reached and position < len(problem["loc"]):
+            continue
+        key, reached = (*key, part), reached.get(part) if isinstance(reached, Mapping) else None
+    where, name = document.where(key), yamlfile.dotted(key)
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"{where}: {name} is unknown{did_you_mean(key[-1], _known_fields(model, key[:-1]))}"
+        case "missing":
+            return f"{where}: {name} is missing; add it"
+        case "value_error":
+            return f"{where}: {name + ': ' if name else ''}{problem['ctx']['error']}"
+    return f"{where}: {name} is {problem['input']!r}; {_expectation(problem)}"
+
+
+def _expectation(problem: dict) -> str:
+    return problem["msg"].replace("Input should be", "expected", 1).replace("a valid ", "a ", 1)
+
+
+def _known_fields(model: type, key: yamlfile.Key) -> list[str]:
+    """The fields of the model that stands under `key`."""
+    candidates = [model]
+    for part in key:
+        following = []
+        for candidate in candidates:
+            fields = getattr(candidate, "model_fields", {})
+            following += _models_in(fields[part].annotation) if part in fields else [candidate]
+        candidates = following
+    return sorted({name for candidate in candidates for name in getattr(candidate, "model_fields", {})})
+
+
+def _models_in(annotation) -> list[type]:
+    """The record types inside an annotation, for dict and union fields."""
+    if get_origin(annotation) is None:
+        return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+    return [found for argument in get_args(annotation) for found in _models_in(argument)]

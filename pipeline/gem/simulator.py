@@ -1,0 +1,417 @@
+"""A synthetic RNA-seq cohort whose truth is known: the parameters, the design of its studies, and its counts.
+
+Natural-log scale, then counts:
+
+    log mu = baseline + context + disease + sex + age                          (biological)
+           + library selection + layout + platform + study + donor             (technical)
+           + strength(dose, time) * response(context) * program(perturbation)  (perturbation)
+           + direct effect on the target gene
+    counts ~ NegativeBinomial(library size * softmax(log mu), dispersion)
+
+G genes, C contexts (tissue and cell type), S studies, R strata of a study, D donors of a stratum,
+P perturbations (0 is the control), K mechanisms, E embedding features.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from pipeline.gem.config import Synthesize
+from pipeline.gem.quantities import parse_quantity
+
+# Splatter (Zappia et al., Genome Biology 2017), defaults of its gene means, outliers, batches and dispersion.
+MEAN_SHAPE, MEAN_RATE = 0.6, 0.3
+OUTLIER_SHARE, OUTLIER_LOCATION, OUTLIER_SCALE = 0.05, 4.0, 0.5
+BATCH_LOCATION, BATCH_SCALE = 0.1, 0.1
+BCV_FLOOR, BCV_DEGREES = 0.1, 60
+# compcodeR (Soneson, Bioinformatics 2014) for bulk depth; the median of current perturbation screens for single cells.
+BULK_DEPTH, BULK_SPREAD = 1e7, (0.7, 1.4)
+CELL_DEPTH, CELL_SPREAD = 2e4, 0.2
+# edgeR's convention: biological coefficient of variation 0.1 between isogenic samples, 0.4 between unrelated humans.
+# Matched donors of one stratum (cell lines, litter mates, age-matched volunteers) are nearer to the first.
+DONOR_SCALE = 0.15
+STUDY_SCALE = 0.2
+# Share of genes and natural-log scale of effects of the biology.
+TISSUE_EFFECT, CELL_TYPE_EFFECT, DISEASE_EFFECT = (0.4, 0.7), (0.3, 0.4), (0.15, 0.5)
+SEX_EFFECT, AGE_EFFECT = (0.02, 1.0), (0.2, 0.15)
+SELECTION_FACTOR = 3.0  # poly-A capture against ribosomal depletion moves genes more than an ordinary batch does
+# 1 to 10 % of the genes of a program change, half of them down, by factors of 1.2 to 5.
+PROGRAM_SHARE, PROGRAM_FOLD = (0.01, 0.10), (1.2, 5.0)
+RESIDUAL_SHARE, RESIDUAL_FOLD = 0.01, (1.2, 3.0)
+RESPONSE_SCALE = 0.5  # spread over contexts of the log response to a mechanism
+LOADING_SCALE, TYPICAL_LOADING, STRESS_LOADING = 1.5, 0.0, 0.5  # half use a mechanism, two thirds cause stress
+MEDIAN_POTENCY, POTENCY_SCALE = 0.3, 1.0  # uM, and the spread of its logarithm
+SILENT_SHARE = 0.25   # share of contexts that do not respond to a mechanism at all: its pathway is not expressed
+DIRECT_FOLD = 4.0     # knock-down to a quarter, over-expression fourfold
+HILL_SLOPE = 1.0
+TIME_CONSTANT = {"control": 24.0, "compound": 12.0, "crispri": 48.0, "overexpression": 24.0}  # hours
+DIRECTION = {"crispri": -1.0, "overexpression": 1.0}
+
+SELECTIONS = ("polyA", "ribo_depletion")
+LAYOUTS = ("paired", "single")
+PLATFORMS = ("HiSeq 2500", "HiSeq 4000", "NovaSeq 6000")
+DISEASES = ("healthy", "disease_a", "disease_b", "disease_c")
+SEXES = ("female", "male")
+AGES = (20, 80)
+TYPES = ("compound", "crispri", "overexpression")
+TYPE_SHARES = (0.5, 0.3, 0.2)
+DOSES = ("100 nM", "1 uM", "10 uM")
+TIMES = ("6 hours", "24 hours", "3 days")
+CONTROL = "control"
+FIRST_DATE, YEARS = pd.Timestamp("2013-01-01"), 12
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Everything the counts are drawn from. Effects are natural-log, shapes as in the module's legend."""
+
+    baseline: np.ndarray            # (G,)
+    dispersion: np.ndarray          # (G,) variance = mean + dispersion * mean^2
+    context: np.ndarray             # (C, G)
+    disease: np.ndarray             # (tissues, 4, G) a disease differs between tissues; healthy is zero
+    sex: np.ndarray                 # (G,) male minus female
+    age: np.ndarray                 # (G,) per 20 years
+    library_selection: np.ndarray   # (2, G)
+    library_layout: np.ndarray      # (2, G)
+    platform: np.ndarray            # (3, G)
+    study: np.ndarray               # (S, G)
+    donor: np.ndarray               # (S, R, D, G), centred over the donors of a stratum
+    stratum_sex: np.ndarray         # (S, R) index into SEXES
+    stratum_age: np.ndarray         # (S, R) years
+    stratum_disease: np.ndarray     # (S, R) index into DISEASES
+    mechanism: np.ndarray           # (K, G)
+    response: np.ndarray            # (C, K + 1), the last for what is peculiar to a perturbation
+    embedding: np.ndarray           # (P, E) observable
+    loading_map: np.ndarray         # (E, K) loading = offset + embedding @ loading_map, between 0 and 1
+    loading_offset: np.ndarray      # (K,)
+    potency_map: np.ndarray         # (E,) half-effective dose = MEDIAN_POTENCY * exp(embedding @ potency_map)
+    residual: np.ndarray            # (P, G) what the embedding does not tell
+    active: np.ndarray              # (P,) 0 for the control and for perturbations without effect
+    target: np.ndarray              # (P,) gene index, -1 without
+    perturbation_type: np.ndarray   # (P,) names
+    missing_age: np.ndarray         # () share of ages not recorded at 50 years
+    missing_sex: np.ndarray         # ()
+    wrong_sex: np.ndarray           # ()
+    null_share: np.ndarray          # ()
+    gene_id: np.ndarray             # (G,) names
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez(folder / "parameters.npz", **{field.name: getattr(self, field.name) for field in fields(self)})
+
+    @classmethod
+    def load(cls, folder: Path) -> "Truth":
+        with np.load(folder / "parameters.npz", allow_pickle=False) as arrays:
+            return cls(**{field.name: arrays[field.name] for field in fields(cls)})
+
+    @property
+    def studies(self) -> list[str]:
+        return [f"study_{index + 1:03d}" for index in range(len(self.study))]
+
+    @property
+    def perturbations(self) -> list[str]:
+        """Names by index; the type is part of the name, as in a compound library or a guide library."""
+        return [CONTROL] + [f"{kind}_{index:03d}" for index, kind in enumerate(self.perturbation_type[1:], start=1)]
+
+    @property
+    def contexts(self) -> list[tuple[str, str]]:
+        """(tissue, cell type) by index."""
+        per_tissue = len(self.context) // len(self.disease)
+        return [(f"tissue_{1 + index // per_tissue}", f"cell_type_{1 + index // per_tissue}_{1 + index % per_tissue}") for index in range(len(self.context))]
+
+    @property
+    def loading(self) -> np.ndarray:
+        """(P, K) how strongly each perturbation, if it acts at all, moves each mechanism."""
+        return np.clip(self.loading_offset + self.embedding @ self.loading_map, 0, 1)
+
+    def known_effects(self, levels: "Levels") -> np.ndarray:
+        """(N, G) the part of log mu that the recorded metadata always tell."""
+        return (
+            self.baseline
+            + self.context[levels.context]
+            + self.disease[levels.context // (len(self.context) // len(self.disease)), levels.disease]
+            + self.library_selection[levels.library_selection]
+            + self.library_layout[levels.library_layout]
+            + self.platform[levels.platform]
+        )
+
+    def donor_trait_effects(self, sex: np.ndarray, age: np.ndarray) -> np.ndarray:
+        """(N, G) of sex (index) and age (years)."""
+        return (sex - 0.5)[:, None] * self.sex + ((age - 50) / 20)[:, None] * self.age
+
+    def strength(self, levels: "Levels") -> np.ndarray:
+        """(N,) hill(dose) * (1 - exp(-time / tau)); full effect where no dose applies, tau by type."""
+        half_dose = MEDIAN_POTENCY * np.exp(self.embedding[levels.perturbation] @ self.potency_map)
+        dose = levels.dose**HILL_SLOPE
+        hill = np.where(np.isnan(levels.dose), 1.0, dose / (dose + half_dose**HILL_SLOPE))
+        constant = np.array([TIME_CONSTANT[kind] for kind in self.perturbation_type])[levels.perturbation]
+        return hill * np.where(np.isnan(levels.time), 1.0, 1 - np.exp(-levels.time / constant))
+
+    def predictable_program(self, levels: "Levels") -> np.ndarray:
+        """(N, G) the effect that follows from embedding, context, dose, time and target, if the perturbation acts."""
+        program = (self.response[levels.context, :-1] * self.loading[levels.perturbation]) @ self.mechanism
+        target = self.target[levels.perturbation]
+        genetic = np.flatnonzero(target >= 0)
+        direction = np.array([DIRECTION.get(kind, 0.0) for kind in self.perturbation_type])[levels.perturbation]
+        program[genetic, target[genetic]] += direction[genetic] * np.log(DIRECT_FOLD)
+        program[levels.perturbation == 0] = 0
+        return self.strength(levels)[:, None] * program
+
+    def residual_scale(self, levels: "Levels") -> np.ndarray:
+        """(N,) what multiplies a perturbation's peculiar effect."""
+        return self.strength(levels) * self.response[levels.context, -1]
+
+    def perturbation_effects(self, levels: "Levels") -> np.ndarray:
+        """(N, G) the whole effect of each sample's perturbation."""
+        peculiar = self.residual_scale(levels)[:, None] * self.residual[levels.perturbation]
+        return self.active[levels.perturbation][:, None] * (self.predictable_program(levels) + peculiar)
+
+    def levels(self, samples: pd.DataFrame) -> "Levels":
+        """The recorded metadata as indices into the truth's arrays."""
+        contexts = {context: index for index, context in enumerate(self.contexts)}
+        return Levels(
+            study=samples["study"].map({name: index for index, name in enumerate(self.studies)}).to_numpy(),
+            context=np.array([contexts[pair] for pair in zip(samples["tissue"], samples["cell_type"], strict=True)]),
+            disease=_index(samples["disease"], DISEASES),
+            library_selection=_index(samples["library_selection"], SELECTIONS),
+            library_layout=_index(samples["library_layout"], LAYOUTS),
+            platform=_index(samples["platform"], PLATFORMS),
+            perturbation=_index(samples["perturbation"], self.perturbations),
+            dose=_quantities(samples["perturbation_dose"]),
+            time=_quantities(samples["perturbation_time"]),
+        )
+
+
+@dataclass(frozen=True)
+class Levels:
+    """N samples as indices into a Truth; dose in uM and time in hours, NaN where none applies."""
+
+    study: np.ndarray
+    context: np.ndarray
+    disease: np.ndarray
+    library_selection: np.ndarray
+    library_layout: np.ndarray
+    platform: np.ndarray
+    perturbation: np.ndarray
+    dose: np.ndarray
+    time: np.ndarray
+
+    def rows(self, chosen: np.ndarray) -> "Levels":
+        return Levels(**{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
+
+
+def _index(column: pd.Series, names) -> np.ndarray:
+    return column.map({name: index for index, name in enumerate(names)}).to_numpy(dtype=np.int64)
+
+
+def _quantities(column: pd.Series) -> np.ndarray:
+    return np.array([np.nan if pd.isna(value) else parse_quantity(value)[0] for value in column])
+
+
+def age_missing_probability(truth: Truth, age: np.ndarray) -> np.ndarray:
+    """Ages go unrecorded more often the older the donor: not missing at random."""
+    return np.clip(truth.missing_age * (1 + (age - 50) / 60), 0, 1)
+
+
+def _sparse(rng: np.random.Generator, rows: int, genes: int, share_and_scale: tuple[float, float]) -> np.ndarray:
+    share, scale = share_and_scale
+    return rng.normal(0, scale, (rows, genes)) * (rng.random((rows, genes)) < share)
+
+
+def _signed_folds(rng: np.random.Generator, shape: tuple[int, int], folds: tuple[float, float]) -> np.ndarray:
+    """Natural-log fold changes, half of them down."""
+    return rng.choice([-1.0, 1.0], shape) * rng.uniform(*np.log(folds), shape)
+
+
+def _batch_factors(rng: np.random.Generator, rows: int, genes: int) -> np.ndarray:
+    """Splatter's log-normal batch factors, half of them below one."""
+    return rng.choice([-1.0, 1.0], (rows, genes)) * rng.normal(BATCH_LOCATION, BATCH_SCALE, (rows, genes))
+
+
+def draw_truth(params: Synthesize, rng: np.random.Generator) -> Truth:
+    """The parameters of a cohort, from one generator."""
+    genes, contexts = params.genes, params.tissues * params.cell_types_per_tissue
+    means = rng.gamma(MEAN_SHAPE, 1 / MEAN_RATE, genes)
+    outlier = rng.random(genes) < OUTLIER_SHARE
+    means = np.where(outlier, np.median(means) * rng.lognormal(OUTLIER_LOCATION, OUTLIER_SCALE, genes), means)
+    means = np.maximum(means / means.sum(), 1e-12)
+    depth = BULK_DEPTH if params.preset == "bulk" else CELL_DEPTH
+    bcv = (BCV_FLOOR + 1 / np.sqrt(means * depth)) * np.sqrt(BCV_DEGREES / rng.chisquare(BCV_DEGREES, genes))
+    tissue = _sparse(rng, params.tissues, genes, TISSUE_EFFECT)
+    disease = np.stack([_sparse(rng, len(DISEASES), genes, DISEASE_EFFECT) for _ in range(params.tissues)])
+    disease[:, 0] = 0
+    donor = rng.normal(0, DONOR_SCALE, (params.studies, params.strata_per_study, params.donors_per_stratum, genes))
+    return Truth(
+        baseline=np.log(means),
+        dispersion=bcv**2,
+        context=np.repeat(tissue, params.cell_types_per_tissue, axis=0) + _sparse(rng, contexts, genes, CELL_TYPE_EFFECT),
+        disease=disease,
+        sex=_sparse(rng, 1, genes, SEX_EFFECT)[0],
+        age=_sparse(rng, 1, genes, AGE_EFFECT)[0],
+        library_selection=SELECTION_FACTOR * _batch_factors(rng, len(SELECTIONS), genes),
+        library_layout=_batch_factors(rng, len(LAYOUTS), genes),
+        platform=_batch_factors(rng, len(PLATFORMS), genes),
+        study=rng.normal(0, STUDY_SCALE, (params.studies, genes)),
+        donor=donor - donor.mean(axis=2, keepdims=True),
+        **_draw_strata(params, rng),
+        **_draw_programs(params, rng, contexts),
+        missing_age=np.array(params.missing_age),
+        missing_sex=np.array(params.missing_sex),
+        wrong_sex=np.array(params.wrong_sex),
+        null_share=np.array(params.null_share),
+        gene_id=np.array([f"GENE{index + 1:05d}" for index in range(genes)]),
+    )
+
+
+def _draw_strata(params: Synthesize, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    shape = (params.studies, params.strata_per_study)
+    return {
+        "stratum_sex": rng.integers(0, 2, shape),
+        "stratum_age": rng.integers(AGES[0], AGES[1] + 1, shape),
+        "stratum_disease": rng.choice(len(DISEASES), shape, p=[0.6, 0.4 / 3, 0.4 / 3, 0.4 / 3]),
+    }
+
+
+def _draw_programs(params: Synthesize, rng: np.random.Generator, contexts: int) -> dict[str, np.ndarray]:
+    """Mechanisms, who uses them, how contexts respond. The first mechanism is the stress that most cause."""
+    genes, mechanisms, features, rows = params.genes, params.mechanisms, params.embedding_size, params.perturbations + 1
+    shares = rng.uniform(*PROGRAM_SHARE, (mechanisms, 1))
+    in_program = rng.random((mechanisms, genes)) < shares
+    kinds = np.concatenate([["control"], rng.choice(TYPES, params.perturbations, p=TYPE_SHARES)])
+    responses = (contexts, mechanisms + 1)
+    offset = np.full(mechanisms, TYPICAL_LOADING)
+    offset[0] = STRESS_LOADING
+    active = (rng.random(rows) >= params.null_share).astype(float)
+    active[0] = 0
+    target = np.where(np.isin(kinds, list(DIRECTION)), rng.integers(0, genes, rows), -1)
+    residual = _signed_folds(rng, (rows, genes), RESIDUAL_FOLD) * (rng.random((rows, genes)) < RESIDUAL_SHARE)
+    residual[0] = 0
+    return {
+        "mechanism": in_program * _signed_folds(rng, (mechanisms, genes), PROGRAM_FOLD),
+        "response": np.exp(rng.normal(0, RESPONSE_SCALE, responses)) * (rng.random(responses) >= SILENT_SHARE),
+        "embedding": rng.normal(0, 1, (rows, features)),
+        "loading_map": rng.normal(0, LOADING_SCALE / np.sqrt(features), (features, mechanisms)),
+        "loading_offset": offset,
+        "potency_map": rng.normal(0, POTENCY_SCALE / np.sqrt(features), features),
+        "residual": residual,
+        "active": active,
+        "target": target,
+        "perturbation_type": kinds,
+    }
+
+
+@dataclass(frozen=True)
+class Design:
+    """Who was measured: the metadata as recorded, and what only the simulator knows."""
+
+    samples: pd.DataFrame   # recorded metadata, sample_id first
+    stratum: np.ndarray     # (N,)
+    donor: np.ndarray       # (N,) within the stratum
+    library_size: np.ndarray  # (N,) expected total counts
+
+
+def draw_design(params: Synthesize, truth: Truth, rng: np.random.Generator) -> Design:
+    """Studies with dates, contexts, perturbations, controls, strata and donors; then what was recorded of them."""
+    shares = rng.lognormal(0, 0.3, params.studies)
+    sizes = np.diff(np.concatenate([[0], np.round(np.cumsum(shares / shares.sum()) * params.samples).astype(int)]))
+    dates = np.sort(rng.uniform(0, 365.25 * YEARS, params.studies))
+    rota = _rota(params.perturbations, params.studies * params.perturbations_per_study, rng)
+    frames = []
+    for index, name in enumerate(truth.studies):
+        offered = rota[index * params.perturbations_per_study : (index + 1) * params.perturbations_per_study]
+        frame = _draw_study(params, truth, np.unique(offered), int(sizes[index]), rng)
+        # Platforms succeed one another in time, with overlap.
+        era = np.exp(-((dates[index] / (365.25 * YEARS) * (len(PLATFORMS) - 1) - np.arange(len(PLATFORMS))) ** 2) / 0.5)
+        frame.insert(0, "study", name)
+        frame.insert(1, "study_date", (FIRST_DATE + pd.Timedelta(days=int(dates[index]))).strftime("%Y-%m-%d"))
+        frame.insert(2, "library_selection", rng.choice(SELECTIONS, p=[0.7, 0.3]))
+        frame.insert(3, "library_layout", rng.choice(LAYOUTS, p=[0.6, 0.4]))
+        frame.insert(4, "platform", rng.choice(PLATFORMS, p=era / era.sum()))
+        frames.append(frame)
+    table = pd.concat(frames, ignore_index=True)
+    stratum = rng.integers(0, params.strata_per_study, len(table))
+    donor = rng.integers(0, params.donors_per_stratum, len(table))
+    samples = _record_donors(table, truth, stratum, rng)
+    samples.insert(0, "sample_id", [f"S{index + 1:06d}" for index in range(len(samples))])
+    if params.preset == "bulk":
+        library_size = BULK_DEPTH * rng.uniform(*BULK_SPREAD, len(samples))
+    else:
+        library_size = rng.lognormal(np.log(CELL_DEPTH), CELL_SPREAD, len(samples))
+    return Design(samples, stratum, donor, library_size)
+
+
+def _rota(perturbations: int, slots: int, rng: np.random.Generator) -> np.ndarray:
+    """Perturbation indices (from 1) for all studies in a row: every one comes up equally often."""
+    rounds = -(-slots // perturbations)
+    return np.concatenate([rng.permutation(perturbations) + 1 for _ in range(rounds)])[:slots]
+
+
+def _draw_study(params: Synthesize, truth: Truth, offered: np.ndarray, size: int, rng: np.random.Generator) -> pd.DataFrame:
+    """One study's samples: contexts of one tissue where it has enough, controls, then conditions in turn."""
+    home = rng.integers(params.tissues)
+    order = rng.permutation(len(truth.context))
+    at_home = order // params.cell_types_per_tissue == home
+    contexts = np.concatenate([order[at_home], order[~at_home]])[: params.contexts_per_study]
+    conditions = []
+    for perturbation in offered:
+        compound = truth.perturbation_type[perturbation] == "compound"
+        doses = rng.choice(DOSES, 2, replace=False) if compound else [None]
+        time = rng.choice(TIMES)
+        conditions += [(context, perturbation, dose, time) for context in contexts for dose in doses]
+    controls = max(int(round(params.control_share * size)), len(contexts))
+    rng.shuffle(conditions)
+    rows = [(contexts[index % len(contexts)], 0, None, None) for index in range(controls)]
+    # Whole conditions with their replicates, not a thin spread: at least three samples each.
+    treated = max(size - controls, 0)
+    chosen = conditions[: max(1, min(len(conditions), treated // 3))]
+    rows += [chosen[index % len(chosen)] for index in range(treated)]
+    names, pairs = truth.perturbations, truth.contexts
+    return pd.DataFrame(
+        {
+            "tissue": [pairs[context][0] for context, *_ in rows],
+            "cell_type": [pairs[context][1] for context, *_ in rows],
+            "perturbation": [names[perturbation] for _, perturbation, _, _ in rows],
+            "perturbation_type": [str(truth.perturbation_type[perturbation]) for _, perturbation, _, _ in rows],
+            "perturbation_dose": [None if dose is None else str(dose) for *_, dose, _ in rows],
+            "perturbation_time": [None if time is None else str(time) for *_, time in rows],
+        }
+    )
+
+
+def _record_donors(table: pd.DataFrame, truth: Truth, stratum: np.ndarray, rng: np.random.Generator) -> pd.DataFrame:
+    """Adds disease, sex and age as recorded: some missing, a few sexes wrong."""
+    study = _index(table["study"], truth.studies)
+    age, sex = truth.stratum_age[study, stratum], truth.stratum_sex[study, stratum]
+    recorded_sex = np.where(rng.random(len(table)) < truth.wrong_sex, 1 - sex, sex)
+    hidden_sex = rng.random(len(table)) < truth.missing_sex
+    hidden_age = rng.random(len(table)) < age_missing_probability(truth, age)
+    traits = pd.DataFrame(
+        {
+            "disease": np.array(DISEASES)[truth.stratum_disease[study, stratum]],
+            "sex": np.where(hidden_sex, None, np.array(SEXES, dtype=object)[recorded_sex]),
+            "age_years": np.where(hidden_age, np.nan, age),
+        }
+    )
+    place = table.columns.get_loc("perturbation")
+    return pd.concat([table.iloc[:, :place], traits, table.iloc[:, place:]], axis=1)
+
+
+def log_fractions(truth: Truth, design: Design, rows: slice) -> np.ndarray:
+    """(N, G) log of the expected share of each gene in the named samples, every hidden cause known."""
+    levels = truth.levels(design.samples.iloc[rows])
+    stratum, donor = design.stratum[rows], design.donor[rows]
+    log_mu = truth.known_effects(levels)
+    log_mu += truth.donor_trait_effects(truth.stratum_sex[levels.study, stratum], truth.stratum_age[levels.study, stratum])
+    log_mu += truth.study[levels.study]
+    log_mu += truth.donor[levels.study, stratum, donor]
+    log_mu += truth.perturbation_effects(levels)
+    log_mu -= log_mu.max(axis=1, keepdims=True)
+    return log_mu - np.log(np.exp(log_mu).sum(axis=1, keepdims=True))
+
+
+def draw_counts(log_fraction: np.ndarray, library_size: np.ndarray, dispersion: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(N, G) negative-binomial counts as a Gamma mixture of Poissons: variance = mean + dispersion * mean^2."""
+    mean = np.exp(log_fraction) * library_size[:, None]
+    return rng.poisson(rng.gamma(1 / dispersion, dispersion, mean.shape) * mean)

@@ -23,22 +23,25 @@ class ShardWriter:
         self._rows = 0
 
     def __enter__(self) -> "ShardWriter":
-        self.folder.mkdir(parents=True, exist_ok=True)
         return self
 
     def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self._writer:
             self._writer.close()
+            self._writer = None
 
     def write(self, sample_ids: np.ndarray, counts: np.ndarray) -> None:
         """Appends rows: names (N,) and counts (N, G)."""
         if self._writer and (self._rows + len(counts)) * counts.shape[1] > SHARD_VALUES:
-            self._writer.close()
-            self._writer = None
+            self.close()
         offsets = pa.array(np.arange(0, counts.size + 1, counts.shape[1], dtype=np.int32))
         values = pa.array(np.ascontiguousarray(counts, dtype=self.dtype).reshape(-1))
         table = pa.table({"sample_id": pa.array(sample_ids, pa.string()), "counts": pa.ListArray.from_arrays(offsets, values)})
         if self._writer is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self.paths.append(self.folder / f"{self.stem}-{len(self.paths):05d}.parquet")
             self._writer = pq.ParquetWriter(
                 self.paths[-1], table.schema, compression="zstd", use_dictionary=["sample_id"], write_page_checksum=True

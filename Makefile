@@ -1,0 +1,73 @@
+# `make` sets up, runs the whole pipeline and shows the results; `make help` lists the targets.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+STUDY ?= latent_kl
+TRIALS ?=
+PORT ?= 5000
+
+# DVC's stages call `python`: it must be the environment's.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PYTHONDONTWRITEBYTECODE = 1
+export MLFLOW_DISABLE_TELEMETRY = true
+# Absolute, so that `dvc exp run --temp` (a copy elsewhere) records in the same store.
+export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
+
+.PHONY: all help environment check repro results test lint tune promote ui clean lock
+.DEFAULT_GOAL := all
+
+all: repro results  ## set up, run every stage that is out of date, show the results
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@echo "variables: STUDY=$(STUDY) TRIALS=$(TRIALS) PORT=$(PORT) TORCH=$(TORCH) PIP_ARGS=$(PIP_ARGS)"
+
+environment: .venv/installed  ## create .venv: torch on its own line, everything else pinned with hashes
+
+.venv/installed: requirements.lock
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet $(PIP_ARGS) "$(TORCH)"
+	.venv/bin/pip install --quiet --require-hashes -r requirements.lock
+	.venv/bin/pip check
+	@touch $@
+
+check: environment  ## check params.yaml and the studies, before any data is read
+	@python -m pipeline.params
+
+repro: check  ## run every stage that is out of date
+	dvc repro
+
+results: check  ## the table of the last evaluation
+	@python -m pipeline.evaluate --show
+	@echo
+	@echo "Compare the runs in the browser:  make ui   (then open http://127.0.0.1:$(PORT))"
+
+test: environment  ## the whole test suite
+	python -m pytest
+
+lint: environment  ## style of the code
+	ruff check .
+
+tune: check  ## search: make tune STUDY=latent_kl TRIALS=40 (continues to that many trials)
+ifneq ($(TRIALS),)
+	python -m pipeline.params --set tune.trials=$(TRIALS)
+endif
+ifeq ($(STUDY),latent_kl)
+	dvc repro tune
+else
+	dvc repro prepare
+	python -m pipeline.tune --study $(STUDY)
+endif
+
+promote: check  ## write the winner of STUDY into params.yaml and show the difference
+	python -m pipeline.params --promote $(STUDY)
+
+ui: environment  ## open MLflow on 127.0.0.1
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri $(MLFLOW_TRACKING_URI) --host 127.0.0.1 --port $(PORT) --workers 1
+
+lock: environment  ## rewrite requirements.lock from pyproject.toml
+	.venv/bin/pip install --quiet uv
+	.venv/bin/uv pip compile pyproject.toml --extra test --generate-hashes --no-emit-package torch --no-header --no-annotate --quiet --output-file requirements.lock $(PIP_ARGS)
+
+clean:  ## delete what the stages wrote, and the local tracking; keeps .venv and what is committed
+	rm -rf data/synthetic data/cohort experiments/*/model.pt experiments/*/seeds experiments/*/figures mlflow.db mlruns .gem

@@ -1,0 +1,263 @@
+"""The validated cohort on disk: samples, genes, splits, counts by role, and a manifest written last.
+
+    samples.parquet   sample_id, the source's columns, `total` (counts over all genes of the source)
+    genes.parquet     gene_id of the kept genes, in the order of the counts
+    splits.parquet    sample_id, split
+    counts/           train-*.parquet, validation-*.parquet, test-*.parquet: training never opens the last
+    truth/            the simulator's parameters, for a synthetic cohort
+    manifest.json     format version, declarations, integer type, checksums
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from pipeline.gem.config import Data, Splits
+from pipeline.gem.errors import InputError, IntegrityError, did_you_mean, examples
+from pipeline.gem.expression import log_cpm
+from pipeline.gem.metadata import clean_samples
+from pipeline.gem.progress import Progress
+from pipeline.gem.shards import ShardWriter, read_shard
+from pipeline.gem.sources import Source, check_counts, check_unique
+from pipeline.gem.splits import ROLES, TRAIN, assign_splits, audit, role_of
+from pipeline.gem.storage import sha256, sha256_of, write_json
+
+FORMAT_VERSION = 1
+SHUFFLE_VALUES = 2**27   # counts shuffled in memory at a time: 512 MB
+
+
+@dataclass(frozen=True)
+class Census:
+    """What one pass over the counts found."""
+
+    totals: np.ndarray          # (N,) over all genes of the source
+    counted: np.ndarray         # (G,) training samples with any count of the gene
+    highest: np.ndarray         # (G,) largest count
+
+
+def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> dict:
+    """Validates a source and writes the cohort; gives the manifest. InputError or IntegrityError where it cannot."""
+    samples = validate_tables(source, data)
+    split, notes = assign_splits(samples, data, params)
+    audit(samples, split, data)
+    census = take_census(source, split.to_numpy() == TRAIN, data)
+    samples.insert(len(samples.columns), "total", census.totals)
+    kept = census.totals > 0
+    if not kept.all():
+        notes.append(_empty_samples(samples["sample_id"][~kept], data))
+    genes, notes_on_genes = _keep_genes(census, int(((split == TRAIN) & kept).sum()), data)
+    notes += notes_on_genes
+
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = np.dtype(np.min_scalar_type(int(census.highest[genes].max())))
+    rows_of_role = {role: np.flatnonzero(kept & split.isin(ROLES[role]).to_numpy()) for role in ROLES}
+    shards = write_shards(source, data, genes, rows_of_role, dtype, params.seed, folder / "counts")
+    samples[kept].to_parquet(folder / "samples.parquet", index=False)
+    source.genes[genes].to_parquet(folder / "genes.parquet", index=False)
+    pd.DataFrame({"sample_id": samples["sample_id"], "split": split})[kept].to_parquet(folder / "splits.parquet", index=False)
+    _copy_truth(Path(data.source) / "truth", folder / "truth")
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "samples": int(kept.sum()),
+        "genes": int(genes.sum()),
+        "gene_list_sha256": sha256_of(source.genes["gene_id"][genes].tolist()),
+        "integer_type": dtype.name,
+        "declared": data.model_dump(mode="json", include={"covariates", "context_columns", "control", "date_column", "study_column"}),
+        "splits": {name: int(number) for name, number in split[kept].value_counts().sort_index().items()},
+        "missing": {name: int(samples[name][kept].isna().sum()) for name in data.covariates.all()},
+        "notes": notes,
+        "tables": {name: sha256(folder / name) for name in ("samples.parquet", "genes.parquet", "splits.parquet")},
+        "shards": shards,
+    }
+    write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def validate_tables(source: Source, data: Data) -> pd.DataFrame:
+    """The samples with cleaned covariates; InputError lists everything wrong with the tables at once."""
+    where = data.source
+    problems = check_unique(source.samples, "sample_id", f"{where}: samples") + check_unique(source.genes, "gene_id", f"{where}: genes")
+    named = {f"data.context_columns: {name}": name for name in data.context_columns}
+    named |= {"data.date_column": data.date_column, "data.study_column": data.study_column}
+    named |= {"data.control.column": data.control.column if data.control else None}
+    for key, name in named.items():
+        if name is not None and name not in source.samples:
+            problems.append(f"{where}: {key}: no column {name}{did_you_mean(name, source.samples.columns)}")
+    try:
+        samples = clean_samples(source.samples, data.covariates, where)
+    except InputError as error:
+        raise InputError(*problems, *error.problems) from None
+    if data.control and data.control.column in samples and not (samples[data.control.column] == data.control.value).any():
+        known = samples[data.control.column].dropna().unique()
+        problems.append(f"{where}: data.control.value: no sample has {data.control.column} = {data.control.value}{did_you_mean(data.control.value, known)}")
+    if "total" in source.samples:
+        problems.append(f"{where}: a column named total; rename it: the cohort writes each sample's total counts there")
+    if problems:
+        raise InputError(*problems)
+    return samples
+
+
+def take_census(source: Source, training: np.ndarray, data: Data) -> Census:
+    """One checked pass over all counts."""
+    samples, genes = source.samples["sample_id"].to_numpy(), source.genes["gene_id"].to_numpy()
+    totals = np.zeros(len(samples), dtype=np.int64)
+    counted, highest = np.zeros(len(genes), dtype=np.int64), np.zeros(len(genes), dtype=np.int64)
+    progress = Progress("prepare: checking", len(samples), "samples")
+    for rows, stored in source.chunks():
+        counts = check_counts(stored, samples[rows], genes, data.source)
+        totals[rows] = counts.sum(axis=1)
+        counted += (counts[training[rows]] > 0).sum(axis=0)
+        highest = np.maximum(highest, counts.max(axis=0))
+        progress.advance(len(rows))
+    return Census(totals, counted, highest)
+
+
+def _empty_samples(names: pd.Series, data: Data) -> str:
+    if data.empty_samples == "refuse":
+        raise InputError(f"{data.source}: samples {examples(names)} have no counts at all; remove them, or set data.empty_samples to drop")
+    return f"{len(names)} samples without any count were dropped"
+
+
+def _keep_genes(census: Census, training_samples: int, data: Data) -> tuple[np.ndarray, list[str]]:
+    """Genes that enough training samples count: the density of a silent gene has no bound."""
+    needed = min(data.min_gene_samples, training_samples // 2)
+    kept = census.counted >= max(needed, 1) if data.min_gene_samples else np.ones(len(census.counted), dtype=bool)
+    if not kept.any():
+        raise InputError(f"{data.source}: no gene is counted in {needed} training samples; lower data.min_gene_samples")
+    dropped = int((~kept).sum())
+    return kept, [f"{dropped} of {len(kept)} genes are left out: counted in fewer than {max(needed, 1)} training samples"] if dropped else []
+
+
+def write_shards(
+    source: Source, data: Data, genes: np.ndarray, rows_of_role: dict[str, np.ndarray], dtype: np.dtype, seed: int, folder: Path
+) -> dict[str, list[dict]]:
+    """Counts of each role in shuffled order, in memory of one bucket: rows go to random buckets, then each is shuffled."""
+    samples, names = source.samples["sample_id"].to_numpy(), source.genes["gene_id"].to_numpy()
+    rng = np.random.default_rng(seed)
+    width = int(genes.sum())
+    bucket_of, buckets = np.full(len(samples), -1), []
+    for role, rows in rows_of_role.items():
+        number = -(-len(rows) * width // SHUFFLE_VALUES)
+        bucket_of[rows] = len(buckets) + rng.integers(0, max(number, 1), len(rows))
+        buckets += [role] * number
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".shuffle-") as scratch:
+        writers = [ShardWriter(Path(scratch) / str(index), "bucket", dtype) for index in range(len(buckets))]
+        progress = Progress("prepare: writing", len(samples), "samples")
+        for rows, stored in source.chunks():
+            counts = check_counts(stored, samples[rows], names, data.source)[:, genes]
+            for bucket in np.unique(bucket_of[rows[bucket_of[rows] >= 0]]):
+                inside = bucket_of[rows] == bucket
+                writers[bucket].write(samples[rows[inside]], counts[inside])
+            progress.advance(len(rows))
+        for writer in writers:
+            writer.close()
+        shards: dict[str, list[dict]] = {role: [] for role in rows_of_role}
+        for role in rows_of_role:
+            with ShardWriter(folder, role, dtype) as final:
+                for bucket in (index for index, owner in enumerate(buckets) if owner == role):
+                    _shuffle_into(final, writers[bucket].paths, width, rng)
+            shards[role] = [
+                {"path": f"counts/{path.name}", "bytes": path.stat().st_size, "sha256": sha256(path)} for path in final.paths
+            ]
+    return shards
+
+
+def _shuffle_into(final: ShardWriter, paths: list[Path], width: int, rng: np.random.Generator) -> None:
+    pieces = [piece for path in paths for piece in read_shard(path, width)]
+    names = np.concatenate([piece[0] for piece in pieces])
+    counts = np.concatenate([piece[1] for piece in pieces])
+    order = rng.permutation(len(names))
+    final.write(names[order], counts[order])
+
+
+def _copy_truth(source: Path, target: Path) -> None:
+    """A cohort without a known truth has an empty folder, so that both kinds have the same files."""
+    if target.exists():
+        shutil.rmtree(target)
+    if source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        target.mkdir()
+
+
+class Cohort:
+    """A prepared cohort, opened for reading. IntegrityError where a file is not what the manifest says."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.manifest = self._read_manifest()
+        self._verify({name: self.manifest["tables"][name] for name in self.manifest["tables"]})
+        self.samples = pd.read_parquet(self.folder / "samples.parquet")
+        self.samples["split"] = pd.read_parquet(self.folder / "splits.parquet")["split"].to_numpy()
+        self.genes = pd.read_parquet(self.folder / "genes.parquet")["gene_id"].to_numpy(dtype=str)
+        self.declared = Data.model_validate(
+            {"source": str(folder), "layer": None, "sample_id": "sample_id", "min_gene_samples": 0, "empty_samples": "refuse"}
+            | self.manifest["declared"]
+        )
+
+    def _read_manifest(self) -> dict:
+        path = self.folder / "manifest.json"
+        try:
+            manifest = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise InputError(f"{path}: absent; `dvc repro prepare` writes the cohort") from None
+        except ValueError as error:
+            raise IntegrityError(f"{path}: not JSON ({error}); run `dvc repro --force prepare`") from None
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise IntegrityError(f"{path}: format version {manifest.get('format_version')}, expected {FORMAT_VERSION}; run `dvc repro prepare`")
+        return manifest
+
+    def _verify(self, expected: dict[str, str]) -> None:
+        for name, checksum in expected.items():
+            path = self.folder / name
+            if not path.exists():
+                raise IntegrityError(f"{path}: absent, though the manifest lists it; run `dvc repro prepare`")
+            if sha256(path) != checksum:
+                raise IntegrityError(f"{path}: its sha256 is not the manifest's: the file changed or is damaged; run `dvc repro --force prepare`")
+
+    @property
+    def truth_folder(self) -> Path | None:
+        folder = self.folder / "truth"
+        return folder if (folder / "parameters.npz").exists() else None
+
+    def has(self, split: str) -> bool:
+        return self.manifest["splits"].get(split, 0) > 0
+
+    def rows(self, splits: Sequence[str]) -> pd.DataFrame:
+        """Samples of the named splits, in cohort order."""
+        return self.samples[self.samples["split"].isin(splits)]
+
+    def counts(self, splits: Sequence[str]) -> np.ndarray:
+        """(N, G) counts of `rows(splits)`. Only shards of their roles are opened."""
+        names = self.rows(splits)["sample_id"].to_numpy()
+        position = pd.Series(np.arange(len(names)), index=names)
+        found = np.zeros(len(names), dtype=bool)
+        counts = np.empty((len(names), len(self.genes)), dtype=self.manifest["integer_type"])
+        for role in dict.fromkeys(role_of(split) for split in splits):
+            for shard in self.manifest["shards"][role]:
+                self._verify({shard["path"]: shard["sha256"]})
+                for ids, block in read_shard(self.folder / shard["path"], len(self.genes)):
+                    target = position.reindex(ids).to_numpy()
+                    wanted = ~np.isnan(target)
+                    counts[target[wanted].astype(np.int64)] = block[wanted]
+                    found[target[wanted].astype(np.int64)] = True
+        if not found.all():
+            raise IntegrityError(f"{self.folder}: no counts for samples {examples(names[~found])}; run `dvc repro --force prepare`")
+        return counts
+
+    def expression(self, splits: Sequence[str]) -> np.ndarray:
+        """(N, G) float32 log-CPM of `rows(splits)`, by totals over all genes of the source."""
+        return log_cpm(self.counts(splits), self.rows(splits)["total"].to_numpy())
+
+    @property
+    def visible_sha256(self) -> str:
+        """A hash of what training and choices may see: it does not move when a test sample does."""
+        rows = self.samples[self.samples["split"].map(role_of) != "test"]
+        shards = [shard["sha256"] for role in ("train", "validation") for shard in self.manifest["shards"][role]]
+        return sha256_of(self.manifest["gene_list_sha256"], self.manifest["declared"], shards, rows[["sample_id", "split"]].to_dict("list"))

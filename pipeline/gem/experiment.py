@@ -1,0 +1,92 @@
+"""A model directory: model.pt, seeds/, history.csv, report.json, figures/learning.png; and the run that fills it."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from pipeline.gem import figures, tracking
+from pipeline.gem.cohort import Cohort
+from pipeline.gem.config import GROUPS, Params
+from pipeline.gem.progress import duration
+from pipeline.gem.storage import sha256, write_json
+from pipeline.gem.training import Epoch, Fit, TrainingData, fit
+
+COHORT = Path("data/cohort")
+MODEL_PARAMETERS = ("model", "train")  # the sections that describe a fit, with the same names in every run
+
+
+def log_context(run: tracking.Run, params: Params, cohort: Cohort) -> None:
+    """What every fit's run carries: flat parameters and the data's hash."""
+    run.params(params.flat(*MODEL_PARAMETERS))
+    run.dataset("cohort", tracking.data_digest(str(COHORT), cohort.visible_sha256), "training")
+
+
+def reporter(run: tracking.Run, epochs: int, label: str) -> Callable[[Epoch], None]:
+    """Says and records every epoch: losses, the choice score, time left."""
+
+    def report(epoch: Epoch) -> None:
+        run.metrics(epoch.metrics(), step=epoch.epoch)
+        score = epoch.validation_predictive_log_likelihood
+        shown = "no validation split" if score is None else f"validation log-likelihood {score:9.1f} nats, mse {epoch.validation_mse:.4f}"
+        left = duration((epochs - epoch.epoch) * epoch.seconds)
+        print(f"{label}: epoch {epoch.epoch:3d}/{epochs}  loss {epoch.loss:9.1f}  {shown}  {left} left", flush=True)
+
+    return report
+
+
+def train_into(directory: Path, data: TrainingData, params: Params, cohort: Cohort, label: str, run: tracking.Run) -> None:
+    """Fits one model per seed, writes the model directory, and completes its run."""
+    if data.choice_split is None:
+        print(f"{label}: this cohort has no validation split: all {params.train.epochs} epochs are trained, none is chosen")
+    fits = []
+    for seed in params.train.seeds:
+        report = reporter(run, params.train.epochs, label) if not fits else lambda epoch: None
+        fits.append(fit(data, params, seed, report))
+    write_model_directory(directory, fits, params)
+    run.tags({tracking.MODEL_TAG: sha256(directory / "model.pt"), "choice_split": data.choice_split or "none"})
+    run.metrics(best_metrics(fits[0]))
+    run.artifacts([directory / "history.csv", directory / "report.json"])
+    run.artifacts([directory / "figures" / "learning.png"], "figures")
+    best = fits[0].best
+    print(f"{label}: best epoch {best.epoch} of {len(fits[0].history)}, model in {directory / 'model.pt'}")
+
+
+def best_metrics(finished: Fit) -> dict[str, float]:
+    """The chosen epoch's figures under their own names, so that a table of runs can sort by them."""
+    return {f"best/{name.split('/', 1)[1]}": value for name, value in finished.best.metrics().items() if name.startswith("validation/")}
+
+
+def write_model_directory(directory: Path, fits: list[Fit], params: Params) -> None:
+    """Nothing here depends on the clock: the same fit writes the same bytes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(directory / "seeds", ignore_errors=True)
+    (directory / "seeds").mkdir()
+    fits[0].gem.save(directory / "model.pt")
+    for seed, finished in list(zip(params.train.seeds, fits, strict=True))[1:]:
+        finished.gem.save(directory / "seeds" / f"{seed}.pt")
+    history = pd.DataFrame(
+        {"seed": seed, "epoch": epoch.epoch, **{name: value for name, value in epoch.metrics().items() if name != "train/seconds"}}
+        for seed, finished in zip(params.train.seeds, fits, strict=True)
+        for epoch in finished.history
+    )
+    history.to_csv(directory / "history.csv", index=False)
+    write_json(directory / "report.json", _report(fits))
+    figures.learning_curves(history, directory / "figures" / "learning.png")
+
+
+def _report(fits: list[Fit]) -> dict:
+    """The first seed's chosen epoch, and where several seeds were trained the spread of the choice score."""
+    first = fits[0]
+    report = {
+        "choice_split": first.choice_split,
+        "best_epoch": first.best.epoch,
+        "epochs": len(first.history),
+        "validation": {name.removeprefix("best/"): value for name, value in best_metrics(first).items()},
+        "kl": {group: getattr(first.best, f"kl_{group}") for group in GROUPS},
+    }
+    scores = [finished.best.validation_predictive_log_likelihood for finished in fits]
+    if len(fits) > 1 and None not in scores:
+        report["seeds"] = {"predictive_log_likelihood": {"lowest": min(scores), "mean": sum(scores) / len(scores), "highest": max(scores)}}
+    return report

@@ -1,0 +1,189 @@
+"""GEM: a variational autoencoder whose prior is predicted from metadata, per latent group.
+
+B samples, G genes, D_g encoded metadata of group g, L_g its latent size, L their sum, K classes of a head.
+After GEM-1 (bioRxiv 10.1101/2025.09.08.674753); the objective is the corrected one, see `Network.forward`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.gem.config import GROUPS, Model, Train
+from pipeline.gem.likelihood import LOG_VARIANCE_RANGE, kl_normal, normal_log_likelihood, sample_normal
+
+# How a sample's latents came about decides how noisy its decoded expression is: each way has variances of its own.
+RECONSTRUCTED, PREDICTED, CONDITIONED = range(3)
+INPUT_EPSILON = 1.0  # of the normalisation in front of the encoder
+
+
+class ResidualBlock(nn.Module):
+    """x + W2 dropout(relu(W1 layernorm(x)))."""
+
+    def __init__(self, width: int, expansion: int, dropout: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.widen = nn.Linear(width, width * expansion)
+        self.narrow = nn.Linear(width * expansion, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.narrow(self.dropout(F.relu(self.widen(self.norm(x)))))
+
+
+class MLP(nn.Sequential):
+    """Linear, residual blocks, LayerNorm, Linear."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, params: Model):
+        super().__init__(
+            nn.Linear(inputs, params.hidden),
+            *(ResidualBlock(params.hidden, params.expansion, params.dropout) for _ in range(blocks)),
+            nn.LayerNorm(params.hidden),
+            nn.Linear(params.hidden, outputs),
+        )
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Normal over the latents of all groups: both (B, L)."""
+
+    mean: Tensor
+    log_variance: Tensor
+
+    def rows(self, index: Tensor) -> "Gaussian":
+        return Gaussian(self.mean[index], self.log_variance[index])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B training samples. `metadata[g]` holds the distinct rows (U_g, D_g) and `index[g]` (B,) points into them."""
+
+    expression: Tensor                # (B, G) log-CPM
+    reference: Tensor                 # (B, G) log-CPM of a control of the same context and study, else the sample itself
+    metadata: Mapping[str, Tensor]
+    index: Mapping[str, Tensor]
+    labels: Tensor                    # (B, heads) class index, -1 missing
+
+
+class Network(nn.Module):
+    """The networks of GEM and the terms of its objective."""
+
+    def __init__(self, genes: int, metadata_sizes: Mapping[str, int], heads: Mapping[str, tuple[str, int]], params: Model):
+        """`heads`: name to (group, classes). Weights are drawn from torch's current random state."""
+        super().__init__()
+        self.sizes = params.latent.model_dump()
+        self.min_log_variance = torch.tensor(params.min_variance).log().item()
+        total = sum(self.sizes.values())
+        self.priors = nn.ModuleDict(
+            {group: MLP(max(metadata_sizes[group], 1), 2 * size, params.prior_blocks, params) for group, size in self.sizes.items()}
+        )
+        self.encoder = MLP(genes, 2 * total, params.blocks, params)
+        self.decoder = MLP(total, genes, params.blocks, params)
+        self.linear_decoder = nn.Linear(total, genes, bias=False) if params.linear_decoder else None
+        if self.linear_decoder is not None:
+            # Beside a decoder that is linear first and bends later: its last layer starts at zero.
+            nn.init.zeros_(self.decoder[-1].weight)
+        self.log_variances = nn.Parameter(torch.zeros(3, genes))
+        self.head_groups = {name: group for name, (group, _) in heads.items()}
+        self.heads = nn.ModuleDict({name: nn.Linear(self.sizes[group], classes) for name, (group, classes) in heads.items()})
+
+    def start_from(self, mean: Tensor, variance: Tensor) -> None:
+        """Starts the decoder at the training mean of every gene (G,), and the noise at its variance (G,)."""
+        with torch.no_grad():
+            self.decoder[-1].bias.copy_(mean)
+            self.log_variances.copy_(variance.clamp_min(1e-3).log().expand_as(self.log_variances))
+
+    def slices(self) -> dict[str, slice]:
+        """Where each group stands among the L latent dimensions."""
+        starts, result = 0, {}
+        for group in GROUPS:
+            result[group] = slice(starts, starts + self.sizes[group])
+            starts += self.sizes[group]
+        return result
+
+    def prior(self, group: str, metadata: Tensor) -> Gaussian:
+        """p(z_g | metadata (B, D_g)). A group without covariates has one prior for all samples."""
+        if metadata.shape[1] == 0:
+            metadata = metadata.new_zeros(len(metadata), 1)
+        mean, log_variance = self.priors[group](metadata).chunk(2, dim=1)
+        return Gaussian(mean, log_variance.clamp(*LOG_VARIANCE_RANGE))
+
+    def joint_prior(self, metadata: Mapping[str, Tensor], index: Mapping[str, Tensor]) -> Gaussian:
+        """p(z | m) of all groups for B samples, each network applied to distinct metadata rows only."""
+        parts = [self.prior(group, metadata[group]).rows(index[group]) for group in GROUPS]
+        return Gaussian(torch.cat([part.mean for part in parts], 1), torch.cat([part.log_variance for part in parts], 1))
+
+    def posterior(self, expression: Tensor) -> Gaussian:
+        """q(z | x) of log-CPM (B, G), normalised on the way in only, without learnt scale."""
+        normalised = F.layer_norm(expression, expression.shape[-1:], eps=INPUT_EPSILON)
+        # Ordered mean then log variance within a group, group after group.
+        parts = self.encoder(normalised).split([2 * self.sizes[group] for group in GROUPS], dim=1)
+        means, log_variances = zip(*(part.chunk(2, dim=1) for part in parts), strict=True)
+        return Gaussian(torch.cat(means, 1), torch.cat(log_variances, 1).clamp(*LOG_VARIANCE_RANGE))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, G) log-CPM of latents (B, L)."""
+        decoded = self.decoder(latents)
+        return decoded if self.linear_decoder is None else decoded + self.linear_decoder(latents)
+
+    def log_variance(self, way: int) -> Tensor:
+        """(G,) log variance of log-CPM around the decoded mean: RECONSTRUCTED, PREDICTED or CONDITIONED."""
+        return self.log_variances[way].clamp(self.min_log_variance, LOG_VARIANCE_RANGE[1])
+
+    def classify(self, latents: Tensor) -> dict[str, Tensor]:
+        """Logits (B, K) per head from latents (B, L)."""
+        slices = self.slices()
+        return {name: head(latents[:, slices[self.head_groups[name]]]) for name, head in self.heads.items()}
+
+    def conditioned(self, prior: Gaussian, reference: Gaussian, conditioning: tuple[str, ...]) -> Gaussian:
+        """The reference's posterior for the groups in `conditioning`, the prior for the others."""
+        taken = torch.zeros(prior.mean.shape[1], dtype=torch.bool, device=prior.mean.device)
+        for group in conditioning:
+            taken[self.slices()[group]] = True
+        return Gaussian(torch.where(taken, reference.mean, prior.mean), torch.where(taken, reference.log_variance, prior.log_variance))
+
+    def forward(self, batch: Batch, generator: torch.Generator, conditioned: bool = True) -> dict[str, Tensor]:
+        """The terms of the objective, each in nats per sample: summed over genes and latents, averaged over the batch once.
+
+        nll_reconstruction: x decoded from its posterior. nll_predictive: from the prior of its metadata.
+        nll_conditioned: technical and biological latents from a reference's posterior, perturbation from the prior.
+        kl_<group>: KL(posterior | prior) per latent dimension (L_g,). classification: cross entropy summed over heads.
+        """
+        x, size = batch.expression, len(batch.expression)
+        prior = self.joint_prior(batch.metadata, batch.index)
+        encoded = self.posterior(torch.cat([x, batch.reference]) if conditioned else x)
+        posterior = Gaussian(encoded.mean[:size], encoded.log_variance[:size])
+        latents = [sample_normal(*posterior, generator), sample_normal(*prior, generator)]
+        if conditioned:
+            reference = Gaussian(encoded.mean[size:], encoded.log_variance[size:])
+            latents.append(sample_normal(*self.conditioned(prior, reference, GROUPS[:2]), generator))
+        decoded = self.decode(torch.cat(latents)).split(size)
+        ways = ("nll_reconstruction", "nll_predictive", "nll_conditioned")
+        terms = {
+            name: -normal_log_likelihood(x, mean, self.log_variance(way)).mean()
+            for way, (name, mean) in enumerate(zip(ways, decoded, strict=False))
+        }
+        divergence = kl_normal(*posterior, *prior).mean(dim=0)
+        terms |= {f"kl_{group}": divergence[place] for group, place in self.slices().items()}
+        terms["classification"] = self._classification(latents[0], batch.labels)
+        return terms
+
+    def _classification(self, latents: Tensor, labels: Tensor) -> Tensor:
+        losses = [
+            F.cross_entropy(logits, labels[:, position], ignore_index=-1, reduction="sum")
+            for position, logits in enumerate(self.classify(latents).values())
+        ]
+        return torch.stack(losses).sum() / len(labels) if losses else latents.new_zeros(())
+
+
+def objective(terms: Mapping[str, Tensor], params: Train, warmup: float) -> Tensor:
+    """The weighted loss that training minimises, in nats per sample; `warmup` in [0, 1] scales the KL weights."""
+    loss = terms["nll_reconstruction"] + params.predictive_weight * terms["nll_predictive"]
+    if "nll_conditioned" in terms:
+        loss = loss + params.mixture_weight * terms["nll_conditioned"]
+    for group in GROUPS:
+        weight = warmup * getattr(params.kl_weight, group)
+        loss = loss + weight * terms[f"kl_{group}"].clamp_min(params.free_bits).sum()
+    return loss + params.classifier_weight * terms["classification"]

@@ -1,0 +1,135 @@
+"""MLflow: the only place that knows it. Runs of train, tune and evaluate in one experiment, comparable in one table.
+
+Local by default (mlflow.db and mlruns/ in the repository's root, MLflow's own names); any server through
+MLFLOW_TRACKING_URI. Numbers come in from outside: nothing here computes one.
+"""
+
+import hashlib
+import math
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+import mlflow  # noqa: E402  (telemetry is decided when it is imported)
+from mlflow.data.code_dataset_source import CodeDatasetSource  # noqa: E402
+from mlflow.data.meta_dataset import MetaDataset  # noqa: E402
+from mlflow.entities import RunStatus  # noqa: E402
+
+from pipeline.gem import yamlfile  # noqa: E402
+from pipeline.gem.errors import GemError  # noqa: E402
+
+LOCAL_STORE = "sqlite:///mlflow.db"
+MODEL_TAG, STAGE_TAG, PREDICTOR_TAG = "model.sha256", "stage", "predictor"
+_LONGEST_PARAMETER = 6000   # MLflow cuts longer ones silently
+_BEHIND_RESULTS = ("pipeline", "params.yaml", "requirements.lock")  # a change here may change a result
+
+
+def connect(experiment: str) -> None:
+    """Points MLflow at its store and experiment. The first process makes the local database, the others wait."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", LOCAL_STORE)
+    mlflow.set_tracking_uri(uri)
+    if not uri.startswith("sqlite"):
+        mlflow.set_experiment(experiment)
+        return
+    Path(".gem").mkdir(exist_ok=True)
+    with filelock.FileLock(".gem/mlflow.lock"):
+        mlflow.set_experiment(experiment)
+
+
+class Run:
+    """An open run."""
+
+    def __init__(self, run_id: str):
+        self.id = run_id
+
+    def params(self, values: Mapping[str, object]) -> None:
+        """Flat parameters under the same names in every stage."""
+        mlflow.log_params({name: _short(name, value) for name, value in values.items()})
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        mlflow.log_metrics({name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}, step=step)
+
+    def tags(self, values: Mapping[str, object]) -> None:
+        mlflow.set_tags({name: str(value) for name, value in values.items()})
+
+    def dataset(self, name: str, digest: str, context: str) -> None:
+        """The data by its DVC hash: equal data, equal digest, in every run."""
+        mlflow.log_input(MetaDataset(source=CodeDatasetSource(tags={"name": name}), name=name, digest=digest[:36]), context=context)
+
+    def artifacts(self, paths: list[Path], folder: str | None = None) -> None:
+        for path in paths:
+            mlflow.log_artifact(str(path), folder)
+
+
+def _short(name: str, value: object) -> object:
+    text = str(value)
+    if len(text) > _LONGEST_PARAMETER:
+        raise GemError(f"{name} has {len(text)} characters; MLflow keeps {_LONGEST_PARAMETER}: shorten it")
+    return value
+
+
+@contextmanager
+def run(
+    name: str, stage: str, *, parent: str | None = None, resume: str | None = None, killed_by: tuple[type[BaseException], ...] = ()
+) -> Iterator[Run]:
+    """A run that ends FINISHED, KILLED (an exception of `killed_by`) or FAILED (any other); exceptions pass through."""
+    tags = {STAGE_TAG: stage, **code_tags(), **{key: os.environ[key] for key in ("DVC_STAGE", "DVC_EXP_NAME") if key in os.environ}}
+    nested = mlflow.active_run() is not None
+    opened = mlflow.start_run(run_id=resume) if resume else mlflow.start_run(run_name=name, nested=nested, parent_run_id=parent, tags=tags)
+    status = RunStatus.to_string(RunStatus.FAILED)
+    try:
+        yield Run(opened.info.run_id)
+        status = RunStatus.to_string(RunStatus.FINISHED)
+    except killed_by:
+        status = RunStatus.to_string(RunStatus.KILLED)
+        raise
+    finally:
+        mlflow.end_run(status)
+
+
+def exists(run_id: str) -> bool:
+    """Whether the store still has the run."""
+    try:
+        return mlflow.get_run(run_id).info.lifecycle_stage == "active"
+    except mlflow.exceptions.MlflowException:
+        return False
+
+
+def find_run(tag: str, value: str) -> str | None:
+    """The newest run with a tag, else None."""
+    found = mlflow.search_runs(filter_string=f"tags.`{tag}` = '{value}'", order_by=["start_time DESC"], max_results=1, output_format="list")
+    return found[0].info.run_id if found else None
+
+
+def data_digest(folder: str, fallback: str) -> str:
+    """DVC's hash of a folder from dvc.lock; where DVC never wrote it, the start of `fallback`."""
+    lock = Path("dvc.lock")
+    if lock.exists():
+        for stage in yamlfile.read(lock).values.get("stages", {}).values():
+            for output in stage.get("outs", []):
+                if output["path"] == folder:
+                    return output["md5"]
+    return fallback[:32]
+
+
+def code_tags() -> dict[str, str]:
+    """The commit and whether what decides results differs from it; nothing where there is no git."""
+    try:
+        commit = _git("rev-parse", "HEAD").strip()
+        difference = _git("diff", "HEAD", "--", *_BEHIND_RESULTS)
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    tags = {"git.commit": commit, "git.dirty": str(bool(difference)).lower()}
+    if difference:
+        tags["git.diff_sha256"] = hashlib.sha256(difference.encode()).hexdigest()
+    return tags
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=30).stdout

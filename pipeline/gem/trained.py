@@ -1,0 +1,195 @@
+"""A trained GEM: the network with all that prediction needs, in one file.
+
+N samples, G genes. Expression is log-CPM.
+"""
+
+import io
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pipeline.gem.config import GROUPS, Model
+from pipeline.gem.errors import InputError, IntegrityError
+from pipeline.gem.likelihood import normal_log_likelihood, sample_normal
+from pipeline.gem.metadata import MetadataEncoder
+from pipeline.gem.model import CONDITIONED, PREDICTED, Gaussian, Network
+from pipeline.gem.storage import write_atomically
+
+FORMAT_VERSION = 1
+CONDITIONING = ("technical", "biological")  # groups taken from a reference where not said otherwise
+_ROWS = 4096  # decoded at a time
+
+
+@dataclass(frozen=True)
+class GEM:
+    """Predicts expression from metadata, and from a reference sample; encodes samples."""
+
+    network: Network
+    metadata: MetadataEncoder
+    genes: np.ndarray        # (G,) gene ids, in the order of every expression matrix
+    params: Model
+
+    @classmethod
+    def build(cls, genes: np.ndarray, metadata: MetadataEncoder, params: Model) -> "GEM":
+        """An untrained GEM; weights from torch's current random state."""
+        heads = {field.name: (metadata.group_of(field.name), len(field.levels)) for field in metadata.heads()}
+        return cls(Network(len(genes), metadata.sizes, heads, params), metadata, genes, params)
+
+    def to_bytes(self) -> bytes:
+        """The content of model.pt: tensors and plain values only. The same model gives the same bytes."""
+        content = {
+            "format_version": FORMAT_VERSION,
+            "genes": [str(gene) for gene in self.genes],
+            "metadata": self.metadata.state(),
+            "model": self.params.model_dump(mode="json"),
+            "weights": {name: value.detach().cpu() for name, value in self.network.state_dict().items()},
+        }
+        # Through a buffer: torch.save writes the name of the file it is given into the bytes.
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        return buffer.getvalue()
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, self.to_bytes())
+
+    @classmethod
+    def load(cls, path: Path | str) -> "GEM":
+        """From a model directory or a model file. InputError where it is absent, IntegrityError where it is no GEM."""
+        path = Path(path)
+        path = path / "model.pt" if path.is_dir() else path
+        if not path.exists():
+            raise InputError(f"{path}: absent; `dvc repro` trains it")
+        try:
+            content = torch.load(path, weights_only=True, map_location="cpu")
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            raise IntegrityError(f"{path}: not a GEM model file ({str(error).splitlines()[0]})") from None
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if version != FORMAT_VERSION:
+            raise IntegrityError(f"{path}: format version {version}, expected {FORMAT_VERSION}; train the model again")
+        with torch.random.fork_rng(devices=[]):
+            gem = cls.build(np.array(content["genes"]), MetadataEncoder.from_state(content["metadata"]), Model.model_validate(content["model"]))
+        try:
+            gem.network.load_state_dict(content["weights"])
+        except RuntimeError as error:
+            raise IntegrityError(f"{path}: its weights do not fit its configuration: {' '.join(str(error).split())}") from None
+        gem.network.eval()
+        return gem
+
+    def require_genes(self, genes: np.ndarray) -> None:
+        """IntegrityError, with the difference, where `genes` are not this model's genes in this order."""
+        if np.array_equal(self.genes, genes):
+            return
+        missing, surplus = sorted(set(self.genes) - set(genes)), sorted(set(genes) - set(self.genes))
+        raise IntegrityError(
+            f"the model knows {len(self.genes)} genes, the data has {len(genes)}: {len(missing)} missing {missing[:5]}, "
+            f"{len(surplus)} unknown {surplus[:5]}{', in another order' if not missing and not surplus else ''}; train on this cohort"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @torch.no_grad()
+    def prior(self, samples: pd.DataFrame, unknown: str = "refuse") -> Gaussian:
+        """p(z | metadata) for N rows; unknown values as in MetadataEncoder.encode."""
+        encoded = self.metadata.encode(samples, unknown)
+        metadata, index = {}, {}
+        for group in GROUPS:
+            rows, inverse = distinct_rows(encoded[group])
+            metadata[group], index[group] = torch.from_numpy(rows).to(self.device), torch.from_numpy(inverse).to(self.device)
+        return self.network.joint_prior(metadata, index)
+
+    @torch.no_grad()
+    def posterior(self, expression: np.ndarray) -> Gaussian:
+        """q(z | x) for log-CPM (N, G)."""
+        parts = [self.network.posterior(block.to(self.device)) for block in torch.from_numpy(expression).split(_ROWS)]
+        return Gaussian(torch.cat([part.mean for part in parts]), torch.cat([part.log_variance for part in parts]))
+
+    def latents_of(
+        self, samples: pd.DataFrame, reference: np.ndarray | None = None, conditioning: tuple[str, ...] = CONDITIONING, unknown: str = "refuse"
+    ) -> Gaussian:
+        """Latents of a query: from the metadata, or for the groups in `conditioning` from reference expression (N, G).
+
+        InputError for a group in `conditioning` that does not exist.
+        """
+        strange = [group for group in conditioning if group not in GROUPS]
+        if strange:
+            raise InputError(f"conditioning: unknown groups {strange}; known: {', '.join(GROUPS)}")
+        prior = self.prior(samples, unknown)
+        if reference is None:
+            return prior
+        return self.network.conditioned(prior, self.posterior(reference), conditioning)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        samples: pd.DataFrame,
+        reference: np.ndarray | None = None,
+        conditioning: tuple[str, ...] = CONDITIONING,
+        *,
+        draw_latents: bool = False,
+        draw_observations: bool = False,
+        generator: torch.Generator | None = None,
+        unknown: str = "refuse",
+    ) -> np.ndarray:
+        """(N, G) log-CPM of a query, from metadata or from a reference: the mean, or draws of latents and of noise.
+
+        Draws need a `generator`; ValueError without one.
+        """
+        if (draw_latents or draw_observations) and generator is None:
+            raise ValueError("draws need a torch.Generator")
+        latents = self.latents_of(samples, reference, conditioning, unknown)
+        result = np.empty((len(samples), len(self.genes)), dtype=np.float32)
+        noise = self.network.log_variance(PREDICTED if reference is None else CONDITIONED)
+        for rows in _blocks(len(samples)):
+            part = Gaussian(latents.mean[rows], latents.log_variance[rows])
+            decoded = self.network.decode(sample_normal(*part, generator) if draw_latents else part.mean)
+            if draw_observations:
+                decoded = sample_normal(decoded, noise.expand_as(decoded), generator)
+            result[rows] = decoded.cpu().numpy()
+        return result
+
+    @torch.no_grad()
+    def expect(self, latents: Gaussian, draws: int, seed: int) -> np.ndarray:
+        """(N, G) log-CPM averaged over `draws` of the latents: the mean prediction."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        result = np.empty((len(latents.mean), len(self.genes)), dtype=np.float32)
+        for rows in _blocks(len(latents.mean)):
+            part = Gaussian(latents.mean[rows], latents.log_variance[rows])
+            total = sum(self.network.decode(sample_normal(*part, generator)) for _ in range(draws))
+            result[rows] = (total / draws).cpu().numpy()
+        return result
+
+
+@torch.no_grad()
+def predictive_log_likelihood(network: Network, expression: Tensor, prior: Gaussian, draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """((N,) nats, (N, G) mean prediction): log mean_k p(x | z_k) over draws z_k of the prior.
+
+    The mean of the likelihoods, not of their logarithms: that would reward a prior without spread.
+    """
+    log_variance = network.log_variance(PREDICTED)
+    log_likelihoods, total = [], torch.zeros_like(expression)
+    for _ in range(draws):
+        decoded = network.decode(sample_normal(*prior, generator))
+        log_likelihoods.append(normal_log_likelihood(expression, decoded, log_variance))
+        total += decoded
+    stacked = torch.stack(log_likelihoods)
+    return stacked.logsumexp(dim=0) - torch.tensor(float(draws)).log(), total / draws
+
+
+def distinct_rows(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(distinct rows (U, D), index (N,) of each row among them)."""
+    if matrix.shape[1] == 0 or len(matrix) == 0:
+        return matrix[:1], np.zeros(len(matrix), dtype=np.int64)
+    rows, inverse = np.unique(matrix, axis=0, return_inverse=True)
+    return rows, inverse.reshape(-1)
+
+
+def _blocks(rows: int) -> Iterator[slice]:
+    return (slice(start, start + _ROWS) for start in range(0, rows, _ROWS))

@@ -1,0 +1,302 @@
+"""Fitting GEM: the data a fit sees, the loop, one record per epoch. Knows no tracker.
+
+N samples, B batch, G genes. Everything in nats per sample where not said otherwise.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pipeline.gem.cohort import Cohort
+from pipeline.gem.config import GROUPS, Params, Train
+from pipeline.gem.errors import DivergedError, InputError
+from pipeline.gem.metadata import MetadataEncoder
+from pipeline.gem.model import Batch, Gaussian, objective
+from pipeline.gem.references import reference_lists
+from pipeline.gem.splits import TRAIN
+from pipeline.gem.trained import GEM, distinct_rows, predictive_log_likelihood
+
+CHOICE_SPLITS = ("validation_combination", "validation")  # where early stopping looks: the first that exists
+_WARMUP_SHARE = 0.25      # of the one-cycle schedule: where the learning rate peaks
+_START_RATE = 0.04        # of the peak: where it starts
+_VARIANCE_RATE = 10.0     # learning rate of the log variances, relative to the weights
+_VALIDATION_SEED = 0      # of the prior draws: the same in every epoch and every fit
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Samples ready for the network: log-CPM (N, G), distinct metadata rows per group, labels (N, heads)."""
+
+    expression: Tensor
+    metadata: dict[str, Tensor]
+    index: dict[str, Tensor]
+    labels: Tensor
+
+    @classmethod
+    def of(cls, expression: np.ndarray, samples: pd.DataFrame, encoder: MetadataEncoder, device: torch.device) -> "Encoded":
+        metadata, index = {}, {}
+        for group, matrix in encoder.encode(samples, unknown="missing").items():
+            rows, inverse = distinct_rows(matrix)
+            metadata[group], index[group] = torch.from_numpy(rows).to(device), torch.from_numpy(inverse).to(device)
+        labels = list(encoder.labels(samples).values())
+        stacked = np.stack(labels, axis=1) if labels else np.zeros((len(samples), 0), dtype=np.int64)
+        return cls(torch.from_numpy(expression).to(device), metadata, index, torch.from_numpy(stacked).to(device))
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a fit sees of a cohort; loaded and encoded once, shared by every fit of a process."""
+
+    encoder: MetadataEncoder
+    genes: np.ndarray
+    train: Encoded
+    references: "References"
+    validation: Encoded | None
+    choice_split: str | None     # where early stopping and every choice look
+
+    @classmethod
+    def load(cls, cohort: Cohort, device: torch.device) -> "TrainingData":
+        samples = cohort.rows([TRAIN])
+        encoder = MetadataEncoder.fit(samples, cohort.declared.covariates)
+        train = Encoded.of(cohort.expression([TRAIN]), samples, encoder, device)
+        choice = next((split for split in CHOICE_SPLITS if cohort.has(split)), None)
+        validation = None
+        if choice:
+            validation = Encoded.of(cohort.expression([choice]), cohort.rows([choice]), encoder, device)
+        return cls(encoder, cohort.genes, train, References.of(samples, cohort, device), validation, choice)
+
+
+@dataclass(frozen=True)
+class References:
+    """For each training sample its best matching controls: `rows[start[i] : start[i] + number[i]]`."""
+
+    rows: Tensor
+    start: Tensor
+    number: Tensor
+
+    @classmethod
+    def of(cls, samples: pd.DataFrame, cohort: Cohort, device: torch.device) -> "References":
+        """A sample without such a control is its own reference."""
+        lists = [found if len(found) else np.array([row]) for row, found in enumerate(reference_lists(samples, samples, cohort.declared))]
+        number = np.array([len(rows) for rows in lists])
+        start = np.concatenate([[0], np.cumsum(number)[:-1]])
+        return cls(*(torch.from_numpy(array).to(device) for array in (np.concatenate(lists), start, number)))
+
+    def draw(self, samples: Tensor, generator: torch.Generator) -> Tensor:
+        """(B,) a reference row for each of the sample rows (B,)."""
+        share = torch.rand(len(samples), generator=generator, device=samples.device)
+        number = self.number[samples]
+        return self.rows[self.start[samples] + torch.minimum((share * number).long(), number - 1)]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One row of history.csv. Validation figures are None where the cohort has no validation split."""
+
+    epoch: int
+    learning_rate: float
+    loss: float                                     # the weighted objective; never compared between settings
+    nll_reconstruction: float
+    nll_predictive: float
+    nll_conditioned: float | None
+    kl_technical: float
+    kl_biological: float
+    kl_perturbation: float
+    classification: float
+    validation_predictive_log_likelihood: float | None
+    validation_evidence_lower_bound: float | None   # unweighted
+    validation_mse: float | None                    # of the mean prediction, log-CPM squared
+    seconds: float
+
+    def metrics(self) -> dict[str, float]:
+        """Names for the tracker and for history.csv: train/..., validation/...; absent figures left out."""
+        named = {}
+        for name, value in asdict(self).items():
+            if value is None or name == "epoch":
+                continue
+            section = "validation" if name.startswith("validation_") else "train"
+            named[f"{section}/{name.removeprefix('validation_')}"] = value
+        return named
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A finished fit: the best model by the choice split, its epoch, and the history."""
+
+    gem: GEM
+    history: list[Epoch]
+    best: Epoch
+    choice_split: str | None
+
+
+def choose_device(params: Train) -> torch.device:
+    """`auto` is CUDA where there is one. InputError for `cuda` where there is none."""
+    if params.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("params.yaml: train.device is cuda, but torch finds no CUDA device here; set auto or cpu")
+    return torch.device("cuda" if params.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def kl_warmup(step: int, steps: int, share: float) -> float:
+    """From 0 to 1 over the first `share` of the steps, linearly."""
+    return 1.0 if share == 0 else min(1.0, step / (share * steps))
+
+
+def one_cycle(step: int, steps: int) -> float:
+    """Share of the peak learning rate: a linear rise, then half a cosine down to zero (Smith & Topin 2019)."""
+    peak = max(1.0, _WARMUP_SHARE * steps)
+    if step < peak:
+        return _START_RATE + (1 - _START_RATE) * step / peak
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - peak) / max(1.0, steps - peak))))
+
+
+def drop_fields(metadata: Tensor, sizes: list[int], probability: float, generator: torch.Generator) -> Tensor:
+    """Metadata rows (U, D) with whole fields set to missing at random."""
+    if probability == 0 or metadata.shape[1] == 0:
+        return metadata
+    kept = torch.rand(len(metadata), len(sizes), generator=generator, device=metadata.device) >= probability
+    return metadata * kept.repeat_interleave(torch.tensor(sizes, device=metadata.device), dim=1)
+
+
+def fit(data: TrainingData, params: Params, seed: int, on_epoch: Callable[[Epoch], None] = lambda epoch: None) -> Fit:
+    """Trains one GEM. `on_epoch` sees every record and may raise to stop (a pruned trial).
+
+    The same data, parameters, seed and threads give the same bits. DivergedError where a loss is not finite.
+    """
+    torch.set_num_threads(params.train.threads)
+    device = data.train.expression.device
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # weights and dropout; everything else draws from the generator below
+        gem = GEM.build(data.genes, data.encoder, params.model)
+        gem.network.to(device)
+        gem.network.start_from(data.train.expression.mean(0), data.train.expression.var(0))
+        generator = torch.Generator(device).manual_seed(seed)
+        return _Loop(data, params.train, gem, generator).run(on_epoch)
+
+
+class _Loop:
+    """The state of one fit."""
+
+    def __init__(self, data: TrainingData, params: Train, gem: GEM, generator: torch.Generator):
+        self.data, self.params, self.gem, self.generator = data, params, gem, generator
+        self.network = gem.network
+        self.samples = len(data.train.expression)
+        self.steps_per_epoch = -(-self.samples // params.batch_size)
+        self.steps = params.epochs * self.steps_per_epoch
+        self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=params.learning_rate, fused=True)
+        self.field_sizes = {group: data.encoder.field_sizes(group) for group in GROUPS}
+
+    def _parameter_groups(self) -> list[dict]:
+        """Decay shrinks weights, not biases, norms or variances; variances start far from their answer and move faster."""
+        variances = [self.network.log_variances]
+        matrices = [p for p in self.network.parameters() if p.ndim == 2 and p is not self.network.log_variances]
+        vectors = [p for p in self.network.parameters() if p.ndim != 2]
+        return [
+            {"params": matrices, "weight_decay": self.params.weight_decay, "scale": 1.0},
+            {"params": vectors, "weight_decay": 0.0, "scale": 1.0},
+            {"params": variances, "weight_decay": 0.0, "scale": _VARIANCE_RATE},
+        ]
+
+    def run(self, on_epoch: Callable[[Epoch], None]) -> Fit:
+        history: list[Epoch] = []
+        best, best_score, weights = None, -math.inf, None
+        for number in range(1, self.params.epochs + 1):
+            record = self._epoch(number)
+            history.append(record)
+            score = record.validation_predictive_log_likelihood
+            # Without a validation split the last epoch is the answer.
+            if score is None or score > best_score:
+                best, best_score = record, -math.inf if score is None else score
+                weights = {name: value.clone() for name, value in self.network.state_dict().items()}
+            on_epoch(record)
+            if number - best.epoch >= self.params.patience:
+                break
+        self.network.load_state_dict(weights)
+        self.network.eval()
+        return Fit(self.gem, history, best, self.data.choice_split)
+
+    def _epoch(self, number: int) -> Epoch:
+        started = time.monotonic()
+        self.network.train()
+        first = (number - 1) * self.steps_per_epoch
+        # Sums stay on the device: nothing waits for a number within an epoch.
+        losses, sums, weights = [], None, []
+        for offset, batch in enumerate(self._batches()):
+            loss, terms = self._step(batch, first + offset)
+            values = torch.stack(terms)
+            sums = values * len(batch.expression) if sums is None else sums + values * len(batch.expression)
+            losses.append(loss)
+            weights.append(len(batch.expression))
+        history = torch.stack(losses)
+        if not torch.isfinite(history).all():
+            self._explain_divergence(first + int((~torch.isfinite(history)).nonzero()[0]), sums)
+        means = dict(zip(self.term_names, (sums / self.samples).tolist(), strict=True))
+        validation = self._validate()
+        return Epoch(
+            epoch=number,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            loss=float((history * torch.tensor(weights, device=history.device)).sum() / self.samples),
+            nll_conditioned=means.pop("nll_conditioned", None),
+            **means,
+            **validation,
+            seconds=time.monotonic() - started,
+        )
+
+    def _batches(self) -> Iterator[Batch]:
+        train = self.data.train
+        order = torch.randperm(self.samples, generator=self.generator, device=train.expression.device)
+        for rows in order.split(self.params.batch_size):
+            metadata, index = {}, {}
+            for group in GROUPS:
+                distinct, index[group] = torch.unique(train.index[group][rows], return_inverse=True)
+                metadata[group] = drop_fields(train.metadata[group][distinct], self.field_sizes[group], self.params.metadata_dropout, self.generator)
+            reference = train.expression[self.data.references.draw(rows, self.generator)] if self.params.mixture_weight else train.expression[:0]
+            yield Batch(train.expression[rows], reference, metadata, index, train.labels[rows])
+
+    def _step(self, batch: Batch, step: int) -> tuple[Tensor, list[Tensor]]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["scale"] * self.params.learning_rate * one_cycle(step, self.steps)
+        terms = self.network(batch, self.generator, conditioned=self.params.mixture_weight > 0)
+        loss = objective(terms, self.params, kl_warmup(step, self.steps, self.params.kl_warmup))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.params.gradient_clip)
+        self.optimizer.step()
+        self.term_names = list(terms)
+        return loss.detach(), [term.detach().sum() for term in terms.values()]
+
+    def _explain_divergence(self, step: int, sums: Tensor) -> None:
+        broken = [name for name, value in zip(self.term_names, sums.tolist(), strict=True) if not math.isfinite(value)]
+        raise DivergedError(
+            f"training diverged at step {step} of {self.steps}: {', '.join(broken) or 'the loss'} is not finite; "
+            f"lower train.learning_rate ({self.params.learning_rate}) or train.gradient_clip ({self.params.gradient_clip})"
+        )
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float | None]:
+        """Figures that compare across settings: unweighted, on the choice split, with the same draws every time."""
+        data = self.data.validation
+        if data is None:
+            return dict.fromkeys(("validation_predictive_log_likelihood", "validation_evidence_lower_bound", "validation_mse"))
+        self.network.eval()
+        generator = torch.Generator(data.expression.device).manual_seed(_VALIDATION_SEED)
+        prior = self.network.joint_prior(data.metadata, data.index)
+        score, mean = predictive_log_likelihood(self.network, data.expression, prior, self.params.predictive_draws, generator)
+        return {
+            "validation_predictive_log_likelihood": float(score.mean()),
+            "validation_evidence_lower_bound": evidence_lower_bound(self.network, data, prior, generator),
+            "validation_mse": float((mean - data.expression).square().mean()),
+        }
+
+
+@torch.no_grad()
+def evidence_lower_bound(network, data: Encoded, prior: Gaussian, generator: torch.Generator) -> float:
+    """The unweighted bound E_q[log p(x | z)] - KL, one posterior draw per sample, mean over samples."""
+    empty = data.expression[:0]
+    terms = network(Batch(data.expression, empty, data.metadata, data.index, data.labels), generator, conditioned=False)
+    return float(-terms["nll_reconstruction"] - sum(terms[f"kl_{group}"].sum() for group in GROUPS))

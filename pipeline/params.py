@@ -1,0 +1,83 @@
+"""Checks params.yaml and the studies, changes a value, or promotes the winner of a search; comments are kept.
+
+Run     python -m pipeline.params                        check everything, before any data is read
+        python -m pipeline.params --set tune.trials=40   write a value and show the difference
+        python -m pipeline.params --promote latent_kl    write experiments/latent_kl/best.yaml into params.yaml
+"""
+
+import argparse
+import difflib
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from pipeline.gem import yamlfile
+from pipeline.gem.config import flatten, read_params
+from pipeline.gem.errors import GemError, InputError, did_you_mean, exit_with
+from pipeline.gem.question import FOLDER, read_question
+
+PARAMS = Path("params.yaml")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--promote", metavar="STUDY")
+    chosen = parser.parse_args()
+    check()
+    changes = dict(parse(text) for text in chosen.set)
+    if chosen.promote:
+        changes |= winner(chosen.promote)
+    if changes:
+        apply(changes)
+
+
+def check() -> None:
+    """Every problem of params.yaml; then every problem of every study."""
+    params = read_params(PARAMS)
+    problems: list[str] = []
+    for path in sorted(FOLDER.glob("*.yaml")):
+        try:
+            read_question(path.stem, params)
+        except GemError as error:
+            problems += error.problems
+    source = Path(params.data.source)
+    # DVC would die of a missing file before our code runs; the synthetic folder is a stage's output.
+    if not source.exists() and source != Path("data/synthetic"):
+        problems.append(f"{PARAMS}: data.source: {source} does not exist; give a folder of Parquet files or an .h5ad file")
+    if problems:
+        raise InputError(*problems)
+
+
+def parse(text: str) -> tuple[str, object]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise InputError(f"--set {text}: expected KEY=VALUE, as in tune.trials=40")
+    return name.strip(), yamlfile.parse_scalar(value)
+
+
+def winner(study: str) -> dict[str, object]:
+    path = FOLDER / study / "best.yaml"
+    if not path.exists():
+        raise InputError(f"{path}: absent; `make tune STUDY={study}` writes it")
+    return flatten(yamlfile.read(path).values)
+
+
+def apply(changes: dict[str, object]) -> None:
+    """Writes valid changes only, and shows what changed."""
+    params = read_params(PARAMS)
+    known = params.flat()
+    unknown = [f"{PARAMS}: {name} is unknown{did_you_mean(name, known)}" for name in changes if name not in known]
+    if unknown:
+        raise InputError(*unknown)
+    try:
+        params.override(changes)
+    except ValidationError as error:
+        raise InputError(*(f"{PARAMS}: {yamlfile.dotted(problem['loc'])}: {problem['msg']}, got {problem['input']!r}" for problem in error.errors())) from None
+    before, after = yamlfile.edit(PARAMS, changes)
+    difference = list(difflib.unified_diff(before.splitlines(), after.splitlines(), "params.yaml", "params.yaml", n=0, lineterm=""))
+    print("\n".join(difference) if difference else "params.yaml says so already")
+
+
+if __name__ == "__main__":
+    exit_with(main)

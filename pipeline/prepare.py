@@ -1,0 +1,31 @@
+"""Turns a source of raw counts into the validated cohort that every later stage reads.
+
+Reads   params.yaml: data, splits; the source named there (a Parquet folder or an .h5ad)
+Writes  data/cohort/: samples, genes, splits, counts by role, truth, manifest.json (last)
+Run     python -m pipeline.prepare
+"""
+
+import time
+from pathlib import Path
+
+from pipeline.gem.cohort import write_cohort
+from pipeline.gem.config import read_params
+from pipeline.gem.errors import exit_with
+from pipeline.gem.progress import duration
+from pipeline.gem.sources import open_source
+
+OUTPUT = Path("data/cohort")
+
+
+def main() -> None:
+    params = read_params()
+    started = time.monotonic()
+    manifest = write_cohort(open_source(params.data), params.data, params.splits, OUTPUT)
+    for note in manifest["notes"]:
+        print(f"prepare: {note}")
+    sizes = ", ".join(f"{name} {number:,}" for name, number in manifest["splits"].items())
+    print(f"prepare: {manifest['samples']:,} samples x {manifest['genes']:,} genes in {OUTPUT}, {duration(time.monotonic() - started)}; {sizes}")
+
+
+if __name__ == "__main__":
+    exit_with(main)

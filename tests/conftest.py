@@ -1,0 +1,83 @@
+"""A tiny cohort for all tests, made once by the real stages' code."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.gem.cohort import Cohort, write_cohort
+from pipeline.gem.config import Params, read_params
+from pipeline.gem.sources import open_source
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"   # real cohorts, present on some machines only
+
+TINY = {
+    "synthesize.samples": 600,
+    "synthesize.genes": 60,
+    "synthesize.studies": 10,
+    "synthesize.tissues": 2,
+    "synthesize.cell_types_per_tissue": 2,
+    "synthesize.perturbations": 8,
+    "synthesize.perturbations_per_study": 5,
+    "synthesize.mechanisms": 4,
+    "synthesize.embedding_size": 3,
+    "splits.combination": 0.1,
+    "splits.perturbation": 0.13,
+    "splits.study": 0.1,
+    "model.latent.technical": 4,
+    "model.latent.biological": 4,
+    "model.latent.perturbation": 4,
+    "model.hidden": 32,
+    "model.blocks": 1,
+    "model.prior_blocks": 0,
+    "train.epochs": 6,
+    "train.batch_size": 32,
+    "train.threads": 1,
+    "train.predictive_draws": 4,
+    "tune.trials": 3,
+    "evaluate.bootstrap": 50,
+    "evaluate.prior_draws": 4,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Small shapes are fastest on one thread, and two test processes do not fight."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def params() -> Params:
+    """params.yaml with a tiny cohort and a tiny model."""
+    return read_params(ROOT / "params.yaml").override(TINY)
+
+
+@pytest.fixture(scope="session")
+def source_folder(params, tmp_path_factory) -> Path:
+    """A synthetic source folder, written by the real stage's code."""
+    from pipeline.synthesize import write_source
+
+    folder = tmp_path_factory.mktemp("source") / "synthetic"
+    write_source(params.synthesize, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cohort(params, source_folder, tmp_path_factory) -> Cohort:
+    """The prepared tiny cohort; read only."""
+    data = params.override({"data.source": str(source_folder)}).data
+    folder = tmp_path_factory.mktemp("cohort") / "cohort"
+    write_cohort(open_source(data), data, params.splits, folder)
+    return Cohort(folder)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

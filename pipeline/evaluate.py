@@ -24,6 +24,7 @@ from pipeline.gem.tables import show_results
 from pipeline.gem.trained import GEM
 
 OUTPUT = Path("experiments/evaluation")
+DEFAULT = Path("experiments/default")
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
         show()
         return
     params = read_params()
-    directories = {"gem": Path("experiments/default"), "gem_tuned": Path("experiments") / params.evaluate.study}
+    directories = {"gem": DEFAULT, "gem_tuned": DEFAULT.parent / params.evaluate.study}
     started = time.monotonic()
     cohort = Cohort(COHORT)
     models = {name: GEM.load(directory) for name, directory in directories.items()}
@@ -85,7 +86,7 @@ def record(scores: pd.DataFrame, directories: dict[str, Path], params: Params, c
     for predictor, directory in directories.items():
         model_hash = sha256(directory / "model.pt")
         # A model restored from DVC's cache may have been trained elsewhere: then its run is opened anew.
-        known = tracking.find_run(tracking.MODEL_TAG, model_hash)
+        known = tracking.find_model_run(model_hash, predictor, "train" if directory == DEFAULT else "tune")
         with tracking.run(predictor, "evaluate", resume=known) as run:
             if known is None:
                 log_context(run, params, cohort)

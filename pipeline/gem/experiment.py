@@ -64,7 +64,9 @@ def write_model_directory(directory: Path, fits: list[Fit], params: Params) -> N
     shutil.rmtree(directory / "seeds", ignore_errors=True)
     (directory / "seeds").mkdir()
     fits[0].gem.save(directory / "model.pt")
-    for seed, finished in list(zip(params.train.seeds, fits, strict=True))[1:]:
+    first, *others = params.train.seeds
+    write_json(directory / "seeds" / "seeds.json", {"model.pt": first, "others": others})
+    for seed, finished in zip(others, fits[1:], strict=True):
         finished.gem.save(directory / "seeds" / f"{seed}.pt")
     history = pd.DataFrame(
         {"seed": seed, "epoch": epoch.epoch, **{name: value for name, value in epoch.metrics().items() if name != "train/seconds"}}

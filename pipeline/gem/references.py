@@ -25,7 +25,7 @@ def reference_lists(samples: pd.DataFrame, pool: pd.DataFrame, data: Data) -> li
     lists: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(samples)
     keys = zip(matching_keys(samples, data), matching_keys(pool.iloc[controls], data), strict=True) if len(controls) else ()
     for of_samples, of_controls in keys:
-        groups = pd.Series(controls).groupby(of_controls.to_numpy()).agg(np.array).to_dict()
+        groups = {name: rows.to_numpy() for name, rows in pd.Series(controls).groupby(of_controls.to_numpy())}
         lists = [found if len(found) else groups.get(key, found) for found, key in zip(lists, of_samples, strict=True)]
     return lists
 

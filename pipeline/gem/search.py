@@ -1,6 +1,7 @@
 """Optuna studies: the only place that knows it. Persistent, continued by a second call, baseline first."""
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,8 @@ _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 _WHY, _RUN = "reason", "mlflow_run"
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+# Heartbeats and retries have been "experimental" since 2.8; the version is pinned.
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
 class Search:

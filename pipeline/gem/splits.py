@@ -66,7 +66,7 @@ def assign_splits(samples: pd.DataFrame, data: Data, params: Splits) -> tuple[pd
 
     no_studies = f"a share of {params.study} of {len(ordered)} studies is none"
     no_perturbations = f"a share of {params.perturbation} of {len(named)} perturbations besides the control is none"
-    no_pairs = f"of {pairs.nunique()} pairs of context and perturbation none can be held out with its context and its perturbation seen elsewhere"
+    no_pairs = f"of {pairs.nunique()} pairs of context and perturbation a share of {params.combination} is none, or none is left with both seen apart"
     hold_out("test_study", studies, test_studies, no_studies)
     hold_out("test_perturbation", perturbations, test_perturbations, no_perturbations)
     hold_out("test_combination", pairs, test_pairs, no_pairs)
@@ -110,10 +110,15 @@ def _studies_by_date(samples: pd.DataFrame, studies: pd.Series, data: Data, rng:
 def _pairs_to_hold_out(
     samples: pd.DataFrame, data: Data, perturbations: pd.Series, pairs: pd.Series, free: pd.Series, share: float, rng: np.random.Generator
 ) -> tuple[list[str], list[str]]:
-    """(for the test, for validation): pairs whose context and perturbation both stay in at least one other pair."""
-    table = pd.DataFrame({"pair": pairs, "context": contexts(samples, data), "perturbation": perturbations})[free & pairs.notna()].drop_duplicates()
+    """(for the test, for validation): pairs whose context and perturbation both stay seen apart from each other.
+
+    The context in its controls or in another pair, the perturbation in another context.
+    """
+    context = contexts(samples, data)
+    table = pd.DataFrame({"pair": pairs, "context": context, "perturbation": perturbations})[free & pairs.notna()].drop_duplicates()
     wanted = round(share * len(table))
-    left_in_context, left_of_perturbation = table["context"].value_counts(), table["perturbation"].value_counts()
+    left_in_context = table["context"].value_counts().add(context[free & is_control(samples, data)].drop_duplicates().value_counts(), fill_value=0)
+    left_of_perturbation = table["perturbation"].value_counts()
     chosen = []
     for row in table.iloc[rng.permutation(len(table))].itertuples():
         if len(chosen) == 2 * wanted:

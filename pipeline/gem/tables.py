@@ -24,8 +24,12 @@ def show_results(scores: pd.DataFrame, comparisons: pd.DataFrame) -> None:
             table.add_row(label, *(_cell(cells.loc[metric]) for metric in _SHOWN))
         console.print(table)
     for row in comparisons.itertuples():
-        if row.verdict != "no clear difference":
-            console.print(f"{row.split}: {row.predictor} is {row.verdict} than {row.against} (mse {row.low:+.4f} to {row.high:+.4f} lower)", highlight=False)
+        if row.verdict == "no clear difference":
+            console.print(f"{row.split}: no clear difference between {row.predictor} and {row.against}", highlight=False)
+        else:
+            low, high = sorted((abs(row.low), abs(row.high)))
+            moved = "lower" if row.verdict == "better" else "higher"
+            console.print(f"{row.split}: {row.predictor} is [bold]{row.verdict}[/bold] than {row.against}: mse {moved} by {low:.4f} to {high:.4f}", highlight=False)
 
 
 def _cell(row: pd.Series) -> str:

@@ -101,10 +101,15 @@ def exists(run_id: str) -> bool:
         return False
 
 
-def find_run(tag: str, value: str) -> str | None:
-    """The newest run with a tag, else None."""
-    found = mlflow.search_runs(filter_string=f"tags.`{tag}` = '{value}'", order_by=["start_time DESC"], max_results=1, output_format="list")
-    return found[0].info.run_id if found else None
+def find_model_run(model_sha256: str, predictor: str, stage: str) -> str | None:
+    """The run that already carries a model's scores as `predictor`, else the newest of `stage` that made it, else None.
+
+    A search whose baseline wins makes the default model again: the hash alone does not tell the two runs apart.
+    """
+    found = mlflow.search_runs(filter_string=f"tags.`{MODEL_TAG}` = '{model_sha256}'", order_by=["start_time DESC"], output_format="list")
+    scored = [run for run in found if run.data.tags.get(PREDICTOR_TAG) == predictor]
+    made = [run for run in found if PREDICTOR_TAG not in run.data.tags and run.data.tags.get(STAGE_TAG) == stage]
+    return (scored + made)[0].info.run_id if scored or made else None
 
 
 def data_digest(folder: str, fallback: str) -> str:

@@ -1,0 +1,72 @@
+"""A temporary clone of this repository with tiny parameters: real git, real DVC, real MLflow, real Optuna."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from closure import ROOT
+
+from pipeline.gem import yamlfile
+
+PARTS = ("pipeline", "experiments", "params.yaml", "dvc.yaml", ".dvcignore", ".gitignore", "requirements.lock")
+TINY_STUDY = (
+    ("{technical: 16, biological: 16, perturbation: 16}", "{technical: 4, biological: 4, perturbation: 4}"),
+    ("epochs: 10 ", "epochs: 3 "),
+)
+
+
+class Repository:
+    """A folder in which the stages run as a user runs them."""
+
+    def __init__(self, folder: Path, changes: dict[str, object]):
+        self.folder = folder
+        folder.mkdir(parents=True)
+        for part in PARTS:
+            source = ROOT / part
+            if source.is_dir():
+                # Answers of committed searches stay behind: the stages write them anew.
+                shutil.copytree(source, folder / part, ignore=lambda path, names: [name for name in names if name == "__pycache__" or (Path(path) / name).is_dir() and Path(path).name == "experiments"])
+            else:
+                shutil.copy(source, folder / part)
+        (folder / ".dvc").mkdir()
+        shutil.copy(ROOT / ".dvc" / "config", folder / ".dvc" / "config")
+        yamlfile.edit(folder / "params.yaml", changes)
+        study = folder / "experiments" / "latent_kl.yaml"
+        text = study.read_text()
+        for before, after in TINY_STUDY:
+            assert before in text
+            text = text.replace(before, after)
+        study.write_text(text)
+        self.git("init", "--quiet")
+        self.commit("start")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "OPTUNA_", "DVC_", "GIT_"))}
+        return kept | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+
+    def run(self, *command: str, expect: int = 0) -> subprocess.CompletedProcess:
+        """Runs a command here; fails with its output where the exit code is another."""
+        done = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == expect, f"{' '.join(command)} gave {done.returncode}, expected {expect}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done
+
+    def python(self, module: str, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
+        return self.run(sys.executable, "-m", module, *arguments, expect=expect)
+
+    def dvc(self, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
+        return self.run(sys.executable, "-m", "dvc", *arguments, expect=expect)
+
+    def git(self, *arguments: str) -> str:
+        identity = ("-c", "user.name=Test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false")
+        return self.run("git", *identity, *arguments).stdout
+
+    def commit(self, message: str) -> None:
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--message", message)

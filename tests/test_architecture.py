@@ -1,0 +1,94 @@
+"""The laws of the house: who imports whom, and that dvc.yaml says what the code does."""
+
+import re
+from pathlib import Path
+
+import pytest
+from closure import ROOT, import_closure, imported
+
+from pipeline.gem import yamlfile
+from pipeline.gem.config import read_params
+from pipeline.gem.question import read_question
+
+VERBS = sorted(path.stem for path in (ROOT / "pipeline").glob("*.py") if path.stem != "__init__")
+NOUNS = sorted(path.stem for path in (ROOT / "pipeline" / "gem").glob("*.py") if path.stem != "__init__")
+STAGES = yamlfile.read(ROOT / "dvc.yaml").values["stages"]
+CODE = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "pipeline").rglob("*.py"))
+
+
+def packages_of(file: str) -> set[str]:
+    return {name.split(".")[0] for name in imported(file)}
+
+
+@pytest.mark.parametrize("noun", NOUNS)
+def test_no_noun_imports_a_verb(noun):
+    assert not {f"pipeline.{verb}" for verb in VERBS} & imported(f"pipeline/gem/{noun}.py")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_verb_imports_a_verb(verb):
+    assert not {f"pipeline.{other}" for other in VERBS} & imported(f"pipeline/{verb}.py")
+
+
+@pytest.mark.parametrize(
+    ("library", "home"),
+    [("mlflow", "tracking"), ("optuna", "search"), ("yaml", "yamlfile"), ("anndata", "sources"), ("matplotlib", "figures"), ("rich", "tables")],
+)
+def test_a_library_is_imported_in_one_place_only(library, home):
+    assert [file for file in CODE if library in packages_of(file)] == [f"pipeline/gem/{home}.py"]
+
+
+def test_dvc_is_imported_nowhere():
+    assert not [file for file in CODE if "dvc" in packages_of(file)]
+
+
+@pytest.mark.parametrize("noun", ["model", "likelihood", "training", "trained", "metrics", "baselines", "oracle", "simulator", "evaluation"])
+def test_mathematics_knows_no_tracker(noun):
+    assert "pipeline/gem/tracking.py" not in import_closure(f"pipeline.gem.{noun}")
+
+
+def test_training_and_search_cannot_reach_the_simulated_truth():
+    for module in ("pipeline.train", "pipeline.tune"):
+        assert not {"pipeline/gem/simulator.py", "pipeline/gem/oracle.py"} & set(import_closure(module))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_lists_the_modules_it_really_imports(stage):
+    module = re.match(r"python -m (\S+)", STAGES[stage]["cmd"])[1]
+    listed = [dependency for dependency in STAGES[stage]["deps"] if dependency.startswith("pipeline/")]
+    assert listed == import_closure(module)
+
+
+def test_the_search_depends_on_every_parameter_of_a_fit_but_the_searched_ones():
+    params = read_params(ROOT / "params.yaml")
+    searched = read_question("latent_kl", params, ROOT / "experiments").space
+    assert set(STAGES["tune"]["params"]) == {"tune.trials", *params.flat("model", "train")} - set(searched)
+
+
+def test_every_section_of_params_is_read_by_some_stage():
+    sections = {str(name).split(".")[0] for stage in STAGES.values() for name in stage["params"]}
+    assert sections == set(read_params(ROOT / "params.yaml").model_dump()) - {"tracking"}
+
+
+def test_there_is_no_second_default_for_a_value_of_params():
+    from pipeline.gem import config
+
+    models = [model for model in vars(config).values() if isinstance(model, type) and issubclass(model, config.Frozen)]
+    assert len(models) > 10
+    assert [f"{model.__name__}.{name}" for model in models for name, field in model.model_fields.items() if not field.is_required()] == []
+
+
+@pytest.mark.parametrize("file", CODE)
+def test_every_module_says_what_it_is(file):
+    assert (ROOT / file).read_text().startswith('"""')
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_says_how_it_is_run(verb):
+    assert f"python -m pipeline.{verb}" in (ROOT / "pipeline" / f"{verb}.py").read_text().split('"""')[1]
+
+
+def test_lock_file_pins_every_declared_dependency():
+    declared = re.findall(r'^    "([A-Za-z0-9_.-]+)', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    locked = set(re.findall(r"^([a-z0-9-]+)==", Path(ROOT / "requirements.lock").read_text(), flags=re.MULTILINE))
+    assert {name.lower().replace("_", "-") for name in declared} - {"torch", "error", "ignore"} <= locked

@@ -1,0 +1,178 @@
+"""The loop: what it learns, that it is reproducible, and what it does when things go wrong."""
+
+import hashlib
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.gem.errors import DivergedError, InputError
+from pipeline.gem.model import objective
+from pipeline.gem.training import Encoded, TrainingData, choose_device, drop_fields, fit, kl_warmup, one_cycle
+
+CPU = torch.device("cpu")
+# Enough for the tiny cohort to leave the training mean behind, a few seconds.
+SHORT = {"train.epochs": 25, "train.learning_rate": 5e-3, "train.batch_size": 16}
+
+
+@pytest.fixture(scope="module")
+def data(cohort) -> TrainingData:
+    return TrainingData.load(cohort, CPU)
+
+
+@pytest.fixture(scope="module")
+def trained(data, params):
+    return fit(data, params.override(SHORT), seed=1)
+
+
+def test_kl_stays_above_zero_in_every_group(trained):
+    final = trained.history[-1]
+    assert min(final.kl_technical, final.kl_biological, final.kl_perturbation) > 0.1
+
+
+def test_predictive_likelihood_beats_the_training_mean(trained, data):
+    """The floor: a Normal per gene with the mean and variance of the training split."""
+    train, validation = data.train.expression, data.validation.expression
+    floor = torch.distributions.Normal(train.mean(0), train.std(0)).log_prob(validation).sum(1).mean()
+    assert trained.best.validation_predictive_log_likelihood > float(floor) + 5
+
+
+def test_prediction_from_metadata_beats_the_training_mean_by_half(trained, data):
+    floor = float((data.validation.expression - data.train.expression.mean(0)).square().mean())
+    assert trained.best.validation_mse < 0.5 * floor
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(data, params):
+    def digest(seed: int) -> str:
+        return hashlib.sha256(fit(data, params, seed).gem.to_bytes()).hexdigest()
+
+    assert digest(3) == digest(3)
+    assert digest(3) != digest(4)
+
+
+def test_a_fit_leaves_the_global_random_state_alone(data, params):
+    before = torch.random.get_rng_state()
+    fit(data, params.override({"train.epochs": 1}), seed=3)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_the_validation_split_of_combinations_is_where_choices_look(data):
+    assert data.choice_split == "validation_combination"
+
+
+def test_the_best_epoch_is_the_one_with_the_best_score_and_its_weights_are_kept(data, params):
+    finished = fit(data, params.override(SHORT | {"train.learning_rate": 0.03, "train.patience": 3}), seed=1)
+    scores = [epoch.validation_predictive_log_likelihood for epoch in finished.history]
+    assert finished.best.validation_predictive_log_likelihood == max(scores)
+    rows = data.validation
+    with torch.no_grad():
+        prior = finished.gem.network.joint_prior(rows.metadata, rows.index)
+        from pipeline.gem.trained import predictive_log_likelihood
+
+        generator = torch.Generator().manual_seed(0)
+        again, _ = predictive_log_likelihood(finished.gem.network, rows.expression, prior, params.train.predictive_draws, generator)
+    assert float(again.mean()) == finished.best.validation_predictive_log_likelihood
+
+
+def test_patience_stops_a_fit_that_no_longer_improves(data, params):
+    finished = fit(data, params.override({"train.epochs": 60, "train.patience": 2, "train.learning_rate": 0.05}), seed=1)
+    assert len(finished.history) == finished.best.epoch + 2 < 60
+
+
+def test_without_a_validation_split_all_epochs_are_trained_and_the_last_is_kept(data, params):
+    from dataclasses import replace
+
+    finished = fit(replace(data, validation=None, choice_split=None), params.override({"train.epochs": 4, "train.patience": 1}), seed=1)
+    assert (len(finished.history), finished.best.epoch) == (4, 4)
+    assert finished.best.validation_mse is None
+
+
+def test_divergence_names_the_step_and_the_term(data, params):
+    from dataclasses import replace
+
+    expression = data.train.expression.clone()
+    expression[5, 3] = float("nan")
+    broken = replace(data, train=replace(data.train, expression=expression))
+    with pytest.raises(DivergedError, match=r"step \d+ of \d+: .*nll_reconstruction.* not finite"):
+        fit(broken, params, seed=1)
+
+
+def test_cuda_is_refused_where_there_is_none(params):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(InputError, match="train.device is cuda"):
+        choose_device(params.override({"train.device": "cuda"}).train)
+    assert choose_device(params.override({"train.device": "auto"}).train) == CPU
+
+
+def test_kl_warmup_rises_linearly_to_one():
+    assert [kl_warmup(step, 100, 0.2) for step in (0, 10, 20, 99)] == [0, 0.5, 1, 1]
+    assert kl_warmup(0, 100, 0) == 1
+
+
+def test_one_cycle_starts_low_peaks_once_and_ends_at_zero():
+    rates = [one_cycle(step, 1000) for step in range(1001)]
+    assert rates[0] == pytest.approx(0.04)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates.index(max(rates)) == 250
+    assert rates[-1] == pytest.approx(0.0)
+
+
+def test_objective_weighs_every_term_and_free_bits_act_per_dimension(params):
+    train = params.override(
+        {
+            "train.kl_weight.technical": 2.0,
+            "train.kl_weight.biological": 0.0,
+            "train.kl_weight.perturbation": 1.0,
+            "train.predictive_weight": 3.0,
+            "train.mixture_weight": 0.5,
+            "train.classifier_weight": 0.25,
+            "train.free_bits": 0.1,
+        }
+    ).train
+    terms = {
+        "nll_reconstruction": torch.tensor(10.0),
+        "nll_predictive": torch.tensor(20.0),
+        "nll_conditioned": torch.tensor(40.0),
+        "kl_technical": torch.tensor([0.05, 1.0]),
+        "kl_biological": torch.tensor([5.0]),
+        "kl_perturbation": torch.tensor([0.2, 0.3]),
+        "classification": torch.tensor(8.0),
+    }
+    expected = 10 + 3 * 20 + 0.5 * 40 + 0.5 * (2 * (0.1 + 1.0) + 1 * 0.5) + 0.25 * 8
+    assert float(objective(terms, train, warmup=0.5)) == pytest.approx(expected)
+
+
+def test_metadata_dropout_hides_whole_fields_at_the_requested_rate(generator):
+    hidden = drop_fields(torch.ones(4000, 5), [2, 3], 0.3, generator)
+    assert torch.equal(hidden[:, 0], hidden[:, 1])
+    assert torch.equal(hidden[:, 2], hidden[:, 4])
+    assert float((hidden[:, [0, 2]] == 0).float().mean()) == pytest.approx(0.3, abs=0.02)
+
+
+def test_references_are_controls_of_the_same_study_and_context(cohort, data, generator):
+    samples = cohort.rows(["train"]).reset_index(drop=True)
+    rows = torch.arange(len(samples))
+    drawn = samples.iloc[data.references.draw(rows, generator).numpy()].reset_index(drop=True)
+    place = samples["study"] + samples["tissue"] + samples["cell_type"]
+    has_control = place.isin(place[samples["perturbation"] == "control"])
+    assert has_control.mean() > 0.9
+    assert (drawn["perturbation"][has_control] == "control").all()
+    assert (drawn["study"] + drawn["tissue"] + drawn["cell_type"])[has_control].equals(place[has_control])
+    assert (drawn.index[~has_control] == np.flatnonzero(~has_control)).all()
+
+
+def test_encoding_points_every_sample_at_its_own_metadata_row(cohort, data):
+    samples = cohort.rows(["train"])
+    full = data.encoder.encode(samples)
+    encoded = Encoded.of(cohort.expression(["train"]), samples, data.encoder, CPU)
+    for group, matrix in full.items():
+        assert len(encoded.metadata[group]) < len(matrix)
+        assert np.array_equal(encoded.metadata[group][encoded.index[group]].numpy(), matrix)
+
+
+def test_every_epoch_reports_finite_comparable_figures_under_stable_names(trained):
+    names = set(trained.history[0].metrics())
+    assert {"train/loss", "train/kl_technical", "validation/predictive_log_likelihood", "validation/evidence_lower_bound", "validation/mse"} <= names
+    assert all(math.isfinite(value) for epoch in trained.history for value in epoch.metrics().values())

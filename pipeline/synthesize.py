@@ -1,7 +1,7 @@
 """Writes a synthetic cohort with a known truth.
 
 Reads   params.yaml: synthesize
-Writes  data/synthetic/: samples.parquet, genes.parquet, counts/*.parquet, embeddings/*.parquet, truth/
+Writes  data/synthetic/: samples.parquet, genes.parquet, counts/*.parquet, embeddings/, targets.parquet, truth/
 Run     python -m pipeline.synthesize     (a few seconds for 8,000 x 1,000; memory: one chunk of samples)
 """
 
@@ -36,7 +36,7 @@ def write_source(params: Synthesize, folder: Path) -> None:
     hidden = pd.DataFrame({"stratum": design.stratum, "donor": design.donor, "library_size": design.library_size})
     hidden.insert(0, "sample_id", design.samples["sample_id"])
     hidden.to_parquet(folder / "truth" / "samples.parquet", index=False)
-    write_embeddings(truth, folder / "embeddings")
+    write_perturbation_tables(truth, folder)
 
     rows = max(1, CHUNK_VALUES // params.genes)
     progress = Progress("synthesize", params.samples, "samples")
@@ -49,12 +49,16 @@ def write_source(params: Synthesize, folder: Path) -> None:
     progress.done(f"{params.samples:,} samples x {params.genes:,} genes in {folder}")
 
 
-def write_embeddings(truth: Truth, folder: Path) -> None:
-    """The observable features of every perturbation, one row each, keyed by its name."""
-    folder.mkdir(exist_ok=True)
-    table = pd.DataFrame(truth.embedding[1:], columns=[f"feature_{index + 1}" for index in range(truth.embedding.shape[1])])
-    table.insert(0, "perturbation", truth.perturbations[1:])
-    table.to_parquet(folder / "perturbation.parquet", index=False)
+def write_perturbation_tables(truth: Truth, folder: Path) -> None:
+    """What is public of a perturbation: its observable features, and the target gene of a genetic one."""
+    names = np.array(truth.perturbations)
+    (folder / "embeddings").mkdir(exist_ok=True)
+    features = pd.DataFrame(truth.embedding[1:], columns=[f"feature_{index + 1}" for index in range(truth.embedding.shape[1])])
+    features.insert(0, "perturbation", names[1:])
+    features.to_parquet(folder / "embeddings" / "perturbation.parquet", index=False)
+    genetic = truth.target >= 0
+    targets = pd.DataFrame({"perturbation": names[genetic], "gene_id": truth.gene_id[truth.target[genetic]]})
+    targets.to_parquet(folder / "targets.parquet", index=False)
 
 
 if __name__ == "__main__":

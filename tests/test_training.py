@@ -126,7 +126,7 @@ def test_objective_weighs_every_term_and_free_bits_act_per_dimension(params):
             "train.kl_weight.biological": 0.0,
             "train.kl_weight.perturbation": 1.0,
             "train.predictive_weight": 3.0,
-            "train.mixture_weight": 0.5,
+            "train.conditioned_weight": 0.5,
             "train.classifier_weight": 0.25,
             "train.free_bits": 0.1,
         }

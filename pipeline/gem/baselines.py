@@ -17,7 +17,7 @@ RIDGE_PENALTIES = tuple(10.0**power for power in np.arange(-2, 4.5, 0.5))
 
 def training_mean(train: np.ndarray, rows: int) -> np.ndarray:
     """(rows, G) the mean of all training samples."""
-    return np.broadcast_to(train.mean(axis=0), (rows, train.shape[1]))
+    return np.broadcast_to(train.mean(axis=0, dtype=np.float64), (rows, train.shape[1]))
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,8 @@ class Train(Frozen):
     kl_weight: KLWeight
     kl_warmup: Annotated[float, Field(ge=0, le=1)]
     predictive_weight: NonNegative
-    mixture_weight: NonNegative
+    conditioned_weight: NonNegative
+    conditioned_share: Annotated[float, Field(gt=0, le=1)]
     classifier_weight: NonNegative
     free_bits: NonNegative
     metadata_dropout: Probability

@@ -4,7 +4,8 @@ N samples of a split, G genes. Expression is log-CPM.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,15 +15,15 @@ from pipeline.gem.baselines import Additive, Means, Ridge, training_mean
 from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import Evaluate
 from pipeline.gem.metrics import METRICS, Resamples, Score
-from pipeline.gem.oracle import MetadataOracle
+from pipeline.gem.oracle import MetadataOracle, OmniscientOracle
 from pipeline.gem.references import choose_references, matching_keys
-from pipeline.gem.simulator import Truth
+from pipeline.gem.simulator import Truth, true_log_fractions
 from pipeline.gem.splits import TEST_CONTROL, TESTS, TRAIN, contexts, is_control
 from pipeline.gem.trained import GEM
 from pipeline.gem.training import CHOICE_SPLITS
 
 BASELINE, CEILING = "ridge", "oracle_metadata"
-PREDICTORS = ("no_change", "training_mean", "additive", "ridge", "gem", "gem_reference", "gem_tuned", "gem_tuned_reference", "oracle_metadata")
+PREDICTORS = ("no_change", "training_mean", "additive", "ridge", "gem", "gem_reference", "gem_tuned", "gem_tuned_reference", "oracle_metadata", "oracle_omniscient")
 # (which, against which): said to be better only where the paired interval is clear of zero.
 COMPARISONS = (("gem", "ridge"), ("gem_tuned", "ridge"), ("gem_tuned", "gem"), ("gem_reference", "gem"), ("gem_tuned_reference", "gem_tuned"))
 
@@ -36,7 +37,8 @@ class Scene:
     observed: np.ndarray           # (N, G)
     reference: np.ndarray | None   # (N, G) log-CPM of each sample's reference
     observed_control: np.ndarray | None   # (N, G) matched controls that no predictor saw
-    predicted_control: np.ndarray | None  # (N, G) matched controls, disjoint from those
+    predicted_control: np.ndarray | None  # (N, G) matched controls of training, disjoint from those
+    reference_control: np.ndarray | None  # (N, G) the same for predictors that see a reference: with a new study's own
     condition: np.ndarray          # (N,) index of context, perturbation, dose and time
     treated: np.ndarray            # (N,) not a control
 
@@ -47,6 +49,7 @@ class Prediction:
 
     values: np.ndarray | None
     reason: str = ""
+    sees_reference: bool = False
 
 
 class Evaluation:
@@ -85,10 +88,15 @@ class Evaluation:
             observed=observed[scored],
             reference=None if chosen is None else shown_expression[chosen],
             observed_control=self._matched(rows, hidden, hidden_expression),
-            predicted_control=self._matched(rows, shown[is_control(shown, declared)], shown_expression[is_control(shown, declared)]),
+            predicted_control=self._matched(rows, *self._controls(self.train, self.train_expression)),
+            reference_control=self._matched(rows, *self._controls(shown, shown_expression)),
             condition=condition,
             treated=~control[scored],
         )
+
+    def _controls(self, samples: pd.DataFrame, expression: np.ndarray) -> tuple[pd.DataFrame, np.ndarray]:
+        control = is_control(samples, self.cohort.declared)
+        return samples[control], expression[control]
 
     def _matched(self, rows: pd.DataFrame, controls: pd.DataFrame, expression: np.ndarray) -> np.ndarray | None:
         """(N, G) mean of the controls of each row's context and study, else context; None where some row has none."""
@@ -116,7 +124,7 @@ class Evaluation:
             predictors[name] = lambda scene, gem=gem: self._from_metadata(gem, scene)
             predictors[f"{name}_reference"] = lambda scene, gem=gem: self._from_reference(gem, scene)
         if self.cohort.truth_folder:
-            predictors[CEILING] = self._oracle()
+            predictors |= self._oracles(self.cohort.truth_folder)
         return {name: predictors[name] for name in PREDICTORS if name in predictors}
 
     def _from_metadata(self, gem: GEM, scene: Scene) -> Prediction:
@@ -127,13 +135,24 @@ class Evaluation:
         if scene.reference is None:
             return Prediction(None, "no control of the same context is visible for some samples")
         latents = gem.latents_of(scene.samples, scene.reference, unknown="missing")
-        return Prediction(gem.expect(latents, self.params.prior_draws, self.params.seed))
+        return Prediction(gem.expect(latents, self.params.prior_draws, self.params.seed), sees_reference=True)
 
-    def _oracle(self) -> Callable[[Scene], Prediction]:
-        truth = Truth.load(self.cohort.truth_folder)
+    def _oracles(self, folder: Path) -> dict[str, Callable[[Scene], Prediction]]:
+        truth = Truth.load(folder)
         kept = pd.Index(truth.gene_id).get_indexer(self.cohort.genes)
-        oracle = MetadataOracle(truth, set(self.train["study"].dropna()), set(self.train["perturbation"].dropna()))
-        return lambda scene: Prediction(oracle.predict(scene.samples, scene.samples["total"].to_numpy())[:, kept])
+        hidden = pd.read_parquet(folder / "samples.parquet").set_index("sample_id")
+        by_metadata = MetadataOracle(truth, set(self.train["study"].dropna()), set(self.train["perturbation"].dropna()))
+        all_knowing = OmniscientOracle(truth)
+
+        def omniscient(scene: Scene) -> Prediction:
+            causes = hidden.loc[scene.samples["sample_id"]]
+            fractions = true_log_fractions(truth, scene.samples, causes["stratum"].to_numpy(), causes["donor"].to_numpy())
+            return Prediction(all_knowing.predict(fractions, scene.samples["total"].to_numpy())[:, kept])
+
+        return {
+            CEILING: lambda scene: Prediction(by_metadata.predict(scene.samples, scene.samples["total"].to_numpy())[:, kept]),
+            "oracle_omniscient": omniscient,
+        }
 
 
 def score_split(scene: Scene, predictions: Mapping[str, Prediction], params: Evaluate) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -142,7 +161,7 @@ def score_split(scene: Scene, predictions: Mapping[str, Prediction], params: Eva
     errors = {name: metrics.mse(scene.observed, said.values, resamples) for name, said in predictions.items() if said.values is not None}
     rows = []
     for name, said in predictions.items():
-        scores = _null_scores(said.reason) if said.values is None else _scores(scene, name, said.values, errors, resamples)
+        scores = _null_scores(said.reason) if said.values is None else _scores(scene, name, said, errors, resamples)
         rows += [{"split": scene.name, "predictor": name, "metric": metric, **_columns(score)} for metric, score in scores.items()]
     differences = []
     for better, worse in COMPARISONS:
@@ -156,10 +175,13 @@ def _null_scores(reason: str) -> dict[str, Score]:
     return {metric: Score.null(reason) for metric in METRICS}
 
 
-def _scores(scene: Scene, name: str, predicted: np.ndarray, errors: Mapping[str, np.ndarray], resamples: Resamples) -> dict[str, Score]:
+def _scores(scene: Scene, name: str, said: Prediction, errors: Mapping[str, np.ndarray], resamples: Resamples) -> dict[str, Score]:
+    predicted = said.values
     scores = {"mse": resamples.score(errors[name])}
     if CEILING in errors:
         scores["skill"] = resamples.score(metrics.skill(errors[name], errors[BASELINE], errors[CEILING]))
+        if said.sees_reference:
+            scores["skill"] = replace(scores["skill"], reason="1 is the ideal predictor from metadata; a reference can tell more")
     else:
         scores["skill"] = Score.null("the truth of this cohort is not known: there is no oracle")
     per_sample = metrics.sample_pearson(scene.observed, predicted)
@@ -170,19 +192,20 @@ def _scores(scene: Scene, name: str, predicted: np.ndarray, errors: Mapping[str,
     per_gene = metrics.gene_pearson(scene.observed, predicted, resamples)
     constant = Score.null("every gene is predicted constant over the samples")
     scores["gene_pearson"] = resamples.score(per_gene) if np.isfinite(per_gene[0]) else constant
-    scores["delta_pearson"] = _delta_score(scene, predicted, resamples)
+    scores["delta_pearson"] = _delta_score(scene, said, resamples)
     return scores
 
 
-def _delta_score(scene: Scene, predicted: np.ndarray, resamples: Resamples) -> Score:
-    treated = scene.treated
+def _delta_score(scene: Scene, said: Prediction, resamples: Resamples) -> Score:
+    """A change is from controls that the predictor knew: one without the new study's effect would else carry its negative."""
+    treated, own_control = scene.treated, scene.reference_control if said.sees_reference else scene.predicted_control
     if not treated.any():
         return Score.null("no treated sample in this split")
-    if scene.observed_control is None or scene.predicted_control is None:
+    if scene.observed_control is None or own_control is None:
         return Score.null("no two disjoint sets of controls of the same context")
     codes, condition = np.unique(scene.condition[treated], return_inverse=True)
     values = metrics.delta_pearson(
-        scene.observed[treated], predicted[treated], scene.observed_control[treated], scene.predicted_control[treated], condition
+        scene.observed[treated], said.values[treated], scene.observed_control[treated], own_control[treated], condition
     )
     if not np.isfinite(values).any():
         return Score.null("no change is predicted in any condition")

@@ -71,7 +71,8 @@ class Resamples:
             return Score.null("not finite on these samples")
         resampled = values[1:][np.isfinite(values[1:])]
         if self.number < 2 or not len(resampled):
-            return Score(float(values[0]), None, None, self.number, "one condition: no interval")
+            reason = "one condition: no interval" if self.number < 2 else "no resample of the conditions has a finite value: no interval"
+            return Score(float(values[0]), None, None, self.number, reason)
         low, high = np.quantile(resampled, [0.025, 0.975])
         return Score(float(values[0]), float(low), float(high), self.number)
 

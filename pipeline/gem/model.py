@@ -61,7 +61,7 @@ class Batch:
     """B training samples. `metadata[g]` holds the distinct rows (U_g, D_g) and `index[g]` (B,) points into them."""
 
     expression: Tensor                # (B, G) log-CPM
-    reference: Tensor                 # (B, G) log-CPM of a control of the same context and study, else the sample itself
+    reference: Tensor                 # (R, G) log-CPM of references of the first R samples; R = 0 leaves that term out
     metadata: Mapping[str, Tensor]
     index: Mapping[str, Tensor]
     labels: Tensor                    # (B, heads) class index, -1 missing
@@ -129,8 +129,12 @@ class Network(nn.Module):
         return decoded if self.linear_decoder is None else decoded + self.linear_decoder(latents)
 
     def log_variance(self, way: int) -> Tensor:
-        """(G,) log variance of log-CPM around the decoded mean: RECONSTRUCTED, PREDICTED or CONDITIONED."""
-        return self.log_variances[way].clamp(self.min_log_variance, LOG_VARIANCE_RANGE[1])
+        """(G,) log variance of log-CPM around the decoded mean: RECONSTRUCTED, PREDICTED or CONDITIONED.
+
+        The floor is added, not clamped: a clamped parameter has no gradient and would never come back.
+        """
+        floor = self.log_variances.new_tensor(self.min_log_variance)
+        return torch.logaddexp(self.log_variances[way], floor).clamp(max=LOG_VARIANCE_RANGE[1])
 
     def classify(self, latents: Tensor) -> dict[str, Tensor]:
         """Logits (B, K) per head from latents (B, L)."""
@@ -144,25 +148,26 @@ class Network(nn.Module):
             taken[self.slices()[group]] = True
         return Gaussian(torch.where(taken, reference.mean, prior.mean), torch.where(taken, reference.log_variance, prior.log_variance))
 
-    def forward(self, batch: Batch, generator: torch.Generator, conditioned: bool = True) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """The terms of the objective, each in nats per sample: summed over genes and latents, averaged over the batch once.
 
         nll_reconstruction: x decoded from its posterior. nll_predictive: from the prior of its metadata.
         nll_conditioned: technical and biological latents from a reference's posterior, perturbation from the prior.
         kl_<group>: KL(posterior | prior) per latent dimension (L_g,). classification: cross entropy summed over heads.
         """
-        x, size = batch.expression, len(batch.expression)
+        x, size, referred = batch.expression, len(batch.expression), len(batch.reference)
         prior = self.joint_prior(batch.metadata, batch.index)
-        encoded = self.posterior(torch.cat([x, batch.reference]) if conditioned else x)
+        encoded = self.posterior(torch.cat([x, batch.reference]))
         posterior = Gaussian(encoded.mean[:size], encoded.log_variance[:size])
         latents = [sample_normal(*posterior, generator), sample_normal(*prior, generator)]
-        if conditioned:
+        if referred:
             reference = Gaussian(encoded.mean[size:], encoded.log_variance[size:])
-            latents.append(sample_normal(*self.conditioned(prior, reference, GROUPS[:2]), generator))
-        decoded = self.decode(torch.cat(latents)).split(size)
+            of_query = Gaussian(prior.mean[:referred], prior.log_variance[:referred])
+            latents.append(sample_normal(*self.conditioned(of_query, reference, GROUPS[:2]), generator))
+        decoded = self.decode(torch.cat(latents)).split([len(part) for part in latents])
         ways = ("nll_reconstruction", "nll_predictive", "nll_conditioned")
         terms = {
-            name: -normal_log_likelihood(x, mean, self.log_variance(way)).mean()
+            name: -normal_log_likelihood(x[: len(mean)], mean, self.log_variance(way)).mean()
             for way, (name, mean) in enumerate(zip(ways, decoded, strict=False))
         }
         divergence = kl_normal(*posterior, *prior).mean(dim=0)
@@ -182,7 +187,7 @@ def objective(terms: Mapping[str, Tensor], params: Train, warmup: float) -> Tens
     """The weighted loss that training minimises, in nats per sample; `warmup` in [0, 1] scales the KL weights."""
     loss = terms["nll_reconstruction"] + params.predictive_weight * terms["nll_predictive"]
     if "nll_conditioned" in terms:
-        loss = loss + params.mixture_weight * terms["nll_conditioned"]
+        loss = loss + params.conditioned_weight * terms["nll_conditioned"]
     for group in GROUPS:
         weight = warmup * getattr(params.kl_weight, group)
         loss = loss + weight * terms[f"kl_{group}"].clamp_min(params.free_bits).sum()

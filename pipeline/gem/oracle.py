@@ -5,8 +5,9 @@ and the Laplace transform of the negative binomial, E[exp(-c t)] = (1 + phi m (1
 
     E[log1p(s c)] = int_0^inf (1 - (1 + phi m (1 - exp(-s t)))^(-1 / phi)) exp(-t) / t dt.
 
-What is hidden (donor, stratum, an unseen study, an unseen perturbation) is summed or integrated over.
-`oracle_error` measures what the approximations cost against the simulator itself.
+What is hidden (donor, stratum, an unseen study, an unseen perturbation) is summed or integrated over. The only
+approximations are the interpolation of a table and the normaliser of what is integrated. Against independent
+simulation (tests/test_oracle.py) their error is below 0.04 % of the gap between training mean and oracle.
 
 N samples, G genes; otherwise the legend of simulator.py.
 """
@@ -28,12 +29,11 @@ from pipeline.gem.simulator import (
     Levels,
     Truth,
     age_missing_probability,
-    draw_counts,
 )
 
 _STEP = 0.3           # of the integral over log t: the trapezoid rule converges as exp(-pi^2 / step)
 _COARSE, _FINE = 0.25, 0.02  # of the grids over log fraction: exact integrals, then a cubic spline of them
-_DEPTHS = 4           # Chebyshev nodes over log library size
+_DEPTHS = 8           # Chebyshev nodes over log library size
 _BLOCK = 256          # samples at a time
 _NEGLIGIBLE = 1e-7    # posterior weight below which a possibility is left out
 
@@ -118,7 +118,8 @@ class MetadataOracle:
     """E[log-CPM | metadata as recorded, library size], all effects of levels seen in training being known.
 
     Hidden and summed over: the donor and, where sex or age is missing or may be wrong, the stratum; for an unseen
-    study the population of studies and donors; for an unseen perturbation its peculiar effect and whether it acts.
+    study the population of studies and donors; for an unseen perturbation its peculiar effect and whether it acts
+    (its embedding and its target gene are public, as a compound library's or a guide library's are).
     """
 
     def __init__(self, truth: Truth, seen_studies: set[str], seen_perturbations: set[str]):
@@ -250,16 +251,3 @@ def _log_sum_exp(values: np.ndarray) -> np.ndarray:
     highest = values.max(axis=1)
     return highest + np.log(np.exp(values - highest[:, None]).sum(axis=1))
 
-
-def oracle_error(oracle_prediction: np.ndarray, log_fraction: np.ndarray, totals: np.ndarray, dispersion: np.ndarray, draws: int, rng: np.random.Generator) -> float:
-    """Mean squared error of an omniscient expectation against `draws` fresh simulations, their own noise subtracted."""
-    total = np.zeros_like(oracle_prediction)
-    squares = np.zeros_like(oracle_prediction)
-    for _ in range(draws):
-        counts = draw_counts(log_fraction, totals, dispersion, rng)
-        expression = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e6)
-        total += expression
-        squares += expression**2
-    mean = total / draws
-    noise = np.maximum(squares / draws - mean**2, 0) / (draws - 1)
-    return float(np.mean((mean - oracle_prediction) ** 2 - noise))

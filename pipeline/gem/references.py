@@ -19,14 +19,18 @@ def matching_keys(samples: pd.DataFrame, data: Data) -> list[pd.Series]:
     return [with_study + " / " + traits, with_study, context]
 
 
-def reference_lists(samples: pd.DataFrame, pool: pd.DataFrame, data: Data) -> list[np.ndarray]:
-    """For each sample the positions in `pool` of the best matching controls; empty where there is none."""
+def reference_lists(samples: pd.DataFrame, pool: pd.DataFrame, data: Data, same: bool = False) -> list[np.ndarray]:
+    """For each sample the positions in `pool` of the best matching controls; empty where there is none.
+
+    `same` says that `pool` is `samples`: then no sample is its own reference.
+    """
     controls = np.flatnonzero(is_control(pool, data).to_numpy())
     lists: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(samples)
     keys = zip(matching_keys(samples, data), matching_keys(pool.iloc[controls], data), strict=True) if len(controls) else ()
     for of_samples, of_controls in keys:
         groups = {name: rows.to_numpy() for name, rows in pd.Series(controls).groupby(of_controls.to_numpy())}
-        lists = [found if len(found) else groups.get(key, found) for found, key in zip(lists, of_samples, strict=True)]
+        candidates = [found if len(found) else groups.get(key, found) for found, key in zip(lists, of_samples, strict=True)]
+        lists = [found[found != row] if same else found for row, found in enumerate(candidates)]
     return lists
 
 

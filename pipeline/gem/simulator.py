@@ -360,7 +360,7 @@ def _draw_study(params: Synthesize, truth: Truth, offered: np.ndarray, size: int
         doses = rng.choice(DOSES, 2, replace=False) if compound else [None]
         time = rng.choice(TIMES)
         conditions += [(context, perturbation, dose, time) for context in contexts for dose in doses]
-    controls = max(int(round(params.control_share * size)), len(contexts))
+    controls = min(max(round(params.control_share * size), len(contexts)), size)
     rng.shuffle(conditions)
     rows = [(contexts[index % len(contexts)], 0, None, None) for index in range(controls)]
     # Whole conditions with their replicates, not a thin spread: at least three samples each.
@@ -399,9 +399,13 @@ def _record_donors(table: pd.DataFrame, truth: Truth, stratum: np.ndarray, rng: 
 
 
 def log_fractions(truth: Truth, design: Design, rows: slice) -> np.ndarray:
-    """(N, G) log of the expected share of each gene in the named samples, every hidden cause known."""
-    levels = truth.levels(design.samples.iloc[rows])
-    stratum, donor = design.stratum[rows], design.donor[rows]
+    """(N, G) log of the expected share of each gene in the named samples of a design."""
+    return true_log_fractions(truth, design.samples.iloc[rows], design.stratum[rows], design.donor[rows])
+
+
+def true_log_fractions(truth: Truth, samples: pd.DataFrame, stratum: np.ndarray, donor: np.ndarray) -> np.ndarray:
+    """(N, G) log of the expected share of each gene, every hidden cause known: stratum (N,) and donor (N,)."""
+    levels = truth.levels(samples)
     log_mu = truth.known_effects(levels)
     log_mu += truth.donor_trait_effects(truth.stratum_sex[levels.study, stratum], truth.stratum_age[levels.study, stratum])
     log_mu += truth.study[levels.study]

@@ -7,7 +7,7 @@ from rich.table import Table
 from pipeline.gem.metrics import METRICS
 
 _SHOWN = ("mse", "skill", "delta_pearson")
-_MEANING = {"no_change": "floor", "training_mean": "floor", "additive": "baseline", "ridge": "baseline", "oracle_metadata": "ideal"}
+_MEANING = {"no_change": "floor", "training_mean": "floor", "additive": "baseline", "ridge": "baseline", "oracle_metadata": "ideal", "oracle_omniscient": "all-knowing"}
 
 
 def show_results(scores: pd.DataFrame, comparisons: pd.DataFrame) -> None:

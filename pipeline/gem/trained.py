@@ -5,6 +5,7 @@ N samples, G genes. Expression is log-CPM.
 
 import io
 import pickle
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from pipeline.gem.config import GROUPS, Model
 from pipeline.gem.errors import InputError, IntegrityError
+from pipeline.gem.expression import counts_from_log_cpm
 from pipeline.gem.likelihood import normal_log_likelihood, sample_normal
 from pipeline.gem.metadata import MetadataEncoder
 from pipeline.gem.model import CONDITIONED, PREDICTED, Gaussian, Network
@@ -66,9 +68,14 @@ class GEM:
         if not path.exists():
             raise InputError(f"{path}: absent; `dvc repro` trains it")
         try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch reads a flipped bit without complaint
+            if damaged:
+                raise IntegrityError(f"{path}: {damaged} inside it is damaged; train the model again")
             content = torch.load(path, weights_only=True, map_location="cpu")
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            raise IntegrityError(f"{path}: not a GEM model file ({str(error).splitlines()[0]})") from None
+        except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise IntegrityError(f"{path}: not a GEM model file ({reason}); train the model again") from None
         version = content.get("format_version") if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
             raise IntegrityError(f"{path}: format version {version}, expected {FORMAT_VERSION}; train the model again")
@@ -154,6 +161,10 @@ class GEM:
                 decoded = sample_normal(decoded, noise.expand_as(decoded), generator)
             result[rows] = decoded.cpu().numpy()
         return result
+
+    def generate_counts(self, samples: pd.DataFrame, totals: np.ndarray, reference: np.ndarray | None = None, **how) -> np.ndarray:
+        """(N, G) whole counts whose rows sum exactly to `totals` (N,); `how` as in `generate`."""
+        return counts_from_log_cpm(self.generate(samples, reference, **how), totals)
 
     @torch.no_grad()
     def expect(self, latents: Gaussian, draws: int, seed: int) -> np.ndarray:

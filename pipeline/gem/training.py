@@ -17,7 +17,7 @@ from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import GROUPS, Params, Train
 from pipeline.gem.errors import DivergedError, InputError
 from pipeline.gem.metadata import MetadataEncoder
-from pipeline.gem.model import Batch, Gaussian, objective
+from pipeline.gem.model import Batch, Network, objective
 from pipeline.gem.references import reference_lists
 from pipeline.gem.splits import TRAIN
 from pipeline.gem.trained import GEM, distinct_rows, predictive_log_likelihood
@@ -82,8 +82,9 @@ class References:
 
     @classmethod
     def of(cls, samples: pd.DataFrame, cohort: Cohort, device: torch.device) -> "References":
-        """A sample without such a control is its own reference."""
-        lists = [found if len(found) else np.array([row]) for row, found in enumerate(reference_lists(samples, samples, cohort.declared))]
+        """Never the sample itself, but where it has no other control."""
+        others = reference_lists(samples, samples, cohort.declared, same=True)
+        lists = [found if len(found) else np.array([row]) for row, found in enumerate(others)]
         number = np.array([len(rows) for rows in lists])
         start = np.concatenate([[0], np.cumsum(number)[:-1]])
         return cls(*(torch.from_numpy(array).to(device) for array in (np.concatenate(lists), start, number)))
@@ -255,13 +256,15 @@ class _Loop:
             for group in GROUPS:
                 distinct, index[group] = torch.unique(train.index[group][rows], return_inverse=True)
                 metadata[group] = drop_fields(train.metadata[group][distinct], self.field_sizes[group], self.params.metadata_dropout, self.generator)
-            reference = train.expression[self.data.references.draw(rows, self.generator)] if self.params.mixture_weight else train.expression[:0]
+            # A share of the batch is enough: this term needs an encoding and a decoding of its own.
+            referred = rows[: math.ceil(self.params.conditioned_share * len(rows))] if self.params.conditioned_weight else rows[:0]
+            reference = train.expression[self.data.references.draw(referred, self.generator)]
             yield Batch(train.expression[rows], reference, metadata, index, train.labels[rows])
 
     def _step(self, batch: Batch, step: int) -> tuple[Tensor, list[Tensor]]:
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * self.params.learning_rate * one_cycle(step, self.steps)
-        terms = self.network(batch, self.generator, conditioned=self.params.mixture_weight > 0)
+        terms = self.network(batch, self.generator)
         loss = objective(terms, self.params, kl_warmup(step, self.steps, self.params.kl_warmup))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -287,16 +290,19 @@ class _Loop:
         generator = torch.Generator(data.expression.device).manual_seed(_VALIDATION_SEED)
         prior = self.network.joint_prior(data.metadata, data.index)
         score, mean = predictive_log_likelihood(self.network, data.expression, prior, self.params.predictive_draws, generator)
-        return {
+        figures = {
             "validation_predictive_log_likelihood": float(score.mean()),
-            "validation_evidence_lower_bound": evidence_lower_bound(self.network, data, prior, generator),
+            "validation_evidence_lower_bound": evidence_lower_bound(self.network, data, generator),
             "validation_mse": float((mean - data.expression).square().mean()),
         }
+        broken = [name for name, value in figures.items() if not math.isfinite(value)]
+        if broken:
+            raise DivergedError(f"training diverged: {', '.join(broken)} is not finite; lower train.learning_rate ({self.params.learning_rate})")
+        return figures
 
 
 @torch.no_grad()
-def evidence_lower_bound(network, data: Encoded, prior: Gaussian, generator: torch.Generator) -> float:
+def evidence_lower_bound(network: Network, data: Encoded, generator: torch.Generator) -> float:
     """The unweighted bound E_q[log p(x | z)] - KL, one posterior draw per sample, mean over samples."""
-    empty = data.expression[:0]
-    terms = network(Batch(data.expression, empty, data.metadata, data.index, data.labels), generator, conditioned=False)
+    terms = network(Batch(data.expression, data.expression[:0], data.metadata, data.index, data.labels), generator)
     return float(-terms["nll_reconstruction"] - sum(terms[f"kl_{group}"].sum() for group in GROUPS))

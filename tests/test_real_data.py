@@ -1,0 +1,94 @@
+"""Real cohorts, where their folder exists: only params.yaml is edited."""
+
+import json
+
+import pytest
+from conftest import SHARED_DATA, TINY
+from repository import Repository
+
+from pipeline.gem import yamlfile
+
+pytestmark = pytest.mark.skipif(not SHARED_DATA.exists(), reason="the real cohorts are not on this machine")
+
+YEAST = """\
+data:
+  source: SOURCE/yeast_snf2.h5ad
+  layer: null
+  sample_id: sample_id
+  covariates:
+    technical:
+      study: {kind: categorical}
+    biological:
+      organism_strain: {kind: categorical}
+    perturbation:
+      perturbation: {kind: categorical}
+      perturbation_type: {kind: categorical}
+  context_columns: [organism_strain]
+  control: {column: perturbation, value: control}
+  date_column: null
+  study_column: study
+  min_gene_samples: 5
+  empty_samples: refuse
+"""
+
+AIRWAY = """\
+data:
+  source: SOURCE/airway.h5ad
+  layer: null
+  sample_id: sample_id
+  covariates:
+    technical:
+      study: {kind: categorical}
+    biological:
+      cell_line: {kind: categorical}
+    perturbation:
+      perturbation: {kind: categorical}
+      perturbation_dose: {kind: numeric, scale: log}
+      perturbation_time: {kind: numeric, scale: log}
+  context_columns: [cell_line]
+  control: {column: perturbation, value: control}
+  date_column: null
+  study_column: study
+  min_gene_samples: 5
+  empty_samples: refuse
+"""
+
+
+def with_data(repository: Repository, section: str) -> None:
+    path = repository.folder / "params.yaml"
+    text = path.read_text()
+    lines = yamlfile.read(path).lines
+    start, end = lines[("data",)] - 1, lines[("splits",)] - 1
+    rows = text.splitlines(keepends=True)
+    path.write_text("".join(rows[:start]) + section.replace("SOURCE", str(SHARED_DATA)) + "\n" + "".join(rows[end:]))
+
+
+def test_the_yeast_cohort_runs_through_every_stage(tmp_path):
+    changes = TINY | {"tune.trials": 1, "train.epochs": 8}
+    repository = Repository(tmp_path / "repository", changes)
+    with_data(repository, YEAST)
+    repository.dvc("repro")
+    manifest = json.loads((repository.folder / "data/cohort/manifest.json").read_text())
+    assert manifest["samples"] == 96
+    assert 6000 < manifest["genes"] < 7126
+    assert any("test_combination is absent" in note for note in manifest["notes"])
+    scores = json.loads((repository.folder / "experiments/evaluation/metrics.json").read_text())
+    assert set(scores) == {"test_random"}
+    random = scores["test_random"]
+    assert "oracle_metadata" not in random
+    assert random["gem"]["skill"] is None, "without a known truth there is no ideal predictor"
+    assert random["ridge"]["mse"] < random["training_mean"]["mse"]
+    assert random["ridge"]["delta_pearson"] > 0.5, "the effect of snf2 is strong and its replicates are many"
+
+
+def test_the_airway_cohort_of_eight_samples_is_legal(tmp_path):
+    repository = Repository(tmp_path / "repository", TINY)
+    with_data(repository, AIRWAY)
+    repository.python("pipeline.params")
+    said = repository.python("pipeline.prepare").stdout
+    assert "validation is absent" in said
+    manifest = json.loads((repository.folder / "data/cohort/manifest.json").read_text())
+    assert manifest["samples"] == 8
+    assert manifest["missing"]["perturbation_dose"] == 4
+    said = repository.python("pipeline.train").stdout
+    assert "no validation split: all 6 epochs are trained" in said

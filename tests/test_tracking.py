@@ -1,0 +1,118 @@
+"""Tracking: real MLflow on a real SQLite store."""
+
+import subprocess
+import sys
+import warnings
+
+import mlflow
+import pytest
+from conftest import ROOT
+
+from pipeline.gem import tracking
+
+
+@pytest.fixture(autouse=True)
+def _store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    before = mlflow.get_tracking_uri()
+    tracking.connect("gem")
+    yield
+    mlflow.set_tracking_uri(before)
+
+
+def test_the_default_store_has_mlflows_own_names(tmp_path):
+    with tracking.run("one", "train"):
+        pass
+    assert (tmp_path / "mlflow.db").exists()
+
+
+def test_another_store_is_named_by_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/elsewhere.db")
+    tracking.connect("gem")
+    with tracking.run("one", "train"):
+        pass
+    assert (tmp_path / "elsewhere.db").exists()
+
+
+def test_a_run_ends_as_it_went():
+    with tracking.run("well", "train") as well:
+        pass
+    with pytest.raises(ValueError), tracking.run("badly", "train") as badly:
+        raise ValueError
+    with pytest.raises(KeyError), tracking.run("pruned", "tune", killed_by=(KeyError,)) as pruned:
+        raise KeyError
+    assert [mlflow.get_run(run.id).info.status for run in (well, badly, pruned)] == ["FINISHED", "FAILED", "KILLED"]
+
+
+def test_children_are_grouped_under_their_parent_and_a_resumed_run_is_the_same_run():
+    with tracking.run("parent", "tune") as parent, tracking.run("child", "tune", parent=parent.id) as child:
+        child.metrics({"a": 1.0}, step=1)
+    assert mlflow.get_run(child.id).data.tags["mlflow.parentRunId"] == parent.id
+    with tracking.run("parent", "tune", resume=parent.id) as again:
+        again.metrics({"b": 2.0})
+    assert again.id == parent.id
+    assert mlflow.get_run(parent.id).data.metrics == {"b": 2.0}
+
+
+def test_a_number_that_is_not_finite_is_left_out_not_stored_as_another():
+    with tracking.run("one", "train") as run:
+        run.metrics({"fine": 1.0, "infinite": float("inf"), "nothing": float("nan"), "absent": None})
+    assert mlflow.get_run(run.id).data.metrics == {"fine": 1.0}
+
+
+def test_a_parameter_that_mlflow_would_cut_is_refused():
+    with pytest.raises(Exception, match="shorten it"), tracking.run("one", "train") as run:
+        run.params({"long": "x" * 7000})
+
+
+def test_a_models_run_is_found_by_hash_predictor_and_stage():
+    assert tracking.find_model_run("f" * 64, "gem", "train") is None
+    with tracking.run("default", "train") as default:
+        default.tags({tracking.MODEL_TAG: "f" * 64})
+    with tracking.run("winner", "tune") as winner:
+        winner.tags({tracking.MODEL_TAG: "f" * 64})
+    assert tracking.find_model_run("f" * 64, "gem", "train") == default.id
+    assert tracking.find_model_run("f" * 64, "gem_tuned", "tune") == winner.id
+    with tracking.run("opened anew", "evaluate") as anew:
+        anew.tags({tracking.MODEL_TAG: "e" * 64, tracking.PREDICTOR_TAG: "gem"})
+    assert tracking.find_model_run("e" * 64, "gem", "train") == anew.id
+
+
+def test_the_datas_digest_is_dvcs_hash_where_dvc_wrote_one(tmp_path):
+    assert tracking.data_digest("data/cohort", "0123456789abcdef" * 4) == "0123456789abcdef" * 2
+    (tmp_path / "dvc.lock").write_text("stages:\n  prepare:\n    outs:\n    - path: data/cohort\n      md5: 7d4.dir\n")
+    assert tracking.data_digest("data/cohort", "0" * 64) == "7d4.dir"
+
+
+def test_the_code_is_tagged_with_commit_and_dirt(tmp_path):
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    assert tracking.code_tags() == {}
+    git("init", "--quiet")
+    (tmp_path / "params.yaml").write_text("a: 1\n")
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "x.py").write_text("")
+    (tmp_path / "requirements.lock").write_text("")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "start")
+    assert tracking.code_tags()["git.dirty"] == "false"
+    (tmp_path / "params.yaml").write_text("a: 2\n")
+    dirty = tracking.code_tags()
+    assert dirty["git.dirty"] == "true"
+    assert len(dirty["git.diff_sha256"]) == 64
+
+
+def test_two_processes_may_open_a_fresh_store_at_once(tmp_path):
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    code = "from pipeline.gem import tracking; tracking.connect('gem')\nwith tracking.run('x', 'train'): pass"
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    both = [subprocess.Popen([sys.executable, "-c", code], cwd=fresh, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outcomes = [(process.communicate(timeout=120)[1], process.returncode) for process in both]
+    assert [code for _, code in outcomes] == [0, 0], outcomes
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        client = mlflow.MlflowClient(f"sqlite:///{fresh}/mlflow.db")
+        assert len(client.search_runs([client.get_experiment_by_name("gem").experiment_id])) == 2

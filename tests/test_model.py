@@ -89,7 +89,7 @@ def twin(params, reference) -> Network:
     model = params.model.model_copy(
         update={
             "latent": Latent(technical=2, biological=3, perturbation=2), "hidden": 8, "blocks": 2, "prior_blocks": 2, "expansion": 2,
-            "dropout": 0.0, "linear_decoder": False, "min_variance": 1e-4,
+            "dropout": 0.0, "linear_decoder": False, "min_variance": 1e-9,
         }
     )
     made = Network(12, {"technical": 3, "biological": 4, "perturbation": 2}, {}, model)
@@ -163,24 +163,28 @@ def test_the_references_decoded_samples_and_losses_are_reproduced(twin, referenc
 # --- the terms of the objective -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("conditioned", [True, False])
-def test_terms_are_sums_over_genes_and_latents_averaged_over_samples_once(small, conditioned):
-    made, data, size = network(small), batch(), 6
-    terms = made(data, torch.Generator().manual_seed(5), conditioned=conditioned)
+@pytest.mark.parametrize("referred", [6, 2, 0])
+def test_terms_are_sums_over_genes_and_latents_averaged_over_samples_once(small, referred):
+    """The conditioned term is computed on the samples that have a reference in the batch, the first `referred`."""
+    made, size = network(small), 6
+    data = replace(batch(), reference=batch().reference[:referred])
+    terms = made(data, torch.Generator().manual_seed(5))
     # The same noise, drawn in the order posterior, prior, conditioned; then everything sample by sample and gene by gene.
     generator = torch.Generator().manual_seed(5)
-    noise = [torch.randn(size, 7, generator=generator) for _ in range(3 if conditioned else 2)]
+    noise = [torch.randn(rows, 7, generator=generator) for rows in (size, size, referred) if rows]
     expected = {name: 0.0 for name in WAYS} | {"classification": 0.0} | {f"kl_{group}": 0.0 for group in GROUPS}
     with torch.no_grad():
         for row in range(size):
             prior_parts = [made.prior(group, data.metadata[group]) for group in GROUPS]
             prior = Gaussian(*(torch.cat([part[kind][data.index[group][row]] for group, part in zip(GROUPS, prior_parts, strict=True)]) for kind in (0, 1)))
             posterior = Gaussian(*(part[0] for part in made.posterior(data.expression[row : row + 1])))
-            control = Gaussian(*(part[0] for part in made.posterior(data.reference[row : row + 1])))
+            control = Gaussian(*(part[0] for part in made.posterior(batch().reference[row : row + 1])))
             # technical and biological (5 of 7 latents) from the reference, perturbation from the prior
             mixed = Gaussian(*(torch.cat([control[kind][:5], prior[kind][5:]]) for kind in (0, 1)))
             sources = dict(zip(WAYS, (posterior, prior, mixed), strict=True))
             for (name, way), draw in zip(WAYS.items(), noise, strict=False):
+                if row >= len(draw):
+                    continue
                 latents = sources[name].mean + torch.exp(0.5 * sources[name].log_variance) * draw[row]
                 density = Normal(made.decode(latents[None])[0], torch.exp(0.5 * made.log_variance(way)))
                 expected[name] -= float(density.log_prob(data.expression[row]).sum())
@@ -191,8 +195,9 @@ def test_terms_are_sums_over_genes_and_latents_averaged_over_samples_once(small,
             divergence = kl_divergence(*(Normal(part.mean, torch.exp(0.5 * part.log_variance)) for part in (posterior, prior)))
             for group, place in made.slices().items():
                 expected[f"kl_{group}"] += float(divergence[place].sum())
-    if not conditioned:
-        del expected["nll_conditioned"]
+    conditioned = expected.pop("nll_conditioned")
+    if referred:
+        expected["nll_conditioned"] = conditioned * size / referred
     assert set(terms) == set(expected)
     for name, value in terms.items():
         assert float(value.detach().sum()) == pytest.approx(expected[name] / size, rel=1e-4, abs=1e-4), name
@@ -306,7 +311,7 @@ def test_the_objective_is_the_weighted_sum_of_its_terms(params, small, generator
     terms = network(small)(batch(), generator)
     train = params.train.model_copy(
         update={
-            "kl_weight": KLWeight(technical=2.0, biological=3.0, perturbation=5.0), "predictive_weight": 7.0, "mixture_weight": 11.0,
+            "kl_weight": KLWeight(technical=2.0, biological=3.0, perturbation=5.0), "predictive_weight": 7.0, "conditioned_weight": 11.0,
             "classifier_weight": 13.0, "free_bits": 0.0,
         }
     )
@@ -702,3 +707,13 @@ def test_more_draws_never_lower_the_predictive_log_likelihood_in_expectation(gem
 
     scores = [score(draws) for draws in (1, 4, 16)]
     assert scores[0] < scores[1] < scores[2]
+
+
+@pytest.mark.parametrize("totals", [[1_000_000] * 4, [1, 17, 20_000, 12_345_678]])
+@pytest.mark.parametrize("draw", [False, True])
+def test_generated_counts_are_whole_and_have_exactly_the_requested_totals(gem, queries, totals, draw, generator):
+    table = pd.concat([queries] * 4).iloc[:4]
+    counts = gem.generate_counts(table, np.array(totals), draw_latents=draw, draw_observations=draw, generator=generator if draw else None)
+    assert counts.dtype == np.int64
+    assert (counts >= 0).all()
+    assert counts.sum(axis=1).tolist() == totals

@@ -93,7 +93,8 @@ class Network(nn.Module):
         """Starts the decoder at the training mean of every gene (G,), and the noise at its variance (G,)."""
         with torch.no_grad():
             self.decoder[-1].bias.copy_(mean)
-            self.log_variances.copy_(variance.clamp_min(1e-3).log().expand_as(self.log_variances))
+            floor = torch.tensor(self.min_log_variance).exp()
+            self.log_variances.copy_((variance - floor).clamp_min(0.1 * floor).log().expand_as(self.log_variances))
 
     def slices(self) -> dict[str, slice]:
         """Where each group stands among the L latent dimensions."""

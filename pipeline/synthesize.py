@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 
 from pipeline.gem.config import Synthesize, read_params
+from pipeline.gem.design import draw_design, expected_log_fractions
 from pipeline.gem.errors import exit_with
 from pipeline.gem.progress import Progress
 from pipeline.gem.shards import ShardWriter
-from pipeline.gem.simulator import Truth, draw_counts, draw_design, draw_truth, log_fractions
+from pipeline.gem.simulator import Truth, draw_counts, draw_truth
 
 OUTPUT = Path("data/synthetic")
 CHUNK_VALUES = 2**23  # counts generated at a time: 64 MB an array of float64
@@ -43,7 +44,7 @@ def write_source(params: Synthesize, folder: Path) -> None:
     with ShardWriter(folder / "counts", "counts", np.dtype(np.uint32)) as writer:
         for start in range(0, params.samples, rows):
             chunk = slice(start, start + rows)
-            counts = draw_counts(log_fractions(truth, design, chunk), design.library_size[chunk], truth.dispersion, rng)
+            counts = draw_counts(expected_log_fractions(truth, design, chunk), design.library_size[chunk], truth.dispersion, rng)
             writer.write(design.samples["sample_id"].to_numpy()[chunk], counts)
             progress.advance(len(counts))
     progress.done(f"{params.samples:,} samples x {params.genes:,} genes in {folder}")

@@ -109,8 +109,9 @@ class Teller:
         done = len(search.finished)
         left = (time.monotonic() - self.started) / self.told * max(self.budget - done, 0)
         best = f"best {search.study.best_value:.4f} (trial {search.study.best_trial.number})" if search.complete else "none complete"
-        value = "" if trial.value is None else f" {trial.value:.4f}"
-        print(f"tune: trial {trial.number} {trial.state.name.lower()}{value} after {len(trial.intermediate_values)} epochs; {best}; {done} of {self.budget}, {duration(left)} left", flush=True)
+        ended = f"{trial.state.name.lower()} after {len(trial.intermediate_values)} epochs"
+        value = "" if trial.value is None else f", {trial.value:.4f}"
+        print(f"tune: trial {trial.number} {ended}{value}; {best}; {done} of {self.budget}, {duration(left)} left", flush=True)
 
 
 def write_answers(output: Path, question: Question, search: Search) -> None:

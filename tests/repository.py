@@ -17,6 +17,11 @@ TINY_STUDY = (
 )
 
 
+def _answers(path: str, names: list[str]) -> list[str]:
+    """Results of committed experiments stay behind: the stages write them anew."""
+    return [name for name in names if (Path(path) / name).is_dir()]
+
+
 class Repository:
     """A folder in which the stages run as a user runs them."""
 
@@ -26,8 +31,7 @@ class Repository:
         for part in PARTS:
             source = ROOT / part
             if source.is_dir():
-                # Answers of committed searches stay behind: the stages write them anew.
-                shutil.copytree(source, folder / part, ignore=lambda path, names: [name for name in names if name == "__pycache__" or (Path(path) / name).is_dir() and Path(path).name == "experiments"])
+                shutil.copytree(source, folder / part, ignore=_answers if part == "experiments" else shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, folder / part)
         (folder / ".dvc").mkdir()

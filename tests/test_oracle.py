@@ -11,8 +11,9 @@ import pytest
 from scipy.stats import nbinom
 
 from pipeline.gem import simulator
+from pipeline.gem.design import draw_design, expected_log_fractions
 from pipeline.gem.oracle import ExpectationTable, MetadataOracle, OmniscientOracle, expected_log_cpm
-from pipeline.gem.simulator import DISEASES, SEXES, Truth, draw_counts, draw_design, draw_truth, log_fractions
+from pipeline.gem.simulator import DISEASES, SEXES, Truth, draw_counts, draw_truth
 
 DRAWS = 2000       # simulations of one sample
 QUERIES = 4        # samples of each kind
@@ -108,7 +109,7 @@ def world(request, params) -> World:
     rng = np.random.default_rng(8)
     truth = draw_truth(settings, rng)
     design = draw_design(settings, truth, rng)
-    fractions = log_fractions(truth, design, slice(None))
+    fractions = expected_log_fractions(truth, design, slice(None))
     return World(truth, design.samples, fractions, draw_counts(fractions, design.library_size, truth.dispersion, rng))
 
 

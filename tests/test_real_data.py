@@ -10,48 +10,30 @@ from pipeline.gem import yamlfile
 
 pytestmark = pytest.mark.skipif(not SHARED_DATA.exists(), reason="the real cohorts are not on this machine")
 
-YEAST = """\
+SECTION = """\
 data:
-  source: SOURCE/yeast_snf2.h5ad
+  source: {source}
   layer: null
-  sample_id: sample_id
+  sample_id: null
   covariates:
-    technical:
-      study: {kind: categorical}
-    biological:
-      organism_strain: {kind: categorical}
+    technical: {{study: {{kind: categorical}}}}
+    biological: {{{biological}: {{kind: categorical}}}}
     perturbation:
-      perturbation: {kind: categorical}
-      perturbation_type: {kind: categorical}
-  context_columns: [organism_strain]
-  control: {column: perturbation, value: control}
+      perturbation: {{kind: categorical}}
+{more}
+  context_columns: [{biological}]
+  control: {{column: perturbation, value: control}}
   date_column: null
   study_column: study
   min_gene_samples: 5
   empty_samples: refuse
 """
-
-AIRWAY = """\
-data:
-  source: SOURCE/airway.h5ad
-  layer: null
-  sample_id: sample_id
-  covariates:
-    technical:
-      study: {kind: categorical}
-    biological:
-      cell_line: {kind: categorical}
-    perturbation:
-      perturbation: {kind: categorical}
-      perturbation_dose: {kind: numeric, scale: log}
-      perturbation_time: {kind: numeric, scale: log}
-  context_columns: [cell_line]
-  control: {column: perturbation, value: control}
-  date_column: null
-  study_column: study
-  min_gene_samples: 5
-  empty_samples: refuse
-"""
+YEAST = SECTION.format(source=SHARED_DATA / "yeast_snf2.h5ad", biological="organism_strain", more="      perturbation_type: {kind: categorical}")
+AIRWAY = SECTION.format(
+    source=SHARED_DATA / "airway.h5ad",
+    biological="cell_line",
+    more="      perturbation_dose: {kind: numeric, scale: log}\n      perturbation_time: {kind: numeric, scale: log}",
+)
 
 
 def with_data(repository: Repository, section: str) -> None:
@@ -60,7 +42,7 @@ def with_data(repository: Repository, section: str) -> None:
     lines = yamlfile.read(path).lines
     start, end = lines[("data",)] - 1, lines[("splits",)] - 1
     rows = text.splitlines(keepends=True)
-    path.write_text("".join(rows[:start]) + section.replace("SOURCE", str(SHARED_DATA)) + "\n" + "".join(rows[end:]))
+    path.write_text("".join(rows[:start]) + section + "\n" + "".join(rows[end:]))
 
 
 def test_the_yeast_cohort_runs_through_every_stage(tmp_path):

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from pipeline.gem import simulator
+from pipeline.gem.design import draw_design, expected_log_fractions
 from pipeline.gem.oracle import MetadataOracle, OmniscientOracle
 from pipeline.gem.simulator import (
     AGES,
@@ -19,9 +20,7 @@ from pipeline.gem.simulator import (
     Truth,
     age_missing_probability,
     draw_counts,
-    draw_design,
     draw_truth,
-    log_fractions,
 )
 
 
@@ -94,7 +93,7 @@ def test_dispersion_follows_splatters_formula(settings, preset):
 
 
 def test_expected_shares_sum_to_one(truth, design):
-    found = np.exp(log_fractions(truth, design, slice(0, 200)))
+    found = np.exp(expected_log_fractions(truth, design, slice(0, 200)))
     np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-12)
     assert np.exp(truth.baseline).sum() == pytest.approx(1)
 
@@ -277,7 +276,7 @@ def test_the_same_seed_gives_the_same_bits(settings):
         rng = np.random.default_rng(seed)
         truth = draw_truth(settings, rng)
         design = draw_design(settings, truth, rng)
-        return truth, design, draw_counts(log_fractions(truth, design, slice(None)), design.library_size, truth.dispersion, rng)
+        return truth, design, draw_counts(expected_log_fractions(truth, design, slice(None)), design.library_size, truth.dispersion, rng)
 
     (first, design, counts), (again, design_again, counts_again), (_, _, other) = everything(5), everything(5), everything(6)
     for field in fields(Truth):
@@ -302,5 +301,5 @@ def test_the_oracle_uses_the_effects_the_counts_are_drawn_from(settings):
     design = draw_design(open_book, truth, rng)
     oracle = MetadataOracle(truth, set(truth.studies), set(truth.perturbations))
     from_metadata = oracle.predict(design.samples, design.library_size)
-    from_everything = OmniscientOracle(truth).predict(log_fractions(truth, design, slice(None)), design.library_size)
+    from_everything = OmniscientOracle(truth).predict(expected_log_fractions(truth, design, slice(None)), design.library_size)
     np.testing.assert_allclose(from_metadata, from_everything, atol=1e-4)

@@ -101,7 +101,7 @@ def test_divergence_names_the_step_and_the_term(data, params):
 def test_cuda_is_refused_where_there_is_none(params):
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    with pytest.raises(InputError, match="train.device is cuda"):
+    with pytest.raises(InputError, match="device is cuda"):
         choose_device(params.override({"train.device": "cuda"}).train)
     assert choose_device(params.override({"train.device": "auto"}).train) == CPU
 

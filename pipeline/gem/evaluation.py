@@ -17,15 +17,32 @@ from pipeline.gem.config import Evaluate
 from pipeline.gem.metrics import METRICS, Resamples, Score
 from pipeline.gem.oracle import MetadataOracle, OmniscientOracle
 from pipeline.gem.references import choose_references, matching_keys
-from pipeline.gem.simulator import Truth, true_log_fractions
+from pipeline.gem.simulator import Truth, log_fractions
 from pipeline.gem.splits import TEST_CONTROL, TESTS, TRAIN, contexts, is_control
 from pipeline.gem.trained import GEM
 from pipeline.gem.training import CHOICE_SPLITS
 
 BASELINE, CEILING = "ridge", "oracle_metadata"
-PREDICTORS = ("no_change", "training_mean", "additive", "ridge", "gem", "gem_reference", "gem_tuned", "gem_tuned_reference", "oracle_metadata", "oracle_omniscient")
+PREDICTORS = (
+    "no_change",
+    "training_mean",
+    "additive",
+    "ridge",
+    "gem",
+    "gem_reference",
+    "gem_tuned",
+    "gem_tuned_reference",
+    "oracle_metadata",
+    "oracle_omniscient",
+)
 # (which, against which): said to be better only where the paired interval is clear of zero.
-COMPARISONS = (("gem", "ridge"), ("gem_tuned", "ridge"), ("gem_tuned", "gem"), ("gem_reference", "gem"), ("gem_tuned_reference", "gem_tuned"))
+COMPARISONS = (
+    ("gem", "ridge"),
+    ("gem_tuned", "ridge"),
+    ("gem_tuned", "gem"),
+    ("gem_reference", "gem"),
+    ("gem_tuned_reference", "gem_tuned"),
+)
 
 
 @dataclass(frozen=True)
@@ -146,7 +163,7 @@ class Evaluation:
 
         def omniscient(scene: Scene) -> Prediction:
             causes = hidden.loc[scene.samples["sample_id"]]
-            fractions = true_log_fractions(truth, scene.samples, causes["stratum"].to_numpy(), causes["donor"].to_numpy())
+            fractions = log_fractions(truth, scene.samples, causes["stratum"].to_numpy(), causes["donor"].to_numpy())
             return Prediction(all_knowing.predict(fractions, scene.samples["total"].to_numpy())[:, kept])
 
         return {

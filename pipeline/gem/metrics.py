@@ -112,7 +112,13 @@ def gene_pearson(observed: np.ndarray, predicted: np.ndarray, resamples: Resampl
     return np.where(varies.any(axis=1), result, np.nan)
 
 
-def delta_pearson(observed: np.ndarray, predicted: np.ndarray, observed_control: np.ndarray, predicted_control: np.ndarray, condition: np.ndarray) -> np.ndarray:
+def delta_pearson(
+    observed: np.ndarray,
+    predicted: np.ndarray,
+    observed_control: np.ndarray,
+    predicted_control: np.ndarray,
+    condition: np.ndarray,
+) -> np.ndarray:
     """(C,) per condition, correlation over genes of predicted and observed change from control, all (N, G).
 
     The two controls must be disjoint: a shared one correlates with itself. NaN where a change is constant over genes.

@@ -5,7 +5,7 @@ import time
 
 def duration(seconds: float) -> str:
     """12 s, 3 min 05 s, 1 h 02 min."""
-    seconds = int(round(seconds))
+    seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
     if seconds < 3600:

@@ -1,4 +1,4 @@
-"""A synthetic RNA-seq cohort whose truth is known: the parameters, the design of its studies, and its counts.
+"""A synthetic RNA-seq cohort whose truth is known: its parameters, and the counts they give. design.py says who is measured.
 
 Natural-log scale, then counts:
 
@@ -57,10 +57,7 @@ SEXES = ("female", "male")
 AGES = (20, 80)
 TYPES = ("compound", "crispri", "overexpression")
 TYPE_SHARES = (0.5, 0.3, 0.2)
-DOSES = ("100 nM", "1 uM", "10 uM")
-TIMES = ("6 hours", "24 hours", "3 days")
 CONTROL = "control"
-FIRST_DATE, YEARS = pd.Timestamp("2013-01-01"), 12
 
 
 @dataclass(frozen=True)
@@ -174,11 +171,11 @@ class Truth:
         return Levels(
             study=samples["study"].map({name: index for index, name in enumerate(self.studies)}).to_numpy(),
             context=np.array([contexts[pair] for pair in zip(samples["tissue"], samples["cell_type"], strict=True)]),
-            disease=_index(samples["disease"], DISEASES),
-            library_selection=_index(samples["library_selection"], SELECTIONS),
-            library_layout=_index(samples["library_layout"], LAYOUTS),
-            platform=_index(samples["platform"], PLATFORMS),
-            perturbation=_index(samples["perturbation"], self.perturbations),
+            disease=index_of(samples["disease"], DISEASES),
+            library_selection=index_of(samples["library_selection"], SELECTIONS),
+            library_layout=index_of(samples["library_layout"], LAYOUTS),
+            platform=index_of(samples["platform"], PLATFORMS),
+            perturbation=index_of(samples["perturbation"], self.perturbations),
             dose=_quantities(samples["perturbation_dose"]),
             time=_quantities(samples["perturbation_time"]),
         )
@@ -202,7 +199,7 @@ class Levels:
         return Levels(**{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
 
 
-def _index(column: pd.Series, names) -> np.ndarray:
+def index_of(column: pd.Series, names) -> np.ndarray:
     return column.map({name: index for index, name in enumerate(names)}).to_numpy(dtype=np.int64)
 
 
@@ -302,108 +299,7 @@ def _draw_programs(params: Synthesize, rng: np.random.Generator, contexts: int) 
     }
 
 
-@dataclass(frozen=True)
-class Design:
-    """Who was measured: the metadata as recorded, and what only the simulator knows."""
-
-    samples: pd.DataFrame   # recorded metadata, sample_id first
-    stratum: np.ndarray     # (N,)
-    donor: np.ndarray       # (N,) within the stratum
-    library_size: np.ndarray  # (N,) expected total counts
-
-
-def draw_design(params: Synthesize, truth: Truth, rng: np.random.Generator) -> Design:
-    """Studies with dates, contexts, perturbations, controls, strata and donors; then what was recorded of them."""
-    shares = rng.lognormal(0, 0.3, params.studies)
-    sizes = np.diff(np.concatenate([[0], np.round(np.cumsum(shares / shares.sum()) * params.samples).astype(int)]))
-    dates = np.sort(rng.uniform(0, 365.25 * YEARS, params.studies))
-    rota = _rota(params.perturbations, params.studies * params.perturbations_per_study, rng)
-    frames = []
-    for index, name in enumerate(truth.studies):
-        offered = rota[index * params.perturbations_per_study : (index + 1) * params.perturbations_per_study]
-        frame = _draw_study(params, truth, np.unique(offered), int(sizes[index]), rng)
-        # Platforms succeed one another in time, with overlap.
-        era = np.exp(-((dates[index] / (365.25 * YEARS) * (len(PLATFORMS) - 1) - np.arange(len(PLATFORMS))) ** 2) / 0.5)
-        frame.insert(0, "study", name)
-        frame.insert(1, "study_date", (FIRST_DATE + pd.Timedelta(days=int(dates[index]))).strftime("%Y-%m-%d"))
-        frame.insert(2, "library_selection", rng.choice(SELECTIONS, p=[0.7, 0.3]))
-        frame.insert(3, "library_layout", rng.choice(LAYOUTS, p=[0.6, 0.4]))
-        frame.insert(4, "platform", rng.choice(PLATFORMS, p=era / era.sum()))
-        frames.append(frame)
-    table = pd.concat(frames, ignore_index=True)
-    stratum = rng.integers(0, params.strata_per_study, len(table))
-    donor = rng.integers(0, params.donors_per_stratum, len(table))
-    samples = _record_donors(table, truth, stratum, rng)
-    samples.insert(0, "sample_id", [f"S{index + 1:06d}" for index in range(len(samples))])
-    if params.preset == "bulk":
-        library_size = BULK_DEPTH * rng.uniform(*BULK_SPREAD, len(samples))
-    else:
-        library_size = rng.lognormal(np.log(CELL_DEPTH), CELL_SPREAD, len(samples))
-    return Design(samples, stratum, donor, library_size)
-
-
-def _rota(perturbations: int, slots: int, rng: np.random.Generator) -> np.ndarray:
-    """Perturbation indices (from 1) for all studies in a row: every one comes up equally often."""
-    rounds = -(-slots // perturbations)
-    return np.concatenate([rng.permutation(perturbations) + 1 for _ in range(rounds)])[:slots]
-
-
-def _draw_study(params: Synthesize, truth: Truth, offered: np.ndarray, size: int, rng: np.random.Generator) -> pd.DataFrame:
-    """One study's samples: contexts of one tissue where it has enough, controls, then conditions in turn."""
-    home = rng.integers(params.tissues)
-    order = rng.permutation(len(truth.context))
-    at_home = order // params.cell_types_per_tissue == home
-    contexts = np.concatenate([order[at_home], order[~at_home]])[: params.contexts_per_study]
-    conditions = []
-    for perturbation in offered:
-        compound = truth.perturbation_type[perturbation] == "compound"
-        doses = rng.choice(DOSES, 2, replace=False) if compound else [None]
-        time = rng.choice(TIMES)
-        conditions += [(context, perturbation, dose, time) for context in contexts for dose in doses]
-    controls = min(max(round(params.control_share * size), len(contexts)), size)
-    rng.shuffle(conditions)
-    rows = [(contexts[index % len(contexts)], 0, None, None) for index in range(controls)]
-    # Whole conditions with their replicates, not a thin spread: at least three samples each.
-    treated = max(size - controls, 0)
-    chosen = conditions[: max(1, min(len(conditions), treated // 3))]
-    rows += [chosen[index % len(chosen)] for index in range(treated)]
-    names, pairs = truth.perturbations, truth.contexts
-    return pd.DataFrame(
-        {
-            "tissue": [pairs[context][0] for context, *_ in rows],
-            "cell_type": [pairs[context][1] for context, *_ in rows],
-            "perturbation": [names[perturbation] for _, perturbation, _, _ in rows],
-            "perturbation_type": [str(truth.perturbation_type[perturbation]) for _, perturbation, _, _ in rows],
-            "perturbation_dose": [None if dose is None else str(dose) for *_, dose, _ in rows],
-            "perturbation_time": [None if time is None else str(time) for *_, time in rows],
-        }
-    )
-
-
-def _record_donors(table: pd.DataFrame, truth: Truth, stratum: np.ndarray, rng: np.random.Generator) -> pd.DataFrame:
-    """Adds disease, sex and age as recorded: some missing, a few sexes wrong."""
-    study = _index(table["study"], truth.studies)
-    age, sex = truth.stratum_age[study, stratum], truth.stratum_sex[study, stratum]
-    recorded_sex = np.where(rng.random(len(table)) < truth.wrong_sex, 1 - sex, sex)
-    hidden_sex = rng.random(len(table)) < truth.missing_sex
-    hidden_age = rng.random(len(table)) < age_missing_probability(truth, age)
-    traits = pd.DataFrame(
-        {
-            "disease": np.array(DISEASES)[truth.stratum_disease[study, stratum]],
-            "sex": np.where(hidden_sex, None, np.array(SEXES, dtype=object)[recorded_sex]),
-            "age_years": np.where(hidden_age, np.nan, age),
-        }
-    )
-    place = table.columns.get_loc("perturbation")
-    return pd.concat([table.iloc[:, :place], traits, table.iloc[:, place:]], axis=1)
-
-
-def log_fractions(truth: Truth, design: Design, rows: slice) -> np.ndarray:
-    """(N, G) log of the expected share of each gene in the named samples of a design."""
-    return true_log_fractions(truth, design.samples.iloc[rows], design.stratum[rows], design.donor[rows])
-
-
-def true_log_fractions(truth: Truth, samples: pd.DataFrame, stratum: np.ndarray, donor: np.ndarray) -> np.ndarray:
+def log_fractions(truth: Truth, samples: pd.DataFrame, stratum: np.ndarray, donor: np.ndarray) -> np.ndarray:
     """(N, G) log of the expected share of each gene, every hidden cause known: stratum (N,) and donor (N,)."""
     levels = truth.levels(samples)
     log_mu = truth.known_effects(levels)

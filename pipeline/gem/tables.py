@@ -7,7 +7,14 @@ from rich.table import Table
 from pipeline.gem.metrics import METRICS
 
 _SHOWN = ("mse", "skill", "delta_pearson")
-_MEANING = {"no_change": "floor", "training_mean": "floor", "additive": "baseline", "ridge": "baseline", "oracle_metadata": "ideal", "oracle_omniscient": "all-knowing"}
+_MEANING = {
+    "no_change": "floor",
+    "training_mean": "floor",
+    "additive": "baseline",
+    "ridge": "baseline",
+    "oracle_metadata": "ideal",
+    "oracle_omniscient": "all-knowing",
+}
 
 
 def show_results(scores: pd.DataFrame, comparisons: pd.DataFrame) -> None:
@@ -29,7 +36,8 @@ def show_results(scores: pd.DataFrame, comparisons: pd.DataFrame) -> None:
         else:
             low, high = sorted((abs(row.low), abs(row.high)))
             moved = "lower" if row.verdict == "better" else "higher"
-            console.print(f"{row.split}: {row.predictor} is [bold]{row.verdict}[/bold] than {row.against}: mse {moved} by {low:.4f} to {high:.4f}", highlight=False)
+            verdict = f"{row.predictor} is [bold]{row.verdict}[/bold] than {row.against}"
+            console.print(f"{row.split}: {verdict}: mse {moved} by {low:.4f} to {high:.4f}", highlight=False)
 
 
 def _cell(row: pd.Series) -> str:

@@ -5,6 +5,7 @@ PIP_ARGS ?=
 STUDY ?= latent_kl
 TRIALS ?=
 PORT ?= 5000
+UI = http://127.0.0.1:$(PORT)/\#/experiments/1/runs
 
 # DVC's stages call `python`: it must be the environment's.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -63,6 +64,8 @@ promote: check  ## write the winner of STUDY into params.yaml and show the diffe
 	python -m pipeline.params --promote $(STUDY)
 
 ui: environment  ## open MLflow on 127.0.0.1
+	@echo "all models, best first on unseen combinations:  $(UI)?orderByKey=metrics.%60test_combination%2Fskill%60&orderByAsc=false"
+	@echo "curves and charts of the search:                $(UI)?compareRunsMode=CHART&searchFilter=tags.stage%20%3D%20'tune'&orderByKey=metrics.%60best%2Fpredictive_log_likelihood%60&orderByAsc=false"
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri $(MLFLOW_TRACKING_URI) --host 127.0.0.1 --port $(PORT) --workers 1
 
 lock: environment  ## rewrite requirements.lock from pyproject.toml

@@ -66,7 +66,8 @@ def write_results(scores: pd.DataFrame, comparisons: pd.DataFrame) -> None:
     scores.to_csv(OUTPUT / "metrics.csv", index=False)
     comparisons.to_csv(OUTPUT / "comparisons.csv", index=False)
     for name, metric in METRICS.items():
-        figures.split_scores(scores, name, metric.unit, metric.direction, OUTPUT / "figures" / f"{name}.png")
+        lowest = -0.5 if name == "skill" else None
+        figures.split_scores(scores, name, metric.unit, metric.direction, OUTPUT / "figures" / f"{name}.png", lowest)
 
 
 def record(scores: pd.DataFrame, directories: dict[str, Path], params: Params, cohort: Cohort) -> None:

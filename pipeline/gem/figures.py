@@ -6,9 +6,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 COLOURS = {"gem": "#2563eb", "gem_tuned": "#7c3aed", "oracle": "#059669", "baseline": "#9aa5b1", "pruned": "#f59e0b"}
@@ -79,33 +80,44 @@ def _predictor_style(name: str) -> tuple[str, str]:
 
 
 @plt.rc_context(_STYLE)
-def split_scores(scores: pd.DataFrame, metric: str, unit: str, better: str, path: Path) -> None:
-    """Every predictor of every split on one axis per split, with 95 % intervals; from floor to ceiling."""
-    table = scores[(scores["metric"] == metric) & scores["value"].notna()]
-    splits = list(dict.fromkeys(scores["split"]))
-    order = list(dict.fromkeys(scores["predictor"]))
-    figure, axes = plt.subplots(1, max(len(splits), 1), figsize=(1.6 + 3.0 * max(len(splits), 1), 0.6 + 0.34 * len(order)), sharey=True, squeeze=False)
-    for axis, split in zip(axes[0], splits, strict=False):
+def split_scores(scores: pd.DataFrame, metric: str, unit: str, better: str, path: Path, lowest: float | None = None) -> None:
+    """Every predictor on one axis per split, with 95 % intervals, from floor to ceiling.
+
+    Values below `lowest` are drawn at the edge with their number: far floors would flatten what one came to see.
+    """
+    table = scores[scores["metric"] == metric]
+    splits, order = list(dict.fromkeys(scores["split"])), list(dict.fromkeys(scores["predictor"]))
+    size = (1.6 + 3.0 * len(splits), 0.6 + 0.34 * len(order))
+    figure, axes = plt.subplots(1, len(splits), figsize=size, sharey=True, squeeze=False)
+    for axis, split in zip(axes[0], splits, strict=True):
         rows = table[table["split"] == split].set_index("predictor")
         for position, name in enumerate(order):
-            if name not in rows.index:
-                axis.text(0.02, position, "not applicable", va="center", color=MUTED, fontsize=7, transform=axis.get_yaxis_transform())
-                continue
-            colour, marker = _predictor_style(name)
-            row = rows.loc[name]
-            if pd.notna(row["low"]):
-                axis.plot([row["low"], row["high"]], [position, position], color=colour, linewidth=2, alpha=0.5)
-            axis.plot(row["value"], position, marker, color=colour, markersize=6)
+            _draw_score(axis, position, name, rows.loc[name], lowest)
         for name, line in (("ridge", ":"), ("oracle_metadata", "--")):
-            if name in rows.index:
+            if name in rows.index and pd.notna(rows.loc[name, "value"]):
                 axis.axvline(rows.loc[name, "value"], color=_predictor_style(name)[0], linestyle=line, linewidth=1, zorder=0)
-        axis.set_title(split)
-        axis.set_xlabel(unit)
+        if lowest is not None:
+            axis.set_xlim(left=lowest - 0.04)
+        axis.set(title=split, xlabel=unit)
     axes[0][0].set_yticks(range(len(order)), order)
     axes[0][0].invert_yaxis()
     figure.suptitle(f"{metric} ({better} is better): dotted ridge, dashed ideal", x=0.01, ha="left", fontsize=10, color=MUTED)
     figure.tight_layout()
     _save(figure, path)
+
+
+def _draw_score(axis: plt.Axes, position: int, name: str, row: pd.Series, lowest: float | None) -> None:
+    colour, marker = _predictor_style(name)
+    if pd.isna(row["value"]):
+        axis.text(0.02, position, "not applicable", va="center", color=MUTED, fontsize=7, transform=axis.get_yaxis_transform())
+        return
+    if lowest is not None and row["value"] < lowest:
+        axis.plot(lowest, position, "<", color=colour, markersize=6)
+        axis.text(lowest + 0.05, position, f"{row['value']:.1f}", va="center", color=MUTED, fontsize=7)
+        return
+    if pd.notna(row["low"]):
+        axis.plot([row["low"], row["high"]], [position, position], color=colour, linewidth=2, alpha=0.5)
+    axis.plot(row["value"], position, marker, color=colour, markersize=6)
 
 
 @plt.rc_context(_STYLE)
@@ -139,13 +151,16 @@ def search_slices(trials: pd.DataFrame, parameters: dict[str, bool], objective: 
         axis.set_title(name, fontsize=9)
         if log:
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axis.xaxis.set_minor_locator(NullLocator())
     for axis in list(axes.flat)[len(parameters) :]:
         axis.set_visible(False)
     for row in axes:
         row[0].set_ylabel(objective, fontsize=8)
     figure.tight_layout()
     if len(complete):
-        figure.colorbar(points, ax=axes, label="trial", shrink=0.6)
+        figure.colorbar(points, ax=axes, label="trial", shrink=0.6, ticks=MaxNLocator(integer=True))
     _save(figure, path)
 
 

@@ -16,13 +16,13 @@ import filelock
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
-import mlflow  # noqa: E402  (telemetry is decided when it is imported)
-from mlflow.data.code_dataset_source import CodeDatasetSource  # noqa: E402
-from mlflow.data.meta_dataset import MetaDataset  # noqa: E402
-from mlflow.entities import RunStatus  # noqa: E402
+import mlflow
+from mlflow.data.code_dataset_source import CodeDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import RunStatus
 
-from pipeline.gem import yamlfile  # noqa: E402
-from pipeline.gem.errors import GemError  # noqa: E402
+from pipeline.gem import yamlfile
+from pipeline.gem.errors import GemError
 
 LOCAL_STORE = "sqlite:///mlflow.db"
 MODEL_TAG, STAGE_TAG, PREDICTOR_TAG = "model.sha256", "stage", "predictor"

@@ -1,0 +1,52 @@
+"""Figures: from tables alone, the same table the same bytes, odd tables drawn all the same."""
+
+import hashlib
+
+import pandas as pd
+import pytest
+
+from pipeline.gem import figures
+
+
+def digest(path) -> str:
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    return hashlib.sha256(content).hexdigest()
+
+
+def scores(**changes) -> pd.DataFrame:
+    row = {"split": "test_random", "metric": "skill", "value": 0.5, "low": 0.4, "high": 0.6, "conditions": 3, "reason": ""}
+    return pd.DataFrame([row | {"predictor": "ridge"}, row | {"predictor": "gem"} | changes, row | {"predictor": "oracle_metadata", "value": 1.0}])
+
+
+def test_the_same_table_gives_the_same_bytes_and_another_value_another_figure(tmp_path):
+    def draw(name: str, **changes) -> str:
+        figures.split_scores(scores(**changes), "skill", "share", "higher", tmp_path / name, lowest=-0.5)
+        return digest(tmp_path / name)
+
+    assert draw("a.png") == draw("b.png")
+    assert draw("a.png") != draw("c.png", value=0.55)
+
+
+@pytest.mark.parametrize("changes", [{"value": None, "low": None, "high": None}, {"value": -9.0}, {"low": None, "high": None}])
+def test_scores_that_are_null_far_below_or_without_interval_are_drawn(tmp_path, changes):
+    figures.split_scores(scores(**changes), "skill", "share", "higher", tmp_path / "a.png", lowest=-0.5)
+    digest(tmp_path / "a.png")
+
+
+def test_a_history_without_validation_is_drawn(tmp_path):
+    names = ["nll_reconstruction", "nll_predictive", "kl_technical", "kl_biological", "kl_perturbation"]
+    history = pd.DataFrame({"seed": 1, "epoch": [1, 2]} | {f"train/{name}": [2.0, 1.0] for name in names})
+    figures.learning_curves(history, tmp_path / "a.png")
+    digest(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("states", [["complete"], ["complete", "pruned", "failed"], ["pruned", "failed"]])
+def test_searches_of_any_outcome_are_drawn(tmp_path, states):
+    number = len(states)
+    trials = pd.DataFrame({"trial": range(number), "state": states, "value": [1.0, 2.0, None][:number], "model.hidden": [8, 16, 32][:number]})
+    figures.search_history(trials, "mse", tmp_path / "history.png")
+    figures.search_slices(trials, {"model.hidden": True}, "mse", tmp_path / "slices.png")
+    figures.search_importance(pd.DataFrame({"parameter": ["model.hidden"], "ped_anova": [None], "fanova": [0.3]}).astype({"ped_anova": float}), tmp_path / "importance.png")
+    for name in ("history", "slices", "importance"):
+        digest(tmp_path / f"{name}.png")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import filelock
 
+# Before the import: MLflow decides about telemetry when it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import mlflow

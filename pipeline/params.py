@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipeline.gem import yamlfile
-from pipeline.gem.config import flatten, read_params
+from pipeline.gem.config import Params, explain, flatten, read_params
 from pipeline.gem.errors import GemError, InputError, did_you_mean, exit_with
 from pipeline.gem.question import FOLDER, read_question
 
@@ -57,10 +57,17 @@ def parse(text: str) -> tuple[str, object]:
 
 
 def winner(study: str) -> dict[str, object]:
+    """The answer of a search: values of keys that it asked about, and of no others."""
+    space = read_question(study, read_params(PARAMS)).space
     path = FOLDER / study / "best.yaml"
     if not path.exists():
         raise InputError(f"{path}: absent; `make tune STUDY={study}` writes it")
-    return flatten(yamlfile.read(path).values)
+    document = yamlfile.read(path)
+    best = flatten(document.values)
+    problems = [f"{document.where(tuple(name.split('.')))}: {name} is no key that {study} searched; remove it" for name in best if name not in space]
+    if problems:
+        raise InputError(*problems)
+    return best
 
 
 def apply(changes: dict[str, object]) -> None:
@@ -73,7 +80,8 @@ def apply(changes: dict[str, object]) -> None:
     try:
         params.override(changes)
     except ValidationError as error:
-        raise InputError(*(f"{PARAMS}: {yamlfile.dotted(problem['loc'])}: {problem['msg']}, got {problem['input']!r}" for problem in error.errors())) from None
+        document = yamlfile.read(PARAMS)
+        raise InputError(*(explain(problem, Params, document) for problem in error.errors())) from None
     before, after = yamlfile.edit(PARAMS, changes)
     difference = list(difflib.unified_diff(before.splitlines(), after.splitlines(), "params.yaml", "params.yaml", n=0, lineterm=""))
     print("\n".join(difference) if difference else "params.yaml says so already")

@@ -117,7 +117,8 @@ def test_the_integer_type_is_the_smallest_that_holds_every_count(build, original
     counts = np.minimum(original[1], 200)
     counts[rows_of(cohort, [TRAIN])[0], 0] = highest
     built = build(counts=counts)
-    assert built.manifest["integer_type"] == dtype and built.counts([TRAIN]).dtype == dtype
+    assert built.manifest["integer_type"] == {"train": dtype, "validation": "uint8", "test": "uint8"}
+    assert built.counts(["test_random"]).dtype == "uint8" and built.counts([TRAIN]).dtype == dtype
     assert built.counts([TRAIN])[0].max() == highest
 
 
@@ -196,7 +197,7 @@ def test_training_and_validation_open_no_test_shard(copy):
         opened.expression(["test_random"])
 
 
-@pytest.mark.parametrize("highest", [5, 200, 1000], ids=["few counts", "as many", "more than any other"])
+@pytest.mark.parametrize("highest", [5, 1000], ids=["few counts", "more than any other"])
 def test_noise_in_place_of_test_samples_moves_nothing_that_training_sees(build, original, cohort, rng, highest):
     counts = np.minimum(original[1], 200)  # one byte each, so that a higher count needs another integer type
     plain = build(counts=counts.copy(), name="plain")
@@ -217,16 +218,21 @@ def test_metadata_of_a_test_sample_do_not_move_the_hash_of_what_is_visible(build
     assert build(name="plain").visible_sha256 == build(samples, name="other").visible_sha256
 
 
-@pytest.mark.parametrize("change", ["count", "age_years", "sex"])
+@pytest.mark.parametrize("change", ["count", "age_years", "sex", "total"])
 @pytest.mark.parametrize("split", [TRAIN, "validation"])
 def test_whatever_training_or_a_choice_sees_moves_the_hash_of_what_is_visible(build, original, cohort, change, split):
     samples, counts = original[0].copy(), original[1].copy()
     row = rows_of(cohort, [split])[0]
+    # A gene that no cohort keeps still counts in the totals.
+    counts[:, 1] = 0
+    plain = build(counts=counts.copy(), name="plain")
     if change == "count":
         counts[row, 0] += 1
+    elif change == "total":
+        counts[row, 1] += 1
     else:
         samples.loc[row, change] = {"age_years": 33.25, "sex": "male" if samples.loc[row, "sex"] != "male" else "female"}[change]
-    plain, other = build(name="plain"), build(samples, counts, name="other")
+    other = build(samples, counts, name="other")
     assert plain.samples["split"].tolist() == other.samples["split"].tolist()
     assert plain.visible_sha256 != other.visible_sha256
 
@@ -335,7 +341,7 @@ def test_shards_of_an_earlier_cohort_do_not_stay_beside_the_new_ones(build, para
 # shuffling and streaming
 
 
-@pytest.mark.parametrize("buckets", [2, 7, 40])
+@pytest.mark.parametrize("buckets", [2, 7])
 def test_shuffling_in_several_buckets_keeps_every_row_once_and_its_counts(params, source_folder, cohort, tmp_path, monkeypatch, buckets):
     rows, genes = cohort.manifest["splits"][TRAIN], len(cohort.genes)
     monkeypatch.setattr(cohort_module, "SHUFFLE_VALUES", rows * genes // buckets)
@@ -387,10 +393,21 @@ def test_a_shard_is_read_one_row_group_at_a_time(tmp_path):
     assert [len(names) for names, _ in read_shard(tmp_path / "x-00000.parquet", 3)] == [1024, 1024, 452]
 
 
+def test_a_large_row_group_is_read_in_bounded_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "ROW_GROUP", 10**6)
+    with ShardWriter(tmp_path, "x", np.dtype(np.uint8)) as writer:
+        writer.write(np.array([f"s{number}" for number in range(50)]), np.arange(150).reshape(50, 3))
+    monkeypatch.setattr(shards_module, "BATCH_VALUES", 60)
+    blocks = list(read_shard(tmp_path / "x-00000.parquet", 3))
+    assert pq.ParquetFile(tmp_path / "x-00000.parquet").num_row_groups == 1
+    assert [len(names) for names, _ in blocks] == [20, 20, 10]
+    assert np.array_equal(np.concatenate([counts for _, counts in blocks]), np.arange(150).reshape(50, 3))
+
+
 def test_a_shard_with_another_number_of_genes_is_refused_with_its_row(tmp_path):
     with ShardWriter(tmp_path, "x", np.dtype(np.uint8)) as writer:
         writer.write(np.array(["a", "b"]), np.ones((2, 3)))
-    with pytest.raises(IntegrityError, match=r"x-00000\.parquet: row 0 of row group 0 has 3 counts; expected one for each of 4 genes"):
+    with pytest.raises(IntegrityError, match=r"x-00000\.parquet: row 0 has 3 counts; expected one for each of 4 genes"):
         list(read_shard(tmp_path / "x-00000.parquet", 4))
 
 
@@ -403,6 +420,14 @@ def test_an_atomic_write_replaces_the_whole_file(tmp_path):
         write_atomically(path, content)
         assert path.read_bytes() == content
     assert [file.name for file in path.parent.iterdir()] == ["file.bin"]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_an_atomic_write_keeps_the_mode_of_the_file(tmp_path, mode):
+    write_atomically(tmp_path / "file", b"old")
+    (tmp_path / "file").chmod(mode)
+    write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "file").stat().st_mode & 0o777 == mode
 
 
 @pytest.mark.parametrize("failure", ["fsync", "replace", "chmod"])

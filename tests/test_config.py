@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -27,13 +28,14 @@ def line_of(text: str, start: str) -> int:
 
 @pytest.fixture
 def problems(tmp_path):
-    """The problem lines of params.yaml with the given replacements of text."""
+    """The problem lines of params.yaml with the given replacements (patterns) of text."""
 
     def of(*replacements: tuple[str, str]) -> list[str]:
         text = TEXT
         for old, new in replacements:
-            assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in params.yaml"
-            text = text.replace(old, new)
+            found = len(re.findall(old, text))
+            assert found == 1, f"{old!r} stands {found} times in params.yaml"
+            text = re.sub(old, new, text)
         path = tmp_path / "params.yaml"
         path.write_text(text)
         with pytest.raises(InputError) as caught:
@@ -50,17 +52,17 @@ def valid() -> Params:
 
 
 def test_the_committed_parameters_are_valid(valid):
-    assert valid.train.learning_rate == 2e-3
+    assert isinstance(valid.train.learning_rate, float)  # 2e-3: text to a YAML 1.1 reader
     assert list(valid.data.covariates.all()) == [name for group in GROUPS for name in getattr(valid.data.covariates, group)]
 
 
 def test_all_problems_are_reported_at_once_with_file_line_key_value_and_expectation(problems, tmp_path):
     found = problems(
-        ("  samples: 8000 ", "  samples: 10 "),
-        ("preset: bulk ", "preset: bulky "),
-        ("  test_random: 0.08", "  test_randm: 0.08"),
-        ("  dropout: 0.1 ", "  dropout: 1.0 "),
-        ("  epochs: 30 ", '  epochs: "30" '),
+        (r"  samples: \d+ ", "  samples: 10 "),
+        (r"preset: \w+ ", "preset: bulky "),
+        (r"  test_random: ", "  test_randm: "),
+        (r"  dropout: \S+ ", "  dropout: 1.0 "),
+        (r"  epochs: \d+ ", '  epochs: "30" '),
         ("linear_decoder: true", "linear_decoder: on"),
     )
     path = tmp_path / "params.yaml"
@@ -77,20 +79,18 @@ def test_all_problems_are_reported_at_once_with_file_line_key_value_and_expectat
     assert sorted(re.sub("expected an? ", "expected a ", problem) for problem in found) == sorted(wanted)
 
 
-@pytest.mark.parametrize("name", REQUIRED)
-def test_every_key_is_required_and_only_the_missing_one_is_reported(valid, name, tmp_path):
+def test_every_key_is_required_and_only_the_missing_one_is_reported():
     values = yamlfile.read(ROOT / "params.yaml").values
-    *parents, last = name.split(".")
-    holder = values
-    for parent in parents:
-        holder = holder[parent]
-    del holder[last]
-    path = tmp_path / "params.yaml"
-    path.write_text(yamlfile.dump(values))
-    with pytest.raises(InputError) as caught:
-        read_params(path)
-    assert len(caught.value.problems) == 1
-    assert f": {name} is missing; add it" in caught.value.problems[0]
+    for name in REQUIRED:
+        broken = deepcopy(values)
+        *parents, last = name.split(".")
+        holder = broken
+        for parent in parents:
+            holder = holder[parent]
+        del holder[last]
+        with pytest.raises(ValidationError) as caught:
+            Params.model_validate(broken)
+        assert [(problem["type"], ".".join(problem["loc"])) for problem in caught.value.errors()] == [("missing", name)]
 
 
 @pytest.mark.parametrize("section", list(Params.model_fields))
@@ -172,9 +172,9 @@ def test_parameters_never_change(valid, change):
 
 
 def test_an_override_gives_new_parameters_and_leaves_the_old_ones(valid):
-    other = valid.override({"train.epochs": 3, "model.latent.technical": 5})
+    other = valid.override({"train.epochs": 3, "model.latent.technical": 5})  # not those of params.yaml
     assert (other.train.epochs, other.model.latent.technical) == (3, 5)
-    assert (valid.train.epochs, valid.model.latent.technical) == (30, 16)
+    assert valid == read_params(ROOT / "params.yaml")
     assert {name for name, value in other.flat().items() if value != valid.flat()[name]} == {"train.epochs", "model.latent.technical"}
 
 
@@ -203,12 +203,12 @@ def test_flatten_and_set_dotted_are_inverse():
 
 
 def test_perturbations_of_a_study_fit_into_the_perturbations(problems):
-    found = problems(("perturbations_per_study: 14 ", "perturbations_per_study: 61 "))
+    found = problems((r"perturbations_per_study: \d+ ", "perturbations_per_study: 61 "), (r"  perturbations: \d+ ", "  perturbations: 60 "))
     assert len(found) == 1 and "synthesize: perturbations_per_study (61) is more than perturbations (60)" in found[0]
 
 
 def test_contexts_of_a_study_fit_into_the_contexts(problems):
-    found = problems(("contexts_per_study: 2 ", "contexts_per_study: 13 "))
+    found = problems((r"contexts_per_study: \d+ ", "contexts_per_study: 13 "))
     assert len(found) == 1 and "contexts_per_study (13) is more than there are contexts (12)" in found[0]
 
 
@@ -238,7 +238,7 @@ def test_a_covariate_stands_in_one_group(problems):
     ],
 )
 def test_a_problem_inside_a_declaration_is_named_by_its_key_in_the_file(problems, old, new, expected):
-    found = problems((old, new))
+    found = problems((re.escape(old), new))
     assert len(found) == 1 and expected in found[0]
     assert re.match(rf".*params\.yaml:{line_of(TEXT, old[:12])}: ", found[0]), found
 
@@ -265,33 +265,31 @@ STAGES = [["synthesize"], ["prepare"], ["params"], ["train"], ["tune", "--study"
 
 # All of them in one process, as `python -m` runs each: torch and mlflow take seconds to import, once.
 RUN_EACH = """
-import json, runpy, sys
-for stage in json.loads(sys.argv[1]):
+import json, pathlib, runpy, sys
+
+def run(stage, title):
     sys.argv = stage
-    print(f"stage {stage[0]}", file=sys.stderr)
+    print(title, file=sys.stderr)
     try:
         runpy.run_module(f"pipeline.{stage[0]}", run_name="__main__")
     except SystemExit as end:
         print(f"exit {end.code}", file=sys.stderr)
+
+for stage in json.loads(sys.argv[1]):
+    run(stage, f"stage {stage[0]}")
+pathlib.Path("params.yaml").unlink()
+run(["prepare"], "without parameters")
 """
 
 
-def run_python(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
-
-
-def test_every_stage_with_broken_parameters_ends_with_2_and_one_line_before_it_reads_or_writes(tmp_path):
+def test_every_stage_with_broken_or_absent_parameters_ends_with_2_and_one_line_before_it_reads_or_writes(tmp_path):
     # The folder holds nothing else: a stage that looked at its data first would miss that.
-    (tmp_path / "params.yaml").write_text(TEXT.replace("  epochs: 30 ", "  epochs: 0 "))
-    done = run_python("-c", RUN_EACH, json.dumps(STAGES), folder=tmp_path)
+    (tmp_path / "params.yaml").write_text(re.sub(r"  epochs: \d+ ", "  epochs: 0 ", TEXT))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", RUN_EACH, json.dumps(STAGES)], cwd=tmp_path, env=environment, capture_output=True, text=True)
     problem = f"error: params.yaml:{line_of(TEXT, 'epochs:')}: train.epochs is 0; expected greater than or equal to 1"
-    assert done.stderr.splitlines() == [line for stage in STAGES for line in (f"stage {stage[0]}", problem, "exit 2")]
+    said = done.stderr.splitlines()
+    assert said[:-3] == [line for stage in STAGES for line in (f"stage {stage[0]}", problem, "exit 2")]
+    assert said[-3] == "without parameters" and said[-2].startswith("error: params.yaml: cannot be read") and said[-1] == "exit 2"
     assert done.stdout == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
-
-
-def test_a_stage_without_parameters_ends_with_2_and_names_the_file(tmp_path):
-    done = run_python("-m", "pipeline.prepare", folder=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: params.yaml: cannot be read") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -47,6 +47,7 @@ def test_searches_of_any_outcome_are_drawn(tmp_path, states):
     trials = pd.DataFrame({"trial": range(number), "state": states, "value": [1.0, 2.0, None][:number], "model.hidden": [8, 16, 32][:number]})
     figures.search_history(trials, "mse", tmp_path / "history.png")
     figures.search_slices(trials, {"model.hidden": True}, "mse", tmp_path / "slices.png")
-    figures.search_importance(pd.DataFrame({"parameter": ["model.hidden"], "ped_anova": [None], "fanova": [0.3]}).astype({"ped_anova": float}), tmp_path / "importance.png")
+    importance = pd.DataFrame({"parameter": ["model.hidden"], "ped_anova": [float("nan")], "fanova": [0.3]})
+    figures.search_importance(importance, tmp_path / "importance.png")
     for name in ("history", "slices", "importance"):
         digest(tmp_path / f"{name}.png")

@@ -113,6 +113,7 @@ def test_an_h5ad_gives_the_same_cohort_as_parquet(declare, params, tmp_path, sto
             data = declare(tmp_path / "source.h5ad", layer="raw", date_column=None)
         case "column of names":
             write_h5ad(tmp_path / "source.h5ad", samples, real, index=None)
+            data = declare(tmp_path / "source.h5ad", sample_id="sample_id", date_column=None)
     one = prepared(data, params.splits, tmp_path / "one")
     other = prepared(declare(write_parquet(tmp_path / "folder", samples, counts), date_column=None), params.splits, tmp_path / "other")
     assert one.genes.tolist() == other.genes.tolist()
@@ -154,6 +155,15 @@ def test_a_mistyped_column_of_names_is_refused(declare, tmp_path):
     write_h5ad(tmp_path / "source.h5ad", table().rename(columns={"sample_id": "sample_name"}), poisson(), index=None)
     with pytest.raises(InputError, match="smaple_name"):
         open_source(declare(tmp_path / "source.h5ad", sample_id="smaple_name"))
+
+
+def test_a_declared_column_of_names_names_the_samples_of_a_folder_too(declare, params, tmp_path):
+    folder = write_parquet(tmp_path / "folder", table(), poisson())
+    table().rename(columns={"sample_id": "name"}).to_parquet(folder / "samples.parquet", index=False)
+    cohort = prepared(declare(folder, sample_id="name"), params.splits, tmp_path / "cohort")
+    assert cohort.samples["sample_id"].tolist() == table()["sample_id"].tolist()
+    with pytest.raises(InputError, match=r"no column nmae; did you mean name\?"):
+        open_source(declare(folder, sample_id="nmae"))
 
 
 def test_a_wrong_layer_is_refused_with_the_layers_there_are(declare, tmp_path):
@@ -213,7 +223,7 @@ def test_a_source_that_is_neither_folder_nor_h5ad_is_refused(declare, tmp_path, 
 def test_a_table_without_its_names_says_which_columns_it_has(declare, tmp_path, file, key):
     folder = write_parquet(tmp_path / "folder", table(), poisson())
     pd.DataFrame({"name": ["x"]}).to_parquet(folder / file)
-    with pytest.raises(InputError, match=f"{file}: no column {key}; found name"):
+    with pytest.raises(InputError, match=f"{file}: no column {key}; known: name"):
         open_source(declare(folder))
 
 

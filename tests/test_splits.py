@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.gem.config import Data, Splits
 from pipeline.gem.errors import IntegrityError
-from pipeline.gem.splits import ROLES, TEST_CONTROL, TESTS, TRAIN, VALIDATIONS, assign_splits, audit, contexts, is_control, role_of
+from pipeline.gem.splits import ROLES, TEST_CONTROL, TESTS, TRAIN, VALIDATIONS, assign_splits, audit, contexts, is_control, role_of, unreadable_dates
 
 ALL = (TRAIN, *VALIDATIONS, *TESTS, TEST_CONTROL)
 VISIBLE = (TRAIN, *VALIDATIONS)
@@ -143,6 +143,12 @@ def test_dates_of_every_type_order_the_studies(declare, dates):
     samples["study_date"] = dates.reindex(samples["study"].str.removeprefix("study").astype(int)).set_axis(samples.index)
     split, _ = assign_splits(samples, declare(), shares(study=0.2))
     assert seen(samples, split, "study", ["test_study"]) == {"study8", "study9"}
+
+
+def test_dates_that_cannot_be_ordered_are_named_with_their_rows():
+    assert unreadable_dates(pd.Series(["2014", "2014-06-01", None, "2014-06-01T10:00", "20140601"]), "x") == []
+    found = unreadable_dates(pd.Series(["2014-06-01", "June 14", None, "June 14"]), "file: date")
+    assert len(found) == 1 and found[0].startswith("file: date: 'June 14' is no date (rows 1, 3)")
 
 
 def test_a_study_without_a_date_is_not_taken_for_the_latest(declare):
@@ -354,6 +360,16 @@ def test_the_audit_names_an_entity_that_is_also_seen(declare, kind, held, leak):
     split.iloc[rows[0]] = leak
     name = entities(samples, kind).iloc[rows[0]].split(" + ")[-1]
     with pytest.raises(IntegrityError, match=rf"{held}_{kind} leaks: .*{name}"):
+        audit(samples, split, declare())
+
+
+@pytest.mark.parametrize(("kind", "part"), [("test_combination", "perturbation"), ("validation_combination", "tissue")])
+def test_the_audit_names_the_part_of_a_held_out_pair_that_training_never_sees(declare, kind, part):
+    samples = design()
+    split, _ = assign_splits(samples, declare(), shares())
+    name = samples[part][split == kind].iloc[0]
+    split[(samples[part] == name) & (split == TRAIN)] = "test_random"
+    with pytest.raises(IntegrityError, match=rf"{kind} holds out pairs of the (perturbation|context) {name}, which training never sees"):
         audit(samples, split, declare())
 
 

@@ -5,7 +5,7 @@
     splits.parquet    sample_id, split
     counts/           train-*.parquet, validation-*.parquet, test-*.parquet: training never opens the last
     truth/            the simulator's parameters, for a synthetic cohort
-    manifest.json     format version, declarations, integer type, checksums
+    manifest.json     format version, declarations, integer type by role, checksums
 """
 
 import json
@@ -13,32 +13,60 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import Field, ValidationError
 
-from pipeline.gem.config import Data, Splits
+from pipeline.gem.config import Control, Data, Frozen, Splits
 from pipeline.gem.errors import InputError, IntegrityError, did_you_mean, examples
 from pipeline.gem.expression import log_cpm
-from pipeline.gem.metadata import clean_samples
+from pipeline.gem.metadata import clean_samples, label_texts, list_cells
 from pipeline.gem.progress import Progress
 from pipeline.gem.shards import ShardWriter, read_shard
 from pipeline.gem.sources import Source, check_counts, check_unique
-from pipeline.gem.splits import ROLES, TRAIN, assign_splits, audit, role_of
+from pipeline.gem.splits import ROLES, TRAIN, assign_splits, audit, role_of, unreadable_dates
 from pipeline.gem.storage import sha256, sha256_of, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHUFFLE_VALUES = 2**27   # counts shuffled in memory at a time: 512 MB
+RESERVED = ("total", "split")   # columns that the cohort adds to its samples
+
+Role = Literal["train", "validation", "test"]
+
+
+class Shard(Frozen):
+    path: Annotated[str, Field(pattern=r"^counts/[a-z]+-[0-9]{5,}\.parquet$")]   # no way out of the folder
+    bytes: int
+    sha256: str
+
+
+class Manifest(Frozen):
+    """The shape of manifest.json, checked before anything that it names is opened."""
+
+    format_version: int
+    samples: int
+    genes: int
+    gene_list_sha256: str
+    integer_type: dict[Role, Literal["uint8", "uint16", "uint32"]]
+    declared: dict
+    splits: dict[str, int]
+    missing: dict[str, int]
+    notes: list[str]
+    tables: dict[Literal["samples.parquet", "genes.parquet", "splits.parquet"], str]
+    shards: dict[Role, list[Shard]]
 
 
 @dataclass(frozen=True)
 class Census:
     """What one pass over the counts found."""
 
-    totals: np.ndarray          # (N,) over all genes of the source
-    counted: np.ndarray         # (G,) training samples with any count of the gene
-    highest: np.ndarray         # (G,) largest count
+    totals: np.ndarray                # (N,) over all genes of the source
+    counted: np.ndarray               # (G,) training samples with any count of the gene
+    highest: dict[str, np.ndarray]    # role to (G,) largest count
 
 
 def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> dict:
@@ -46,18 +74,20 @@ def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> di
     samples = validate_tables(source, data)
     split, notes = assign_splits(samples, data, params)
     audit(samples, split, data)
-    census = take_census(source, split.to_numpy() == TRAIN, data)
+    census = take_census(source, split.map(role_of).to_numpy(), data)
     samples.insert(len(samples.columns), "total", census.totals)
     kept = census.totals > 0
     if not kept.all():
         notes.append(_empty_samples(samples["sample_id"][~kept], data))
+        audit(samples[kept], split[kept], data)
     genes, notes_on_genes = _keep_genes(census, int(((split == TRAIN) & kept).sum()), data)
     notes += notes_on_genes
 
-    folder.mkdir(parents=True, exist_ok=True)
-    dtype = np.dtype(np.min_scalar_type(int(census.highest[genes].max())))
+    _empty_folder(folder)
+    # A type for each role: a loud test sample must not move the bytes that training reads.
+    dtypes = {role: np.min_scalar_type(int(highest[genes].max())) for role, highest in census.highest.items()}
     rows_of_role = {role: np.flatnonzero(kept & split.isin(ROLES[role]).to_numpy()) for role in ROLES}
-    shards = write_shards(source, data, genes, rows_of_role, dtype, params.seed, folder / "counts")
+    shards = write_shards(source, data, genes, rows_of_role, dtypes, params.seed, folder / "counts")
     samples[kept].to_parquet(folder / "samples.parquet", index=False)
     source.genes[genes].to_parquet(folder / "genes.parquet", index=False)
     pd.DataFrame({"sample_id": samples["sample_id"], "split": split})[kept].to_parquet(folder / "splits.parquet", index=False)
@@ -67,7 +97,7 @@ def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> di
         "samples": int(kept.sum()),
         "genes": int(genes.sum()),
         "gene_list_sha256": sha256_of(source.genes["gene_id"][genes].tolist()),
-        "integer_type": dtype.name,
+        "integer_type": {role: dtype.name for role, dtype in dtypes.items()},
         "declared": data.model_dump(mode="json", include={"covariates", "context_columns", "control", "date_column", "study_column"}),
         "splits": {name: int(number) for name, number in split[kept].value_counts().sort_index().items()},
         "missing": {name: int(samples[name][kept].isna().sum()) for name in data.covariates.all()},
@@ -79,41 +109,71 @@ def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> di
     return manifest
 
 
+def _empty_folder(folder: Path) -> None:
+    """Removes an earlier cohort, its manifest first: what is left of it at any moment does not read as whole."""
+    (folder / "manifest.json").unlink(missing_ok=True)
+    if (folder / "counts").exists():
+        shutil.rmtree(folder / "counts")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def validate_tables(source: Source, data: Data) -> pd.DataFrame:
     """The samples with cleaned covariates; InputError lists everything wrong with the tables at once."""
     where = data.source
-    problems = check_unique(source.samples, "sample_id", f"{where}: samples") + check_unique(source.genes, "gene_id", f"{where}: genes")
-    named = {f"data.context_columns: {name}": name for name in data.context_columns}
-    named |= {"data.date_column": data.date_column, "data.study_column": data.study_column}
-    named |= {"data.control.column": data.control.column if data.control else None}
-    for key, name in named.items():
-        if name is not None and name not in source.samples:
-            problems.append(f"{where}: {key}: no column {name}{did_you_mean(name, source.samples.columns)}")
+    problems = [f"{where}: no {what}; expected one at least" for what, table in (("samples", source.samples), ("genes", source.genes)) if not len(table)]
+    problems += check_unique(source.samples, "sample_id", f"{where}: samples") + check_unique(source.genes, "gene_id", f"{where}: genes")
+    problems += [
+        f"{where}: a column named {name}; rename it: the cohort writes a column of that name" for name in RESERVED if name in source.samples
+    ]
+    problems += _named_column_problems(source.samples, data, where)
     try:
         samples = clean_samples(source.samples, data.covariates, where)
     except InputError as error:
         raise InputError(*problems, *error.problems) from None
-    if data.control and data.control.column in samples and not (samples[data.control.column] == data.control.value).any():
-        known = samples[data.control.column].dropna().unique()
-        problems.append(f"{where}: data.control.value: no sample has {data.control.column} = {data.control.value}{did_you_mean(data.control.value, known)}")
-    if "total" in source.samples:
-        problems.append(f"{where}: a column named total; rename it: the cohort writes each sample's total counts there")
     if problems:
         raise InputError(*problems)
     return samples
 
 
-def take_census(source: Source, training: np.ndarray, data: Data) -> Census:
-    """One checked pass over all counts."""
+def _named_column_problems(samples: pd.DataFrame, data: Data, where: str) -> list[str]:
+    """What is wrong with the columns that params.yaml names beside the covariates."""
+    named = {f"data.context_columns: {name}": name for name in data.context_columns}
+    named |= {"data.date_column": data.date_column, "data.study_column": data.study_column}
+    named |= {"data.control.column": data.control.column if data.control else None}
+    problems = []
+    for key, name in named.items():
+        if name is None:
+            continue
+        if name not in samples:
+            problems.append(f"{where}: {key}: no column {name}{did_you_mean(name, samples.columns)}")
+        elif lists := list_cells(samples[name], f"{where}: {name}"):
+            problems += [] if name in data.covariates.all() else lists  # clean_samples tells those of covariates
+        elif key == "data.date_column":
+            problems += unreadable_dates(samples[name], f"{where}: {name}")
+        elif key == "data.control.column":
+            problems += _control_problems(label_texts(samples[name]), data.control, where)
+    return problems
+
+
+def _control_problems(labels: pd.Series, control: Control, where: str) -> list[str]:
+    if (labels == control.value).any():
+        return []
+    known = labels.dropna().unique()
+    return [f"{where}: data.control.value: no sample has {control.column} = {control.value}{did_you_mean(control.value, known)}"]
+
+
+def take_census(source: Source, roles: np.ndarray, data: Data) -> Census:
+    """One checked pass over all counts; `roles` (N,) of the samples."""
     samples, genes = source.samples["sample_id"].to_numpy(), source.genes["gene_id"].to_numpy()
-    totals = np.zeros(len(samples), dtype=np.int64)
-    counted, highest = np.zeros(len(genes), dtype=np.int64), np.zeros(len(genes), dtype=np.int64)
+    totals, counted = np.zeros(len(samples), dtype=np.int64), np.zeros(len(genes), dtype=np.int64)
+    highest = {role: np.zeros(len(genes), dtype=np.int64) for role in ROLES}
     progress = Progress("prepare: checking", len(samples), "samples")
     for rows, stored in source.chunks():
         counts = check_counts(stored, samples[rows], genes, data.source)
         totals[rows] = counts.sum(axis=1)
-        counted += (counts[training[rows]] > 0).sum(axis=0)
-        highest = np.maximum(highest, counts.max(axis=0))
+        counted += (counts[roles[rows] == TRAIN] > 0).sum(axis=0)
+        for role in ROLES:
+            highest[role] = np.maximum(highest[role], counts[roles[rows] == role].max(axis=0, initial=0))
         progress.advance(len(rows))
     return Census(totals, counted, highest)
 
@@ -135,37 +195,40 @@ def _keep_genes(census: Census, training_samples: int, data: Data) -> tuple[np.n
 
 
 def write_shards(
-    source: Source, data: Data, genes: np.ndarray, rows_of_role: dict[str, np.ndarray], dtype: np.dtype, seed: int, folder: Path
+    source: Source, data: Data, genes: np.ndarray, rows_of_role: dict[str, np.ndarray], dtypes: dict[str, np.dtype], seed: int, folder: Path
 ) -> dict[str, list[dict]]:
     """Counts of each role in shuffled order, in memory of one bucket: rows go to random buckets, then each is shuffled."""
-    samples, names = source.samples["sample_id"].to_numpy(), source.genes["gene_id"].to_numpy()
     rng = np.random.default_rng(seed)
     width = int(genes.sum())
-    bucket_of, buckets = np.full(len(samples), -1), []
+    bucket_of, buckets = np.full(len(source.samples), -1), []
     for role, rows in rows_of_role.items():
         number = -(-len(rows) * width // SHUFFLE_VALUES)
         bucket_of[rows] = len(buckets) + rng.integers(0, max(number, 1), len(rows))
         buckets += [role] * number
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".shuffle-") as scratch:
-        writers = [ShardWriter(Path(scratch) / str(index), "bucket", dtype) for index in range(len(buckets))]
-        progress = Progress("prepare: writing", len(samples), "samples")
-        for rows, stored in source.chunks():
-            counts = check_counts(stored, samples[rows], names, data.source)[:, genes]
-            for bucket in np.unique(bucket_of[rows[bucket_of[rows] >= 0]]):
-                inside = bucket_of[rows] == bucket
-                writers[bucket].write(samples[rows[inside]], counts[inside])
-            progress.advance(len(rows))
-        for writer in writers:
-            writer.close()
-        shards: dict[str, list[dict]] = {role: [] for role in rows_of_role}
+        writers = [ShardWriter(Path(scratch) / str(index), "bucket", dtypes[role]) for index, role in enumerate(buckets)]
+        _fill_buckets(source, data, genes, bucket_of, writers)
+        shards: dict[str, list[dict]] = {}
         for role in rows_of_role:
-            with ShardWriter(folder, role, dtype) as final:
-                for bucket in (index for index, owner in enumerate(buckets) if owner == role):
-                    _shuffle_into(final, writers[bucket].paths, width, rng)
-            shards[role] = [
-                {"path": f"counts/{path.name}", "bytes": path.stat().st_size, "sha256": sha256(path)} for path in final.paths
-            ]
+            with ShardWriter(folder, role, dtypes[role]) as final:
+                for writer, owner in zip(writers, buckets, strict=True):
+                    if owner == role and writer.paths:  # chance may leave a bucket empty
+                        _shuffle_into(final, writer.paths, width, rng)
+            shards[role] = [{"path": f"counts/{path.name}", "bytes": path.stat().st_size, "sha256": sha256(path)} for path in final.paths]
     return shards
+
+
+def _fill_buckets(source: Source, data: Data, genes: np.ndarray, bucket_of: np.ndarray, writers: list[ShardWriter]) -> None:
+    samples, names = source.samples["sample_id"].to_numpy(), source.genes["gene_id"].to_numpy()
+    progress = Progress("prepare: writing", len(samples), "samples")
+    for rows, stored in source.chunks():
+        counts = check_counts(stored, samples[rows], names, data.source)[:, genes]
+        for bucket in np.unique(bucket_of[rows[bucket_of[rows] >= 0]]):
+            inside = bucket_of[rows] == bucket
+            writers[bucket].write(samples[rows[inside]], counts[inside])
+        progress.advance(len(rows))
+    for writer in writers:
+        writer.close()
 
 
 def _shuffle_into(final: ShardWriter, paths: list[Path], width: int, rng: np.random.Generator) -> None:
@@ -191,27 +254,31 @@ class Cohort:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.manifest = self._read_manifest()
-        self._verify({name: self.manifest["tables"][name] for name in self.manifest["tables"]})
+        self.manifest, self.declared = self._read_manifest()
+        self._verify(self.manifest["tables"])
         self.samples = pd.read_parquet(self.folder / "samples.parquet")
         self.samples["split"] = pd.read_parquet(self.folder / "splits.parquet")["split"].to_numpy()
         self.genes = pd.read_parquet(self.folder / "genes.parquet")["gene_id"].to_numpy(dtype=str)
-        self.declared = Data.model_validate(
-            {"source": str(folder), "layer": None, "sample_id": "sample_id", "min_gene_samples": 0, "empty_samples": "refuse"}
-            | self.manifest["declared"]
-        )
 
-    def _read_manifest(self) -> dict:
+    def _read_manifest(self) -> tuple[dict, Data]:
+        """(manifest, what it declares), both checked."""
         path = self.folder / "manifest.json"
         try:
-            manifest = json.loads(path.read_text())
+            manifest = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError(f"{path}: absent; `dvc repro prepare` writes the cohort") from None
         except ValueError as error:
             raise IntegrityError(f"{path}: not JSON ({error}); run `dvc repro --force prepare`") from None
-        if manifest.get("format_version") != FORMAT_VERSION:
-            raise IntegrityError(f"{path}: format version {manifest.get('format_version')}, expected {FORMAT_VERSION}; run `dvc repro prepare`")
-        return manifest
+        found = manifest.get("format_version") if isinstance(manifest, dict) else None
+        if found != FORMAT_VERSION:
+            raise IntegrityError(f"{path}: format version {found}, expected {FORMAT_VERSION}; run `dvc repro --force prepare`")
+        rest = {"source": str(self.folder), "layer": None, "sample_id": None, "min_gene_samples": 0, "empty_samples": "refuse"}
+        try:
+            return manifest, Data.model_validate(rest | Manifest.model_validate(manifest).declared)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(map(str, problem["loc"]))
+            raise IntegrityError(f"{path}: {key}: {problem['msg']}; run `dvc repro --force prepare`") from None
 
     def _verify(self, expected: dict[str, str]) -> None:
         for name, checksum in expected.items():
@@ -238,8 +305,9 @@ class Cohort:
         names = self.rows(splits)["sample_id"].to_numpy()
         position = pd.Series(np.arange(len(names)), index=names)
         found = np.zeros(len(names), dtype=bool)
-        counts = np.empty((len(names), len(self.genes)), dtype=self.manifest["integer_type"])
-        for role in dict.fromkeys(role_of(split) for split in splits):
+        roles = dict.fromkeys(role_of(split) for split in splits)
+        counts = np.empty((len(names), len(self.genes)), dtype=np.result_type(*(self.manifest["integer_type"][role] for role in roles)))
+        for role in roles:
             for shard in self.manifest["shards"][role]:
                 self._verify({shard["path"]: shard["sha256"]})
                 for ids, block in read_shard(self.folder / shard["path"], len(self.genes)):
@@ -255,9 +323,14 @@ class Cohort:
         """(N, G) float32 log-CPM of `rows(splits)`, by totals over all genes of the source."""
         return log_cpm(self.counts(splits), self.rows(splits)["total"].to_numpy())
 
-    @property
+    @cached_property
     def visible_sha256(self) -> str:
-        """A hash of what training and choices may see: it does not move when a test sample does."""
+        """A hash of what training and choices may see, row by row: it does not move when a test sample does."""
         rows = self.samples[self.samples["split"].map(role_of) != "test"]
+        declared = self.declared
+        named = [*declared.covariates.all(), *declared.context_columns, declared.date_column, declared.study_column]
+        columns = dict.fromkeys(["sample_id", "split", "total", *filter(None, named), *([declared.control.column] if declared.control else [])])
+        # As text, which does not depend on how the source stored a column.
+        table = {name: label_texts(rows[name]).tolist() for name in columns}
         shards = [shard["sha256"] for role in ("train", "validation") for shard in self.manifest["shards"][role]]
-        return sha256_of(self.manifest["gene_list_sha256"], self.manifest["declared"], shards, rows[["sample_id", "split"]].to_dict("list"))
+        return sha256_of(self.manifest["gene_list_sha256"], self.manifest["declared"], shards, table)

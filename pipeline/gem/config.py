@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,6 +21,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
+STUDY_NAME = r"^[A-Za-z0-9_]+$"   # a study names a file and a folder
 
 
 class Frozen(BaseModel):
@@ -79,7 +80,7 @@ class Numeric(Frozen):
     scale: Literal["linear", "log"]
 
 
-Covariate = Annotated[Union[Categorical, Multilabel, Numeric], Field(discriminator="kind")]
+Covariate = Annotated[Categorical | Multilabel | Numeric, Field(discriminator="kind")]
 
 
 class Covariates(Frozen):
@@ -107,7 +108,7 @@ class Control(Frozen):
 class Data(Frozen):
     source: str
     layer: str | None
-    sample_id: str
+    sample_id: str | None
     covariates: Covariates
     context_columns: Names
     control: Control | None
@@ -176,7 +177,7 @@ class Tune(Frozen):
 
 
 class Evaluate(Frozen):
-    study: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+    study: Annotated[str, Field(pattern=STUDY_NAME)]
     seed: Seed
     bootstrap: Annotated[int, Field(ge=20)]
     prior_draws: Count
@@ -217,12 +218,17 @@ def flatten(values: Mapping, prefix: str = "") -> dict[str, object]:
 
 
 def set_dotted(values: dict, changes: Mapping[str, object]) -> dict:
-    """`values` (nested) with `changes` (dotted) written in; parents that are absent are made."""
+    """`values` (nested) with `changes` (dotted) written in; parents that are absent are made.
+
+    InputError where a parent is a value, so that nothing can stand under it.
+    """
     for name, value in changes.items():
         *parents, last = name.split(".")
         target = values
         for parent in parents:
             target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise InputError(f"{name} is unknown: {parent} is a single value, {target!r}")
         target[last] = value
     return values
 
@@ -238,10 +244,11 @@ def read_model(path: Path | str, model: type[Frozen]):
     try:
         return model.model_validate(document.values)
     except ValidationError as error:
-        raise InputError(*(_explain(problem, model, document) for problem in error.errors())) from None
+        raise InputError(*(explain(problem, model, document) for problem in error.errors())) from None
 
 
-def _explain(problem: dict, model: type[Frozen], document: yamlfile.Document) -> str:
+def explain(problem: dict, model: type[Frozen], document: yamlfile.Document) -> str:
+    """One of a ValidationError's problems, in words and with its place in the file."""
     # A discriminated union adds the chosen tag to the location; it is not a key of the file.
     key, reached = (), document.values
     for position, part in enumerate(problem["loc"], start=1):

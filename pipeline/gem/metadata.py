@@ -14,11 +14,12 @@ from pydantic import TypeAdapter
 
 from pipeline.gem.config import GROUPS, Covariate, Covariates
 from pipeline.gem.errors import InputError, did_you_mean, examples
-from pipeline.gem.quantities import parse_quantity
+from pipeline.gem.quantities import parse_quantity, shown
 
 LOG_OFFSET = 1e-6    # added before the logarithm of a numeric covariate
 CLIP = 6.0           # standard deviations
 SEPARATOR = "|"      # between the labels of a multilabel value
+ROUNDING = 1e-9      # a deviation below this share of the mean is what rounding leaves of a constant column
 
 _COVARIATE = TypeAdapter(Covariate)
 
@@ -40,17 +41,17 @@ class Vocabulary:
 
     @classmethod
     def learn(cls, name: str, covariate: Covariate, column: pd.Series) -> "Vocabulary":
-        values = column.dropna()
-        if covariate.kind == "categorical":
-            return cls(name, covariate, tuple(sorted(set(map(str, values)))))
-        if covariate.kind == "multilabel":
-            return cls(name, covariate, tuple(sorted({label for value in set(values) for label in labels_of(value)})))
-        parsed = [parse_quantity(value) for value in values]
+        if covariate.kind != "numeric":
+            texts = set(label_texts(column).dropna())
+            labels = texts if covariate.kind == "categorical" else {label for text in texts for label in labels_of(text)}
+            return cls(name, covariate, tuple(sorted(labels)))
+        parsed = [parse_quantity(value) for value in map(cell, column) if value is not None]
         scaled = np.array([_scaled(number, covariate.scale) for number, _ in parsed])
         dimensions = tuple(sorted({dimension for _, dimension in parsed}))
         if not len(scaled):
             return cls(name, covariate, dimensions)
-        return cls(name, covariate, dimensions, float(scaled.mean()), float(scaled.std()) or 1.0)
+        mean, deviation = float(scaled.mean()), float(scaled.std())
+        return cls(name, covariate, dimensions, mean, deviation if deviation >= ROUNDING * max(1.0, abs(mean)) else 1.0)
 
     def encode_value(self, value: object) -> np.ndarray | None:
         """(size,) encoding of a value that is not missing; None where it is unknown. ValueError where it is no quantity."""
@@ -62,7 +63,7 @@ class Vocabulary:
             code[0] = np.clip((_scaled(number, self.covariate.scale) - self.mean) / self.deviation, -CLIP, CLIP)
             code[1 + self.levels.index(dimension)] = 1
             return code
-        labels = labels_of(value) if self.covariate.kind == "multilabel" else [str(value)]
+        labels = labels_of(value) if self.covariate.kind == "multilabel" else [label_text(value)]
         if any(label not in self.levels for label in labels):
             return None
         code[[self.levels.index(label) for label in labels]] = 1
@@ -77,8 +78,34 @@ class Vocabulary:
         return cls(state["name"], _COVARIATE.validate_python(state["covariate"]), tuple(state["levels"]), state["mean"], state["deviation"])
 
 
+def cell(value: object) -> object:
+    """A cell of a table: text trimmed, None where missing or empty. ValueError where it holds more than one value."""
+    if isinstance(value, str):
+        return value.strip() or None
+    if not pd.api.types.is_scalar(value):
+        raise ValueError(f"a {type(value).__name__} in a cell; expected one value")
+    return None if pd.isna(value) else value
+
+
+def label_text(value: object) -> str | None:
+    """The text of a label, however a table stores it; None where missing or empty.
+
+    Whole numbers lose their point: pandas makes floats of an integer column as soon as one value is missing.
+    """
+    value = cell(value)
+    if value is None or isinstance(value, str):
+        return value
+    whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
+    return str(int(value)) if whole else str(value)
+
+
+def label_texts(column: pd.Series) -> pd.Series:
+    """`label_text` of every cell."""
+    return pd.Series([label_text(value) for value in column], index=column.index, dtype=object)
+
+
 def labels_of(value: object) -> list[str]:
-    return [label.strip() for label in str(value).split(SEPARATOR) if label.strip()]
+    return [label.strip() for label in (label_text(value) or "").split(SEPARATOR) if label.strip()]
 
 
 def _scaled(number: float, scale: str) -> float:
@@ -131,8 +158,12 @@ class MetadataEncoder:
     def _encode_field(self, field: Vocabulary, samples: pd.DataFrame, unknown: str, problems: list[str]) -> np.ndarray:
         if field.name not in samples:
             return np.zeros((len(samples), field.size), dtype=np.float32)
+        try:
+            index, values = _distinct(samples[field.name])
+        except ValueError as error:
+            problems.append(f"{field.name}: {error}")
+            return np.zeros((len(samples), field.size), dtype=np.float32)
         # Few distinct values stand for many rows; the last row of the table of codes is "missing".
-        index, values = pd.factorize(samples[field.name])
         codes = np.zeros((len(values) + 1, field.size), dtype=np.float32)
         for position, value in enumerate(values):
             try:
@@ -144,17 +175,19 @@ class MetadataEncoder:
                 codes[position] = code
             elif unknown == "refuse":
                 problems.append(
-                    f"{field.name}, row {_first(index, position)}: {value!r} was never seen in training"
+                    f"{field.name}, row {_first(index, position)}: {shown(value)} was never seen in training"
                     f"{did_you_mean(value, field.levels)} (or treat unknown values as missing)"
                 )
         return codes[index]
 
     def labels(self, samples: pd.DataFrame) -> dict[str, np.ndarray]:
         """(N,) class index per label head, -1 where missing or unknown: categorical fields of the groups with biology."""
-        return {
-            field.name: pd.Categorical(samples[field.name], categories=list(field.levels)).codes.astype(np.int64)
-            for field in self.heads()
-        }
+        return {field.name: self._class_indices(field, samples[field.name]) for field in self.heads()}
+
+    @staticmethod
+    def _class_indices(field: Vocabulary, column: pd.Series) -> np.ndarray:
+        positions = {level: position for position, level in enumerate(field.levels)}
+        return np.array([positions.get(text, -1) for text in label_texts(column)], dtype=np.int64)
 
     def heads(self) -> list[Vocabulary]:
         """The covariates that have a classifier: categorical, two levels or more, of the last two groups."""
@@ -173,42 +206,61 @@ class MetadataEncoder:
         return cls({group: [Vocabulary.from_state(field) for field in state[group]] for group in GROUPS})
 
 
+def _distinct(column: pd.Series) -> tuple[np.ndarray, list]:
+    """(position of each cell among the distinct values, -1 where missing; the values). True and 1 are two values."""
+    positions: dict = {}
+    index = np.full(len(column), -1)
+    for row, value in enumerate(map(cell, column)):
+        if value is not None:
+            index[row] = positions.setdefault((type(value), value), len(positions))
+    return index, [value for _, value in positions]
+
+
 def _first(index: np.ndarray, position: int) -> int:
     return int(np.flatnonzero(index == position)[0])
 
 
 def clean_samples(samples: pd.DataFrame, covariates: Covariates, where: str) -> pd.DataFrame:
     """Declared covariates in one form: text or numbers, None for missing or empty. InputError lists every bad value."""
-    problems = [
-        f"{where}: column {name} is declared in data.covariates but absent{did_you_mean(name, samples.columns)}"
-        for name in covariates.all()
-        if name not in samples
-    ]
+    problems: list[str] = []
     cleaned = samples.copy()
     for name, covariate in covariates.all().items():
         if name not in samples:
-            continue
-        column = samples[name].astype(object)
-        text = column.map(lambda value: value.strip() if isinstance(value, str) else value)
-        column = text.where(text.notna() & (text != ""), None)
-        if covariate.kind == "numeric":
-            problems += _bad_quantities(name, column, covariate.scale, where)
-            # Plain numbers stay numbers; quantities with a unit stay text, as they were written.
-            numbers = pd.to_numeric(column, errors="coerce")
-            cleaned[name] = numbers if numbers.notna().sum() == column.notna().sum() else column.map(lambda value: None if value is None else str(value))
+            problems.append(f"{where}: column {name} is declared in data.covariates but absent{did_you_mean(name, samples.columns)}")
+        elif bad := list_cells(samples[name], f"{where}: {name}"):
+            problems += bad
+        elif covariate.kind == "numeric":
+            problems += _bad_quantities(name, samples[name], covariate.scale, where)
+            cleaned[name] = _numbers_or_text(samples[name])
         else:
-            cleaned[name] = column.map(lambda value: None if value is None else str(value))
+            cleaned[name] = label_texts(samples[name])
     if problems:
         raise InputError(*problems)
     return cleaned
 
 
+def list_cells(column: pd.Series, where: str) -> list[str]:
+    """A problem line if cells hold lists."""
+    rows = [row for row, value in enumerate(column) if not pd.api.types.is_scalar(value)]
+    return [f"{where}: more than one value in a cell (rows {examples(rows)}); expected text or a number, several labels as a{SEPARATOR}b"] if rows else []
+
+
+def _numbers_or_text(column: pd.Series) -> pd.Series:
+    """Plain numbers stay numbers; quantities with a unit stay text, as they were written."""
+    cells = pd.Series([cell(value) for value in column], index=column.index, dtype=object)
+    numbers = pd.to_numeric(cells, errors="coerce").astype(float)
+    if numbers.notna().sum() == cells.notna().sum():
+        return numbers
+    return cells.map(lambda value: None if value is None else str(value))
+
+
 def _bad_quantities(name: str, column: pd.Series, scale: str, where: str) -> list[str]:
     problems = []
-    for value in column.dropna().unique():
+    index, values = _distinct(column)
+    for position, value in enumerate(values):
         try:
             _scaled(parse_quantity(value)[0], scale)
         except ValueError as error:
-            rows = np.flatnonzero((column == value).to_numpy())
+            rows = np.flatnonzero(index == position)
             problems.append(f"{where}: {name}: {error} (rows {examples(rows)}); declare it categorical, or write a number and a unit")
     return problems

@@ -1,16 +1,18 @@
 """A search as a question in a file: experiments/<study>.yaml, typed and validated like params.yaml."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.gem import yamlfile
-from pipeline.gem.config import Count, Frozen, Params, Seed, flatten, read_model
+from pipeline.gem.config import STUDY_NAME, Count, Frozen, Params, Seed, flatten, read_model
 from pipeline.gem.errors import InputError, did_you_mean
 
 FOLDER = Path("experiments")
 SEARCHABLE = ("model", "train")
+BETTER = {"predictive_log_likelihood": "maximize", "mse": "minimize"}
 
 
 class IntegerSpace(Frozen):
@@ -41,6 +43,12 @@ class Objective(Frozen):
     metric: Literal["predictive_log_likelihood", "mse"]
     direction: Literal["maximize", "minimize"]
 
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.direction != BETTER[self.metric]:
+            raise ValueError(f"direction is {self.direction}, which would promote the worst model by {self.metric}; write {BETTER[self.metric]}")
+        return self
+
 
 class Sampler(Frozen):
     name: Literal["tpe", "random"]
@@ -65,6 +73,13 @@ class Question(Frozen):
     pruner: Pruner
     epochs: Count
 
+    @field_validator("space")
+    @classmethod
+    def _asks_something(cls, space: dict) -> dict:
+        if not space:
+            raise ValueError("is empty; name one key of params.yaml at least")
+        return space
+
     @property
     def baseline_values(self) -> dict[str, object]:
         return flatten(self.baseline)
@@ -72,6 +87,8 @@ class Question(Frozen):
 
 def read_question(study: str, params: Params, folder: Path = FOLDER) -> Question:
     """experiments/<study>.yaml against params.yaml. InputError lists every problem at once."""
+    if not re.fullmatch(STUDY_NAME, study):
+        raise InputError(f"the study {study!r} is no name; expected letters, digits and underscores, for {folder}/<study>.yaml")
     path = folder / f"{study}.yaml"
     if not path.exists():
         known = sorted(found.stem for found in folder.glob("*.yaml"))
@@ -82,7 +99,9 @@ def read_question(study: str, params: Params, folder: Path = FOLDER) -> Question
     problems = []
     for name, space in question.space.items():
         where = document.where(("space", name))
-        if name not in searchable:
+        if name in params.flat() and name not in searchable:
+            problems.append(f"{where}: {name} cannot be searched; only keys of {' and '.join(SEARCHABLE)} can")
+        elif name not in searchable:
             problems.append(f"{where}: {name} is no key of params.yaml{did_you_mean(name, searchable)}")
         else:
             problems += [f"{where}: space.{name}: {problem}" for problem in _space_problems(name, space, question, params)]
@@ -106,10 +125,20 @@ def _space_problems(name: str, space: Space, question: Question, params: Params)
             return [f"low is {space.low}; a log scale needs a positive one"]
         number = isinstance(baseline, (int, float)) and not isinstance(baseline, bool)
         candidates, inside = [space.low, space.high], number and space.low <= baseline <= space.high
-    problems = [] if inside or baseline is None else [f"the baseline {baseline!r} lies outside the space"]
-    for value in candidates:
-        try:
-            params.override({name: value})
-        except ValidationError as error:
-            problems.append(f"{value!r} is no value for params.yaml: {error.errors()[0]['msg']}")
-    return problems
+    problems = [f"{value!r} is no value for params.yaml: {reason}" for value in candidates if (reason := _refusal(name, value, params))]
+    if name not in question.baseline_values:
+        return problems
+    if not inside:
+        return [f"the baseline {baseline!r} lies outside the space", *problems]
+    # Inside by its size, but 16.0 is no integer.
+    reason = _refusal(name, baseline, params)
+    return [f"the baseline {baseline!r} is no value for params.yaml: {reason}", *problems] if reason else problems
+
+
+def _refusal(name: str, value: object, params: Params) -> str | None:
+    """Why params.yaml may not hold a value; None where it may."""
+    try:
+        params.override({name: value})
+    except ValidationError as error:
+        return error.errors()[0]["msg"]
+    return None

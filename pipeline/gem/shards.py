@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.gem.errors import IntegrityError
+from pipeline.gem.errors import InputError, IntegrityError
 
 ROW_GROUP = 1024          # rows
 SHARD_VALUES = 2**28      # counts in one shard at most
+BATCH_VALUES = 2**23      # counts read at a time, however large the row groups of a file are
 
 
 class ShardWriter:
@@ -52,16 +54,38 @@ class ShardWriter:
 
 
 def read_shard(path: Path, genes: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(sample_id (N,), counts (N, G)) per row group. IntegrityError where the file is torn or a row has another length."""
+    """(sample_id (N,), counts (N, G)) in batches of bounded size; sample_id is text.
+
+    IntegrityError where the file is torn or a row has another length; InputError where counts are no lists of numbers.
+    """
+    rows = max(1, min(ROW_GROUP, BATCH_VALUES // max(1, genes)))
+    start = 0
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=["sample_id", "counts"])
-                column = table["counts"].combine_chunks()
-                lengths = np.diff(column.offsets.to_numpy())
-                if column.null_count or (lengths != genes).any():
-                    bad = int(np.flatnonzero(lengths != genes)[0]) if (lengths != genes).any() else 0
-                    raise IntegrityError(f"{path}: row {bad} of row group {group} has {lengths[bad]} counts; expected one for each of {genes} genes")
-                yield table["sample_id"].to_numpy(), column.flatten().to_numpy(zero_copy_only=False).reshape(-1, genes)
-    except (OSError, pa.ArrowException, KeyError) as error:
+            _check_columns(path, file.schema_arrow)
+            for batch in file.iter_batches(rows, columns=["sample_id", "counts"]):
+                if len(batch):
+                    yield batch["sample_id"].cast(pa.string()).to_numpy(zero_copy_only=False), _matrix(path, batch["counts"], genes, start)
+                start += len(batch)
+    except (OSError, pa.ArrowException) as error:
         raise IntegrityError(f"{path}: cannot be read ({error}); restore it, or run the stage that writes it again") from None
+
+
+def _check_columns(path: Path, schema: pa.Schema) -> None:
+    absent = [name for name in ("sample_id", "counts") if name not in schema.names]
+    if absent:
+        raise InputError(f"{path}: no column {' or '.join(absent)}; found {', '.join(schema.names)}")
+    kind = schema.field("counts").type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    numbers = lists and (pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type))
+    if not numbers:
+        raise InputError(f"{path}: counts is of type {kind}; expected a list of whole numbers per sample")
+
+
+def _matrix(path: Path, column: pa.Array, genes: int, start: int) -> np.ndarray:
+    """(N, G) of a column of lists; `start` is the file's row at which it begins."""
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    wrong = np.flatnonzero(lengths != genes)
+    if len(wrong):
+        raise IntegrityError(f"{path}: row {start + wrong[0]} has {lengths[wrong[0]]} counts; expected one for each of {genes} genes")
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, genes)

@@ -1,9 +1,11 @@
 """Where raw counts come from: a folder of Parquet files or an AnnData .h5ad, read in chunks and checked.
 
-A source has `samples` (one row a sample, sample_id first), `genes` (gene_id first) and `chunks()`.
+A source has `samples` (one row a sample, sample_id first), `genes` (gene_id first) and `chunks()`. Where data.sample_id
+names another column of samples, that one is sample_id, and a column of that name is left out.
 Nothing is written beside the input.
 """
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.gem.config import Data
-from pipeline.gem.errors import InputError, examples
+from pipeline.gem.errors import InputError, did_you_mean, examples
 from pipeline.gem.shards import read_shard
 
 MAX_COUNT = 2**24        # the largest integer that float32 holds exactly with all smaller ones
@@ -35,7 +37,7 @@ def open_source(data: Data) -> Source:
     if not path.exists():
         raise InputError(f"data.source: {path} does not exist; give a folder of Parquet files or an .h5ad file")
     if path.is_dir():
-        return ParquetSource(path)
+        return ParquetSource(path, data)
     if path.suffix == ".h5ad":
         return H5adSource(path, data)
     raise InputError(f"data.source: {path} is neither a folder nor an .h5ad file")
@@ -44,13 +46,13 @@ def open_source(data: Data) -> Source:
 class ParquetSource:
     """samples.parquet, genes.parquet and counts/*.parquet."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, data: Data):
         absent = [name for name in ("samples.parquet", "genes.parquet", "counts") if not (folder / name).exists()]
         if absent:
             raise InputError(*(f"{folder / name}: absent; a source folder holds samples.parquet, genes.parquet and counts/*.parquet" for name in absent))
         self.folder = folder
-        self.samples = _read_table(folder / "samples.parquet", "sample_id")
-        self.genes = _read_table(folder / "genes.parquet", "gene_id")
+        self.samples = _read_table(folder / "samples.parquet", data.sample_id or "sample_id", "sample_id")
+        self.genes = _read_table(folder / "genes.parquet", "gene_id", "gene_id")
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         position = pd.Series(np.arange(len(self.samples)), index=self.samples["sample_id"])
@@ -61,8 +63,8 @@ class ParquetSource:
                 if rows.isna().any():
                     raise InputError(f"{path}: samples {examples(rows.index[rows.isna()])} are not in {self.folder / 'samples.parquet'}")
                 rows = rows.to_numpy(dtype=np.int64)
-                twice = rows[seen[rows]]
-                if len(twice) or len(set(rows)) < len(rows):
+                twice = np.unique(rows[seen[rows] | pd.Series(rows).duplicated().to_numpy()])
+                if len(twice):
                     raise InputError(f"{path}: samples {examples(self.samples['sample_id'].iloc[twice])} have counts twice")
                 seen[rows] = True
                 yield rows, counts
@@ -76,23 +78,33 @@ class H5adSource:
     def __init__(self, path: Path, data: Data):
         import anndata  # late: it takes a second to import and only this source needs it
 
-        self.path, self.layer = path, data.layer
+        self.layer = data.layer
         try:
-            self._data = anndata.read_h5ad(path, backed="r")
+            with warnings.catch_warnings():
+                # Names that stand twice are refused later, by name, with everything else that is wrong.
+                warnings.filterwarnings("ignore", message=".*names are not unique", category=UserWarning)
+                self._data = anndata.read_h5ad(path, backed="r")
         except (OSError, KeyError, ValueError) as error:
             raise InputError(f"{path}: cannot be read as AnnData ({error})") from None
-        if data.layer is not None and data.layer not in self._data.layers:
-            raise InputError(f"{path}: no layer {data.layer!r}; data.layer can be {examples(self._data.layers) or 'null'}")
-        obs = self._data.obs
-        if data.sample_id in obs:
-            names = obs[data.sample_id].astype(str).to_numpy()
-        else:
-            names = obs.index.astype(str).to_numpy()
-        self.samples = obs.drop(columns=[data.sample_id], errors="ignore").reset_index(drop=True)
-        self.samples.insert(0, "sample_id", names)
-        var = self._data.var
-        self.genes = var.drop(columns=["gene_id"], errors="ignore").reset_index(drop=True)
-        self.genes.insert(0, "gene_id", var.index.astype(str).to_numpy())
+        obs, var = self._data.obs, self._data.var
+        self._check_matrix(path)
+        if data.sample_id is not None and data.sample_id not in obs:
+            raise InputError(f"{path}: data.sample_id: no column {data.sample_id} in obs{did_you_mean(data.sample_id, obs.columns)}; null takes the obs index")
+        names = obs.index.to_series() if data.sample_id is None else obs[data.sample_id]
+        self.samples = _named(obs.drop(columns=data.sample_id or []), names, "sample_id", f"{path}: obs")
+        self.genes = _named(var, var.index.to_series(), "gene_id", f"{path}: var")
+
+    def _check_matrix(self, path: Path) -> None:
+        """InputError where the declared matrix is not in the file."""
+        layers = f"data.layer can be {examples(self._data.layers) or 'null'}"
+        if self.layer is not None and self.layer not in self._data.layers:
+            raise InputError(f"{path}: no layer {self.layer!r}; {layers}")
+        try:
+            absent = self.layer is None and self._data.X is None
+        except KeyError:  # how a backed file says that it has no X
+            absent = True
+        if absent:
+            raise InputError(f"{path}: no X, and data.layer is null; {layers}")
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         matrix = self._data.X if self.layer is None else self._data.layers[self.layer]
@@ -102,15 +114,24 @@ class H5adSource:
             yield np.arange(start, start + block.shape[0]), block.toarray() if hasattr(block, "toarray") else np.asarray(block)
 
 
-def _read_table(path: Path, key: str) -> pd.DataFrame:
+def _read_table(path: Path, column: str, key: str) -> pd.DataFrame:
     try:
         table = pq.read_table(path).to_pandas()
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-    if key not in table:
-        raise InputError(f"{path}: no column {key}; found {examples(table.columns)}")
-    table[key] = table[key].astype(str)
-    return table[[key, *(name for name in table if name != key)]]
+    if column not in table:
+        raise InputError(f"{path}: no column {column}{did_you_mean(column, table.columns)}")
+    return _named(table.drop(columns=column), table[column], key, str(path))
+
+
+def _named(table: pd.DataFrame, names: pd.Series, key: str, where: str) -> pd.DataFrame:
+    """The table with its rows' names, as text, in a first column `key`. InputError where a name is missing."""
+    missing = np.flatnonzero(names.isna().to_numpy())
+    if len(missing):
+        raise InputError(f"{where}: {key} is missing in rows {examples(missing)}; name every row")
+    named = table.drop(columns=key, errors="ignore").reset_index(drop=True)
+    named.insert(0, key, names.astype(str).to_numpy(dtype=object))
+    return named
 
 
 def check_unique(table: pd.DataFrame, key: str, where: str) -> list[str]:

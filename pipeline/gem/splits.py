@@ -4,13 +4,15 @@ Whole entities first (latest studies, perturbations, pairs of context and pertur
 validations, then samples at random. A split that a cohort cannot have is absent, and the reason is said.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import pandas as pd
 
 from pipeline.gem.config import Data, Splits
 from pipeline.gem.errors import IntegrityError, examples
+from pipeline.gem.metadata import label_texts
 
 TRAIN = "train"
 VALIDATIONS = ("validation", "validation_combination", "validation_perturbation", "validation_study")
@@ -26,100 +28,171 @@ def role_of(split: str) -> str:
 
 def contexts(samples: pd.DataFrame, data: Data) -> pd.Series:
     """One name per sample for the values of the context columns ("?" for a missing one)."""
-    if not data.context_columns:
-        return pd.Series("all", index=samples.index)
-    return samples[list(data.context_columns)].fillna("?").astype(str).agg(" / ".join, axis=1)
+    columns = [label_texts(samples[name]).fillna("?") for name in data.context_columns]
+    return reduce(lambda left, right: left + " / " + right, columns) if columns else pd.Series("all", index=samples.index)
 
 
 def is_control(samples: pd.DataFrame, data: Data) -> pd.Series:
     if data.control is None:
         return pd.Series(False, index=samples.index)
-    return samples[data.control.column] == data.control.value
+    return label_texts(samples[data.control.column]) == data.control.value
+
+
+def date_order(column: pd.Series) -> pd.Series:
+    """Dates as numbers that order them: plain numbers as they are, else ISO 8601 ("2014", "2014-06-01"). NaN where missing or unreadable."""
+    texts = label_texts(column)
+    known = pd.Series(texts.dropna().unique(), dtype=object)
+    numbers = pd.to_numeric(known, errors="coerce").astype(float)
+    if not np.isfinite(numbers).all():
+        times = pd.to_datetime(known, errors="coerce", format="ISO8601", utc=True)
+        numbers = (times - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)
+    return texts.map(dict(zip(known, numbers, strict=True))).astype(float)
+
+
+def unreadable_dates(column: pd.Series, where: str) -> list[str]:
+    """A problem line for each date that `date_order` cannot place."""
+    texts = label_texts(column)
+    bad = texts[texts.notna() & date_order(column).isna()]
+    return [
+        f"{where}: {value!r} is no date (rows {examples(np.flatnonzero((texts == value).to_numpy()))}); write numbers, or dates as 2014-06-01"
+        for value in bad.unique()
+    ]
+
+
+@dataclass(frozen=True)
+class Entities:
+    """What each sample belongs to, as text; None where it belongs to none."""
+
+    study: pd.Series
+    context: pd.Series
+    perturbation: pd.Series   # None for controls
+    pair: pd.Series           # context and perturbation
+    control: pd.Series        # bool
+
+    @classmethod
+    def of(cls, samples: pd.DataFrame, data: Data) -> "Entities":
+        nothing = pd.Series(None, index=samples.index, dtype=object)
+        context, control = contexts(samples, data), is_control(samples, data)
+        perturbation = label_texts(samples[data.control.column]).where(~control, None) if data.control else nothing
+        return cls(
+            study=label_texts(samples[data.study_column]) if data.study_column else nothing,
+            context=context,
+            perturbation=perturbation,
+            pair=(context + " / " + perturbation).where(perturbation.notna(), None),
+            control=control,
+        )
 
 
 def assign_splits(samples: pd.DataFrame, data: Data, params: Splits) -> tuple[pd.Series, list[str]]:
-    """(split of each sample, why which splits are absent)."""
+    """(split of each sample, why which splits are absent). The order of the rows does not matter."""
+    order = np.argsort(samples["sample_id"].to_numpy(dtype=str), kind="stable")
+    ordered = samples.iloc[order].reset_index(drop=True)
+    entities = Entities.of(ordered, data)
     rng = np.random.default_rng(params.seed)
-    split = pd.Series("", index=samples.index)
+    split = pd.Series("", index=ordered.index, dtype=object)
     notes: list[str] = []
-
-    def hold_out(name: str, entities: pd.Series, chosen: list, reason: str) -> None:
-        rows = entities.isin(chosen) & (split == "")
-        if rows.any():
-            split[rows] = name
-        else:
-            notes.append(f"{name} is absent: {reason}")
-
-    studies = samples[data.study_column].astype(object) if data.study_column else pd.Series(None, index=samples.index, dtype=object)
-    control = is_control(samples, data)
-    perturbations = samples[data.control.column].where(~control) if data.control else pd.Series(None, index=samples.index, dtype=object)
-    pairs = (contexts(samples, data) + " / " + perturbations.astype(object)).where(perturbations.notna())
-
-    ordered = _studies_by_date(samples, studies, data, rng)
-    count = round(params.study * len(ordered))
-    test_studies, validation_studies = ordered[len(ordered) - count :], ordered[max(len(ordered) - 2 * count, 0) : len(ordered) - count]
-    named = list(rng.permutation(np.array(sorted(perturbations.dropna().unique()), dtype=object)))
-    count = round(params.perturbation * len(named))
-    test_perturbations, validation_perturbations = named[:count], named[count : 2 * count]
-    held = studies.isin(test_studies + validation_studies) | perturbations.isin(test_perturbations + validation_perturbations)
-    test_pairs, validation_pairs = _pairs_to_hold_out(samples, data, perturbations, pairs, ~held, params.combination, rng)
-
-    no_studies = f"a share of {params.study} of {len(ordered)} studies is none"
-    no_perturbations = f"a share of {params.perturbation} of {len(named)} perturbations besides the control is none"
-    no_pairs = f"of {pairs.nunique()} pairs of context and perturbation a share of {params.combination} is none, or none is left with both seen apart"
-    hold_out("test_study", studies, test_studies, no_studies)
-    hold_out("test_perturbation", perturbations, test_perturbations, no_perturbations)
-    hold_out("test_combination", pairs, test_pairs, no_pairs)
-    hold_out("validation_study", studies, validation_studies, no_studies)
-    hold_out("validation_perturbation", perturbations, validation_perturbations, no_perturbations)
-    hold_out("validation_combination", pairs, validation_pairs, no_pairs)
-
-    _hold_out_samples(samples, data, params, split, control, notes, rng)
+    _hold_out_entities(ordered, entities, data, params, split, notes, rng)
+    _reserve_controls(entities, data, params, split, notes, rng)
+    _hold_out_samples(entities, params, split, notes, rng)
     split[split == ""] = TRAIN
-    return split, notes
+    result = pd.Series("", index=samples.index, dtype=object)
+    result.iloc[order] = split.to_numpy()
+    return result, notes
 
 
-def _hold_out_samples(
-    samples: pd.DataFrame, data: Data, params: Splits, split: pd.Series, control: pd.Series, notes: list[str], rng: np.random.Generator
+def _hold_out_entities(
+    samples: pd.DataFrame, entities: Entities, data: Data, params: Splits, split: pd.Series, notes: list[str], rng: np.random.Generator
 ) -> None:
-    """Random samples among those left: reserved controls, test, validation."""
-    reserved: list = []
-    for _, rows in samples[control & (split == "")].groupby(contexts(samples, data), sort=True):
+    """Whole studies, perturbations and pairs, those of the test before those of validation."""
+    studies = _studies_by_date(samples, entities.study, data, rng)
+    perturbations = list(rng.permutation(np.array(sorted(entities.perturbation.dropna().unique()), dtype=object)))
+    test_studies, validation_studies = _test_and_validation(studies[::-1], params.study)
+    test_perturbations, validation_perturbations = _test_and_validation(perturbations, params.perturbation)
+    held = entities.study.isin(test_studies + validation_studies) | entities.perturbation.isin(test_perturbations + validation_perturbations)
+    test_pairs, validation_pairs = _pairs_to_hold_out(entities, ~held, params.combination, rng)
+    chosen = (
+        ("test_study", entities.study, test_studies),
+        ("test_perturbation", entities.perturbation, test_perturbations),
+        ("test_combination", entities.pair, test_pairs),
+        ("validation_study", entities.study, validation_studies),
+        ("validation_perturbation", entities.perturbation, validation_perturbations),
+        ("validation_combination", entities.pair, validation_pairs),
+    )
+    for name, values, names in chosen:
+        rows = values.isin(names) & (split == "")
+        split[rows] = name
+        if not rows.any():
+            notes.append(f"{name} is absent: {_why_absent(name, entities, data, params)}")
+
+
+def _test_and_validation(names: list, share: float) -> tuple[list, list]:
+    """A share of the names, and as many again."""
+    number = round(share * len(names))
+    return names[:number], names[number : 2 * number]
+
+
+def _why_absent(name: str, entities: Entities, data: Data, params: Splits) -> str:
+    if name.endswith("_study"):
+        if data.study_column is None:
+            return "data.study_column is null"
+        return f"a share of {params.study} of {entities.study.nunique()} studies is none"
+    if data.control is None:
+        return "data.control is null"
+    if name.endswith("_perturbation"):
+        return f"a share of {params.perturbation} of {entities.perturbation.nunique()} perturbations besides the control is none"
+    pairs = f"of {entities.pair.nunique()} pairs of context and perturbation"
+    return f"{pairs} a share of {params.combination} is none, or none is left with both seen apart"
+
+
+def _reserve_controls(entities: Entities, data: Data, params: Splits, split: pd.Series, notes: list[str], rng: np.random.Generator) -> None:
+    """A share of each context's controls, which nobody trains on."""
+    free = entities.control & (split == "")
+    reserved: list[int] = []
+    for _, rows in entities.context[free].groupby(entities.context[free], sort=True):
         reserved += list(rng.permutation(rows.index.to_numpy())[: round(params.test_control * len(rows))])
     split[reserved] = TEST_CONTROL
     if not reserved:
-        notes.append(f"{TEST_CONTROL} is absent: {int(control.sum())} controls are too few to reserve a share of {params.test_control} in any context")
+        few = f"{int(entities.control.sum())} controls are too few to reserve a share of {params.test_control} in any context"
+        notes.append(f"{TEST_CONTROL} is absent: {'data.control is null' if data.control is None else few}")
+
+
+def _hold_out_samples(entities: Entities, params: Splits, split: pd.Series, notes: list[str], rng: np.random.Generator) -> None:
+    """Samples at random among those left; training keeps one of each perturbation and context, so that what is random interpolates."""
     left = rng.permutation(split.index[split == ""].to_numpy())
+    perturbation, context = entities.perturbation[left], entities.context[left]
+    kept = (perturbation.notna() & ~perturbation.duplicated()) | ~context.duplicated()
+    free = left[~kept.to_numpy()]
     tests, validations = round(params.test_random * len(left)), round(params.validation * len(left))
-    split[left[:tests]] = "test_random"
-    split[left[tests : tests + validations]] = "validation"
-    for name, share, number in (("test_random", params.test_random, tests), ("validation", params.validation, validations)):
-        if number == 0:
-            notes.append(f"{name} is absent: a share of {share} of {len(left)} samples is none")
+    for name, share, rows in (
+        ("test_random", params.test_random, free[:tests]),
+        ("validation", params.validation, free[tests : tests + validations]),
+    ):
+        split[rows] = name
+        if not len(rows):
+            notes.append(f"{name} is absent: a share of {share} of {len(left)} samples is none, or each is the only one of its perturbation or context")
 
 
 def _studies_by_date(samples: pd.DataFrame, studies: pd.Series, data: Data, rng: np.random.Generator) -> list:
-    """Studies, the latest last; in random order where there are no dates."""
+    """Studies, the latest last and those without a date first; in random order where there are no dates."""
     names = sorted(studies.dropna().unique())
     if data.date_column is None:
         return list(rng.permutation(np.array(names, dtype=object)))
-    latest = samples.groupby(studies)[data.date_column].max()
-    return sorted(names, key=lambda name: (str(latest[name]), name))
+    latest = date_order(samples[data.date_column]).groupby(studies).max().fillna(-np.inf)
+    return sorted(names, key=lambda name: (latest[name], name))
 
 
-def _pairs_to_hold_out(
-    samples: pd.DataFrame, data: Data, perturbations: pd.Series, pairs: pd.Series, free: pd.Series, share: float, rng: np.random.Generator
-) -> tuple[list[str], list[str]]:
+def _pairs_to_hold_out(entities: Entities, free: pd.Series, share: float, rng: np.random.Generator) -> tuple[list[str], list[str]]:
     """(for the test, for validation): pairs whose context and perturbation both stay seen apart from each other.
 
     The context in its controls or in another pair, the perturbation in another context.
     """
-    context = contexts(samples, data)
-    table = pd.DataFrame({"pair": pairs, "context": context, "perturbation": perturbations})[free & pairs.notna()].drop_duplicates()
+    table = pd.DataFrame({"pair": entities.pair, "context": entities.context, "perturbation": entities.perturbation})
+    table = table[free & entities.pair.notna()].drop_duplicates().sort_values("pair", kind="stable")
     wanted = round(share * len(table))
-    left_in_context = table["context"].value_counts().add(context[free & is_control(samples, data)].drop_duplicates().value_counts(), fill_value=0)
+    with_controls = entities.context[free & entities.control].drop_duplicates()
+    left_in_context = table["context"].value_counts().add(with_controls.value_counts(), fill_value=0)
     left_of_perturbation = table["perturbation"].value_counts()
-    chosen = []
+    chosen: list[str] = []
     for row in table.iloc[rng.permutation(len(table))].itertuples():
         if len(chosen) == 2 * wanted:
             break
@@ -132,27 +205,22 @@ def _pairs_to_hold_out(
 
 
 def audit(samples: pd.DataFrame, split: pd.Series, data: Data) -> None:
-    """Refuses a cohort whose held-out entity is also seen by training or by a choice. IntegrityError names the entities."""
-    control = is_control(samples, data)
-    visible = split.map(role_of).isin(("train", "validation"))
+    """Refuses a cohort whose held-out entity is also seen by training or by a choice, or whose held-out pair has a part that
+    training never sees. IntegrityError names the entities."""
+    entities = Entities.of(samples, data)
+    training, visible = split == TRAIN, split.map(role_of).isin(("train", "validation"))
     problems = []
-
-    def check(name: str, entities: pd.Series, seen_by: pd.Series, who: str) -> None:
-        leaked = set(entities[(split == name) & entities.notna()]) & set(entities[seen_by & entities.notna()])
-        if leaked:
-            problems.append(f"{name} leaks: {examples(sorted(leaked))} also in {who}")
-
-    entities: dict[str, Callable[[], pd.Series]] = {}
-    if data.study_column:
-        entities["study"] = lambda: samples[data.study_column]
-    if data.control:
-        perturbation = samples[data.control.column].where(~control)
-        entities["perturbation"] = lambda: perturbation
-        entities["combination"] = lambda: (contexts(samples, data) + " / " + perturbation).where(perturbation.notna())
-    for kind, values in entities.items():
-        check(f"test_{kind}", values(), visible, "training or validation")
-        check(f"validation_{kind}", values(), split == TRAIN, "training")
-    if not (split == TRAIN).any():
+    for kind, values in (("study", entities.study), ("perturbation", entities.perturbation), ("combination", entities.pair)):
+        for name, seen_by, who in ((f"test_{kind}", visible, "training or validation"), (f"validation_{kind}", training, "training")):
+            leaked = set(values[split == name].dropna()) & set(values[seen_by].dropna())
+            if leaked:
+                problems.append(f"{name} leaks: {examples(sorted(leaked))} also in {who}")
+    for name in ("test_combination", "validation_combination"):
+        for part, values in (("perturbation", entities.perturbation), ("context", entities.context)):
+            unseen = set(values[split == name].dropna()) - set(values[training].dropna())
+            if unseen:
+                problems.append(f"{name} holds out pairs of the {part} {examples(sorted(unseen))}, which training never sees")
+    if not training.any():
         problems.append("no sample is left for training; lower the shares in splits")
     if problems:
         raise IntegrityError(*problems)

@@ -8,9 +8,9 @@ Run     python -m pipeline.prepare
 import time
 from pathlib import Path
 
-from pipeline.gem.cohort import write_cohort
 from pipeline.gem.config import read_params
 from pipeline.gem.errors import exit_with
+from pipeline.gem.preparation import write_cohort
 from pipeline.gem.progress import duration
 from pipeline.gem.sources import open_source
 

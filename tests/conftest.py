@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.gem.cohort import Cohort, write_cohort
+from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import Params, read_params
+from pipeline.gem.preparation import write_cohort
 from pipeline.gem.sources import open_source
 
 ROOT = Path(__file__).resolve().parent.parent

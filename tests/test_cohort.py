@@ -9,13 +9,13 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.gem import cohort as cohort_module
+from pipeline.gem import preparation, sources, storage
 from pipeline.gem import shards as shards_module
-from pipeline.gem import sources, storage
-from pipeline.gem.cohort import Cohort, write_cohort
+from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import Data
 from pipeline.gem.errors import InputError, IntegrityError
 from pipeline.gem.expression import log_cpm
+from pipeline.gem.preparation import write_cohort
 from pipeline.gem.shards import ShardWriter, read_shard
 from pipeline.gem.sources import open_source
 from pipeline.gem.splits import ROLES, TRAIN, VALIDATIONS, role_of
@@ -300,7 +300,7 @@ def test_the_manifest_is_written_last_and_not_at_all_after_a_failure(params, sou
         there.extend(sorted(str(file.relative_to(path.parent)) for file in path.parent.rglob("*.parquet")))
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(cohort_module, "write_json", seen)
+    monkeypatch.setattr(preparation, "write_json", seen)
     with pytest.raises(OSError, match="No space"):
         write_cohort(open_source(data), data, params.splits, tmp_path / "cohort")
     assert set(FILES) <= set(there)
@@ -315,7 +315,7 @@ def test_a_failure_while_rewriting_leaves_no_cohort_that_reads_as_whole(build, p
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cohort_module, "_shuffle_into", fail)
+    monkeypatch.setattr(preparation, "_shuffle_into", fail)
     with pytest.raises(KeyboardInterrupt):
         write_cohort(open_source(data), data, params.splits.model_copy(update={"seed": 99}), folder)
     monkeypatch.undo()
@@ -344,7 +344,7 @@ def test_shards_of_an_earlier_cohort_do_not_stay_beside_the_new_ones(build, para
 @pytest.mark.parametrize("buckets", [2, 7])
 def test_shuffling_in_several_buckets_keeps_every_row_once_and_its_counts(params, source_folder, cohort, tmp_path, monkeypatch, buckets):
     rows, genes = cohort.manifest["splits"][TRAIN], len(cohort.genes)
-    monkeypatch.setattr(cohort_module, "SHUFFLE_VALUES", rows * genes // buckets)
+    monkeypatch.setattr(preparation, "SHUFFLE_VALUES", rows * genes // buckets)
     data = params.override({"data.source": str(source_folder)}).data
     write_cohort(open_source(data), data, params.splits, tmp_path / "cohort")
     shuffled = Cohort(tmp_path / "cohort")
@@ -356,7 +356,7 @@ def test_shuffling_in_several_buckets_keeps_every_row_once_and_its_counts(params
 
 
 def test_a_bucket_that_no_row_falls_into_does_not_matter(params, source_folder, cohort, tmp_path, monkeypatch):
-    monkeypatch.setattr(cohort_module, "SHUFFLE_VALUES", len(cohort.genes))  # a bucket a row: about a third stay empty
+    monkeypatch.setattr(preparation, "SHUFFLE_VALUES", len(cohort.genes))  # a bucket a row: about a third stay empty
     data = params.override({"data.source": str(source_folder)}).data
     write_cohort(open_source(data), data, params.splits, tmp_path / "cohort")
     assert np.array_equal(Cohort(tmp_path / "cohort").counts([TRAIN]), cohort.counts([TRAIN]))
@@ -364,7 +364,7 @@ def test_a_bucket_that_no_row_falls_into_does_not_matter(params, source_folder, 
 
 def test_small_shards_hold_the_same_rows(params, source_folder, cohort, tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "SHARD_VALUES", 50 * len(cohort.genes))
-    monkeypatch.setattr(cohort_module, "SHUFFLE_VALUES", 50 * len(cohort.genes))
+    monkeypatch.setattr(preparation, "SHUFFLE_VALUES", 50 * len(cohort.genes))
     data = params.override({"data.source": str(source_folder)}).data
     write_cohort(open_source(data), data, params.splits, tmp_path / "cohort")
     small = Cohort(tmp_path / "cohort")

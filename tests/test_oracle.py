@@ -12,7 +12,7 @@ from scipy.stats import nbinom
 
 from pipeline.gem import simulator
 from pipeline.gem.design import draw_design, expected_log_fractions
-from pipeline.gem.oracle import ExpectationTable, MetadataOracle, OmniscientOracle, expected_log_cpm
+from pipeline.gem.oracle import ExpectationTable, MetadataOracle, OmniscientOracle, Tables, expected_log_cpm
 from pipeline.gem.simulator import DISEASES, SEXES, Truth, draw_counts, draw_truth
 
 DRAWS = 2000       # simulations of one sample
@@ -233,7 +233,7 @@ def assert_not_worse(first: np.ndarray, second: np.ndarray, observed: np.ndarray
 
 
 def test_the_omniscient_is_not_beaten_by_the_metadata_oracle_nor_that_by_the_training_mean(world):
-    omniscient = OmniscientOracle(world.truth).predict(world.log_fraction, world.totals)
+    omniscient = OmniscientOracle(Tables(world.truth)).predict(world.log_fraction, world.totals)
     metadata = MetadataOracle(world.truth, set(world.truth.studies), set(world.truth.perturbations)).predict(world.samples, world.totals)
     mean = np.broadcast_to(world.expression.mean(axis=0), world.expression.shape)
     errors = [np.mean((predicted - world.expression) ** 2) for predicted in (omniscient, metadata, mean)]
@@ -284,7 +284,7 @@ def test_the_oracle_predicts_row_by_row(world):
 def test_the_error_of_the_omniscient_oracle_is_nothing_beside_the_gap(world):
     """Against fresh simulations of the same samples, the noise of their mean subtracted."""
     rows, draws, rng = np.arange(0, 500, 8), 100, np.random.default_rng(0)
-    predicted = OmniscientOracle(world.truth).predict(world.log_fraction[rows], world.totals[rows])
+    predicted = OmniscientOracle(Tables(world.truth)).predict(world.log_fraction[rows], world.totals[rows])
     simulated = []
     for _ in range(draws):
         counts = draw_counts(world.log_fraction[rows], world.totals[rows], world.truth.dispersion, rng)

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.gem import simulator
 from pipeline.gem.design import draw_design, expected_log_fractions
-from pipeline.gem.oracle import MetadataOracle, OmniscientOracle
+from pipeline.gem.oracle import MetadataOracle, OmniscientOracle, Tables
 from pipeline.gem.simulator import (
     AGES,
     CONTROL,
@@ -301,5 +301,5 @@ def test_the_oracle_uses_the_effects_the_counts_are_drawn_from(settings):
     design = draw_design(open_book, truth, rng)
     oracle = MetadataOracle(truth, set(truth.studies), set(truth.perturbations))
     from_metadata = oracle.predict(design.samples, design.library_size)
-    from_everything = OmniscientOracle(truth).predict(expected_log_fractions(truth, design, slice(None)), design.library_size)
+    from_everything = OmniscientOracle(Tables(truth)).predict(expected_log_fractions(truth, design, slice(None)), design.library_size)
     np.testing.assert_allclose(from_metadata, from_everything, atol=1e-4)

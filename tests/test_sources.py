@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.sparse
 
-from pipeline.gem.cohort import Cohort, write_cohort
+from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import Data
 from pipeline.gem.errors import GemError, InputError
+from pipeline.gem.preparation import write_cohort
 from pipeline.gem.sources import MAX_COUNT, check_counts, open_source
 
 SAMPLES, GENES = 60, 12

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from pipeline.gem.config import GROUPS, Data
-from pipeline.gem.metadata import MetadataEncoder
-from pipeline.gem.splits import contexts, is_control
+from pipeline.gem.metadata import MetadataEncoder, label_texts
+from pipeline.gem.splits import contexts, is_control, joined
 
 RIDGE_PENALTIES = tuple(10.0**power for power in np.arange(-2, 4.5, 0.5))
 
@@ -97,12 +97,12 @@ class Additive:
         everywhere = pd.Series("all", index=samples.index)
         if self.data.study_column is None:
             return [context, everywhere]
-        return [context + " / " + samples[self.data.study_column].fillna("?").astype(str), context, everywhere]
+        return [context + " / " + label_texts(samples[self.data.study_column]).fillna("?"), context, everywhere]
 
     def _treatments(self, samples: pd.DataFrame) -> list[pd.Series]:
         names = [name for name in self.data.covariates.perturbation if name in samples]
-        treatment = samples[names].fillna("?").astype(str).agg(" / ".join, axis=1)
-        return [treatment, samples[self.data.control.column].fillna("?").astype(str), pd.Series("all", index=samples.index)]
+        treatment = joined([samples[name] for name in names])
+        return [treatment, label_texts(samples[self.data.control.column]).fillna("?"), pd.Series("all", index=samples.index)]
 
     def no_change(self, samples: pd.DataFrame) -> np.ndarray:
         """(N, G)"""

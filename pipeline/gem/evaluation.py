@@ -18,7 +18,7 @@ from pipeline.gem.metrics import METRICS, Resamples, Score
 from pipeline.gem.oracle import MetadataOracle, OmniscientOracle
 from pipeline.gem.references import choose_references, matching_keys
 from pipeline.gem.simulator import Truth, log_fractions
-from pipeline.gem.splits import TEST_CONTROL, TESTS, TRAIN, contexts, is_control
+from pipeline.gem.splits import TEST_CONTROL, TESTS, TRAIN, contexts, is_control, joined
 from pipeline.gem.trained import GEM
 from pipeline.gem.training import CHOICE_SPLITS
 
@@ -97,8 +97,7 @@ class Evaluation:
         hidden_expression = observed[control & scored] if name == "test_study" else self.cohort.expression([TEST_CONTROL])
         rows = samples[scored]
         chosen = choose_references(rows, shown, declared, self.params.seed)
-        columns = [contexts(rows, declared)] + [rows[column].fillna("?").astype(str) for column in declared.covariates.perturbation]
-        condition = pd.factorize(pd.concat(columns, axis=1).agg(" / ".join, axis=1))[0]
+        condition = pd.factorize(joined([contexts(rows, declared), *(rows[name] for name in declared.covariates.perturbation)]))[0]
         return Scene(
             name=name,
             samples=rows,
@@ -159,7 +158,7 @@ class Evaluation:
         kept = pd.Index(truth.gene_id).get_indexer(self.cohort.genes)
         hidden = pd.read_parquet(folder / "samples.parquet").set_index("sample_id")
         by_metadata = MetadataOracle(truth, set(self.train["study"].dropna()), set(self.train["perturbation"].dropna()))
-        all_knowing = OmniscientOracle(truth)
+        all_knowing = OmniscientOracle(by_metadata.tables)
 
         def omniscient(scene: Scene) -> Prediction:
             causes = hidden.loc[scene.samples["sample_id"]]

@@ -33,6 +33,7 @@ from pipeline.gem.simulator import (
 
 _STEP = 0.3           # of the integral over log t: the trapezoid rule converges as exp(-pi^2 / step)
 _COARSE, _FINE = 0.25, 0.02  # of the grids over log fraction: exact integrals, then a cubic spline of them
+_DEPTH_MARGIN = 1.1   # a table is built for library sizes a little beyond those asked for
 _DEPTHS = 8           # Chebyshev nodes over log library size
 _BLOCK = 256          # samples at a time
 _NEGLIGIBLE = 1e-7    # posterior weight below which a possibility is left out
@@ -105,13 +106,26 @@ def _lagrange(nodes: np.ndarray, points: np.ndarray) -> list[np.ndarray]:
     return weights
 
 
-@dataclass(frozen=True)
-class Possibility:
-    """One way the hidden causes may stand, for a block of samples with the same kind of hidden causes."""
+class Tables:
+    """The tables of one truth: built when first asked for, again only for library sizes beyond those built for."""
 
-    weight: np.ndarray        # (N,)
-    log_mu: np.ndarray        # (N, G)
-    log_normaliser: np.ndarray  # (N,) log of the sum over genes of E[exp(log mu)]
+    def __init__(self, truth: Truth):
+        self._dispersion = truth.dispersion
+        # Below a share of 2e-9 a gene is as good as silent: its expected log-CPM is under 0.002.
+        self._lowest = max(float(truth.baseline.min()) - 6, -20.0)
+        self._built: dict[float, tuple[float, float, ExpectationTable]] = {}
+
+    def of(self, totals: np.ndarray, blur: float = 0.0) -> ExpectationTable:
+        low, high = float(np.min(totals)), float(np.max(totals))
+        if blur in self._built:
+            known_low, known_high, table = self._built[blur]
+            if known_low <= low and high <= known_high:
+                return table
+            low, high = min(low, known_low), max(high, known_high)
+        low, high = low / _DEPTH_MARGIN, high * _DEPTH_MARGIN
+        table = ExpectationTable.build(self._dispersion, self._lowest, 0.0, np.array([low, high]), blur)
+        self._built[blur] = (low, high, table)
+        return table
 
 
 class MetadataOracle:
@@ -123,7 +137,7 @@ class MetadataOracle:
     """
 
     def __init__(self, truth: Truth, seen_studies: set[str], seen_perturbations: set[str]):
-        self.truth = truth
+        self.truth, self.tables = truth, Tables(truth)
         self.seen_study = np.array([name in seen_studies for name in truth.studies])
         self.seen_perturbation = np.array([name in seen_perturbations for name in truth.perturbations])
 
@@ -136,7 +150,7 @@ class MetadataOracle:
             rows = np.flatnonzero(self.seen_study[levels.study] == seen)
             if len(rows):
                 blur = 0.0 if seen else self._unseen_study_scale()
-                table = self._table(totals[rows], blur)
+                table = self.tables.of(totals, blur)
                 for start in range(0, len(rows), _BLOCK):
                     block = rows[start : start + _BLOCK]
                     result[block] = self._expect(levels.rows(block), recorded.rows(block), totals[block], table, blur)
@@ -145,10 +159,6 @@ class MetadataOracle:
     def _unseen_study_scale(self) -> float:
         donors = self.truth.donor.shape[2]
         return float(np.sqrt(STUDY_SCALE**2 + DONOR_SCALE**2 * (1 - 1 / donors)))
-
-    def _table(self, totals: np.ndarray, blur: float) -> ExpectationTable:
-        low = self.truth.baseline.min() - 6
-        return ExpectationTable.build(self.truth.dispersion, low, 0.0, totals, blur)
 
     def _expect(self, levels: Levels, recorded: "_Recorded", totals: np.ndarray, table: ExpectationTable, blur: float) -> np.ndarray:
         total_weight, result = np.zeros(len(totals)), np.zeros((len(totals), len(self.truth.baseline)))
@@ -205,13 +215,12 @@ class MetadataOracle:
 class OmniscientOracle:
     """E[log-CPM | every hidden cause, library size]: what is left is count noise."""
 
-    def __init__(self, truth: Truth):
-        self.truth = truth
+    def __init__(self, tables: Tables):
+        self.tables = tables
 
     def predict(self, log_fraction: np.ndarray, totals: np.ndarray) -> np.ndarray:
         """(N, G) from true log fractions (N, G) and total counts (N,)."""
-        table = ExpectationTable.build(self.truth.dispersion, float(log_fraction.min()), 0.0, totals)
-        return table(log_fraction, np.asarray(totals, dtype=float))
+        return self.tables.of(totals)(log_fraction, np.asarray(totals, dtype=float))
 
 
 @dataclass(frozen=True)

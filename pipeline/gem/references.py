@@ -4,19 +4,17 @@ import numpy as np
 import pandas as pd
 
 from pipeline.gem.config import Data
-from pipeline.gem.splits import contexts, is_control
+from pipeline.gem.splits import contexts, is_control, joined
 
 
 def matching_keys(samples: pd.DataFrame, data: Data) -> list[pd.Series]:
     """How well a control can match, best first: study, context and all biology; study and context; context."""
     context = contexts(samples, data)
-    study = samples[data.study_column].fillna("?").astype(str) if data.study_column else pd.Series("", index=samples.index)
-    with_study = context + " / " + study
+    with_study = joined([context, samples[data.study_column]]) if data.study_column else context
     biology = [name for name in data.covariates.biological if name not in data.context_columns]
     if not biology:
         return [with_study, with_study, context]
-    traits = samples[biology].astype(object).where(samples[biology].notna(), "?").astype(str).agg(" / ".join, axis=1)
-    return [with_study + " / " + traits, with_study, context]
+    return [joined([with_study, *(samples[name] for name in biology)]), with_study, context]
 
 
 def reference_lists(samples: pd.DataFrame, pool: pd.DataFrame, data: Data, same: bool = False) -> list[np.ndarray]:

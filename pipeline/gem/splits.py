@@ -28,8 +28,12 @@ def role_of(split: str) -> str:
 
 def contexts(samples: pd.DataFrame, data: Data) -> pd.Series:
     """One name per sample for the values of the context columns ("?" for a missing one)."""
-    columns = [label_texts(samples[name]).fillna("?") for name in data.context_columns]
-    return reduce(lambda left, right: left + " / " + right, columns) if columns else pd.Series("all", index=samples.index)
+    return joined([samples[name] for name in data.context_columns]) if data.context_columns else pd.Series("all", index=samples.index)
+
+
+def joined(columns: list[pd.Series]) -> pd.Series:
+    """One text per row for its values in several columns ("?" for a missing one)."""
+    return reduce(lambda left, right: left + " / " + right, [label_texts(column).fillna("?") for column in columns])
 
 
 def is_control(samples: pd.DataFrame, data: Data) -> pd.Series:

@@ -13,13 +13,13 @@ _MEANING = {
     "additive": "baseline",
     "ridge": "baseline",
     "oracle_metadata": "ideal",
-    "oracle_omniscient": "all-knowing",
+    "oracle_omniscient": "omniscient",
 }
 
 
 def show_results(scores: pd.DataFrame, comparisons: pd.DataFrame) -> None:
     """A table per split, from floor to ceiling, then what is better than what."""
-    console = Console(width=None if Console().is_terminal else 110)
+    console = Console(width=None if Console().is_terminal else 120)
     for split, rows in scores.groupby("split", sort=False):
         table = Table(title=str(split), title_justify="left", title_style="bold", header_style="bold")
         table.add_column("predictor")
@@ -44,4 +44,4 @@ def _cell(row: pd.Series) -> str:
     if pd.isna(row["value"]):
         return "-"
     interval = "" if pd.isna(row["low"]) else f" [dim]({row['low']:.3f} to {row['high']:.3f})[/dim]"
-    return f"{row['value']:.3f}{interval}"
+    return f"{row['value']:.3f}{interval}" if abs(row["value"]) < 10 else f"{row['value']:.1f}"

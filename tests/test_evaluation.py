@@ -131,6 +131,16 @@ def test_better_is_said_only_where_the_paired_interval_is_clear_of_zero(scenes, 
         assert row.verdict == ("no clear difference" if row.low <= 0 <= row.high else "better" if row.low > 0 else "worse")
 
 
+def test_differences_are_resampled_over_what_the_split_holds_out(scenes, predictions, params):
+    """Conditions of one held-out perturbation share its error: as if they were independent, intervals would be too narrow."""
+    for split, kind, column in (("test_perturbation", "perturbation", "perturbation"), ("test_study", "study", "study")):
+        scene = scenes[split]
+        differences = score_split(scene, predictions[split], params.evaluate)[1]
+        assert set(differences["of"]) == {kind}
+        assert set(differences["number"]) == {scene.samples[column].nunique()}
+    assert score_split(scenes["test_random"], predictions["test_random"], params.evaluate)[1]["of"].unique().tolist() == ["condition"]
+
+
 def test_a_score_that_does_not_apply_is_null_with_a_reason(scenes, predictions, params):
     scores = table(scenes["test_random"], predictions["test_random"], params)
     assert np.isnan(scores.loc[("training_mean", "gene_pearson"), "value"] or np.nan)

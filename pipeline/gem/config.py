@@ -151,6 +151,12 @@ class KLWeight(Frozen):
     perturbation: NonNegative
 
 
+class MetadataDropout(Frozen):
+    technical: Probability
+    biological: Probability
+    perturbation: Probability
+
+
 class Train(Frozen):
     seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)]
     kl_weight: KLWeight
@@ -160,7 +166,7 @@ class Train(Frozen):
     conditioned_share: Annotated[float, Field(gt=0, le=1)]
     classifier_weight: NonNegative
     free_bits: NonNegative
-    metadata_dropout: Probability
+    metadata_dropout: MetadataDropout
     epochs: Count
     patience: Count
     batch_size: Count

@@ -18,7 +18,7 @@ from pipeline.gem.metrics import METRICS, Resamples, Score
 from pipeline.gem.oracle import MetadataOracle, OmniscientOracle
 from pipeline.gem.references import choose_references, matching_keys
 from pipeline.gem.simulator import Truth, log_fractions
-from pipeline.gem.splits import TEST_CONTROL, TESTS, TRAIN, contexts, is_control, joined
+from pipeline.gem.splits import TEST_CONTROL, TESTS, TRAIN, Entities, contexts, is_control, joined
 from pipeline.gem.trained import GEM
 from pipeline.gem.training import CHOICE_SPLITS
 
@@ -35,6 +35,8 @@ PREDICTORS = (
     "oracle_metadata",
     "oracle_omniscient",
 )
+# What a split holds out as a whole: errors within one are not independent.
+HELD_OUT = {"test_combination": "pair", "test_perturbation": "perturbation", "test_study": "study"}
 # (which, against which): said to be better only where the paired interval is clear of zero.
 COMPARISONS = (
     ("gem", "ridge"),
@@ -57,6 +59,8 @@ class Scene:
     predicted_control: np.ndarray | None  # (N, G) matched controls of training, disjoint from those
     reference_control: np.ndarray | None  # (N, G) the same for predictors that see a reference: with a new study's own
     condition: np.ndarray          # (N,) index of context, perturbation, dose and time
+    entity: np.ndarray             # (N,) index of what the split holds out: a pair, perturbation or study; else the condition
+    entity_kind: str
     treated: np.ndarray            # (N,) not a control
 
 
@@ -96,6 +100,7 @@ class Evaluation:
         hidden = samples[control & scored] if name == "test_study" else self.cohort.rows([TEST_CONTROL])
         hidden_expression = observed[control & scored] if name == "test_study" else self.cohort.expression([TEST_CONTROL])
         rows = samples[scored]
+        entity = getattr(Entities.of(rows, declared), HELD_OUT[name]).fillna("control") if name in HELD_OUT else None
         chosen = choose_references(rows, shown, declared, self.params.seed)
         condition = pd.factorize(joined([contexts(rows, declared), *(rows[name] for name in declared.covariates.perturbation)]))[0]
         return Scene(
@@ -107,6 +112,8 @@ class Evaluation:
             predicted_control=self._matched(rows, *self._controls(self.train, self.train_expression)),
             reference_control=self._matched(rows, *self._controls(shown, shown_expression)),
             condition=condition,
+            entity=condition if entity is None else pd.factorize(entity)[0],
+            entity_kind="condition" if entity is None else HELD_OUT[name],
             treated=~control[scored],
         )
 
@@ -172,19 +179,29 @@ class Evaluation:
 
 
 def score_split(scene: Scene, predictions: Mapping[str, Prediction], params: Evaluate) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(scores: split, predictor, metric, value, low, high, conditions, reason; paired differences) of one split."""
+    """(scores, paired differences) of one split, a row per predictor and metric, and per comparison."""
     resamples = Resamples(scene.condition, params.bootstrap, params.seed)
     errors = {name: metrics.mse(scene.observed, said.values, resamples) for name, said in predictions.items() if said.values is not None}
     rows = []
     for name, said in predictions.items():
         scores = _null_scores(said.reason) if said.values is None else _scores(scene, name, said, errors, resamples)
         rows += [{"split": scene.name, "predictor": name, "metric": metric, **_columns(score)} for metric, score in scores.items()]
-    differences = []
+    return pd.DataFrame(rows), _differences(scene, predictions, params)
+
+
+def _differences(scene: Scene, predictions: Mapping[str, Prediction], params: Evaluate) -> pd.DataFrame:
+    """Paired differences in mse, resampled over the held-out entities: what would hold for other pairs, drugs, studies."""
+    resamples = Resamples(scene.entity, params.bootstrap, params.seed)
+    rows = []
     for better, worse in COMPARISONS:
-        if better in errors and worse in errors:
-            score = resamples.score(errors[worse] - errors[better])
-            differences.append({"split": scene.name, "predictor": better, "against": worse, "metric": "mse", **_columns(score), "verdict": _verdict(score)})
-    return pd.DataFrame(rows), pd.DataFrame(differences)
+        pair = [predictions[name].values for name in (better, worse) if name in predictions]
+        if len(pair) == 2 and all(values is not None for values in pair):
+            error, other = (metrics.mse(scene.observed, values, resamples) for values in pair)
+            score = resamples.score(other - error)
+            about = {"split": scene.name, "predictor": better, "against": worse, "metric": "mse"}
+            found = {"value": score.value, "low": score.low, "high": score.high, "number": resamples.number, "of": scene.entity_kind}
+            rows.append(about | found | {"verdict": _verdict(score)})
+    return pd.DataFrame(rows)
 
 
 def _null_scores(reason: str) -> dict[str, Score]:

@@ -255,7 +255,8 @@ class _Loop:
             metadata, index = {}, {}
             for group in GROUPS:
                 distinct, index[group] = torch.unique(train.index[group][rows], return_inverse=True)
-                metadata[group] = drop_fields(train.metadata[group][distinct], self.field_sizes[group], self.params.metadata_dropout, self.generator)
+                hidden = getattr(self.params.metadata_dropout, group)
+                metadata[group] = drop_fields(train.metadata[group][distinct], self.field_sizes[group], hidden, self.generator)
             # A share of the batch is enough: this term needs an encoding and a decoding of its own.
             referred = rows[: math.ceil(self.params.conditioned_share * len(rows))] if self.params.conditioned_weight else rows[:0]
             reference = train.expression[self.data.references.draw(referred, self.generator)]

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.gem import figures, tracking
+from pipeline.gem import figures, tracking, yamlfile
 from pipeline.gem.cohort import Cohort
-from pipeline.gem.config import Params, read_params
+from pipeline.gem.config import Params, flatten, read_params
 from pipeline.gem.errors import InputError, exit_with
 from pipeline.gem.evaluation import Evaluation, nested, score_split
 from pipeline.gem.experiment import COHORT, log_context
@@ -86,13 +86,20 @@ def record(scores: pd.DataFrame, directories: dict[str, Path], params: Params, c
                     run.metrics(named_metrics(scores, predictor))
     for predictor, directory in directories.items():
         model_hash = sha256(directory / "model.pt")
-        # A model restored from DVC's cache may have been trained elsewhere: then its run is opened anew.
+        found = named_metrics(scores, predictor) | named_metrics(scores, f"{predictor}_reference", "reference_")
         known = tracking.find_model_run(model_hash, predictor, "train" if directory == DEFAULT else "tune")
-        with tracking.run(predictor, "evaluate", resume=known) as run:
-            if known is None:
-                log_context(run, params, cohort)
-            run.tags({tracking.MODEL_TAG: model_hash, tracking.PREDICTOR_TAG: predictor})
-            run.metrics(named_metrics(scores, predictor) | named_metrics(scores, f"{predictor}_reference", "reference_"))
+        if known is None:
+            # A model restored from DVC's cache may have been trained elsewhere: its run is opened anew.
+            with tracking.run(predictor, "evaluate") as run:
+                log_context(run, params_of(directory, params), cohort)
+                known = run.id
+        tracking.complete(known, found, {tracking.MODEL_TAG: model_hash, tracking.PREDICTOR_TAG: predictor})
+
+
+def params_of(directory: Path, params: Params) -> Params:
+    """What a model was fitted with: a search's winner has its own values for the searched keys."""
+    best = directory / "best.yaml"
+    return params.override(flatten(yamlfile.read(best).values)) if best.exists() else params
 
 
 def named_metrics(scores: pd.DataFrame, predictor: str, prefix: str = "") -> dict[str, float]:

@@ -46,23 +46,23 @@ class Repository:
         self.git("init", "--quiet")
         self.commit("start")
 
-    @property
-    def environment(self) -> dict[str, str]:
+    def environment(self, store: str | None) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "OPTUNA_", "DVC_", "GIT_"))}
         return kept | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            **({"MLFLOW_TRACKING_URI": store} if store else {}),
             "OMP_NUM_THREADS": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
 
-    def run(self, *command: str, expect: int = 0) -> subprocess.CompletedProcess:
+    def run(self, *command: str, expect: int = 0, store: str | None = None) -> subprocess.CompletedProcess:
         """Runs a command here; fails with its output where the exit code is another."""
-        done = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=self.folder, env=self.environment(store), capture_output=True, text=True, timeout=300)
         assert done.returncode == expect, f"{' '.join(command)} gave {done.returncode}, expected {expect}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done
 
-    def python(self, module: str, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
-        return self.run(sys.executable, "-m", module, *arguments, expect=expect)
+    def python(self, module: str, *arguments: str, expect: int = 0, store: str | None = None) -> subprocess.CompletedProcess:
+        return self.run(sys.executable, "-m", module, *arguments, expect=expect, store=store)
 
     def dvc(self, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
         return self.run(sys.executable, "-m", "dvc", *arguments, expect=expect)

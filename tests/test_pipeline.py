@@ -154,6 +154,19 @@ def test_the_results_are_shown_as_a_table(repository):
         assert word in said
 
 
+def test_where_the_store_lost_its_runs_evaluate_opens_them_anew(repository):
+    """As after `dvc pull` on another machine: the models are there, their runs are not."""
+    elsewhere = repository.folder / "elsewhere.db"
+    repository.python("pipeline.evaluate", store=f"sqlite:///{elsewhere}")
+    client = mlflow.MlflowClient(f"sqlite:///{elsewhere}")
+    found = {run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name("gem").experiment_id])}
+    best = yamlfile.read(repository.folder / "experiments/latent_kl/best.yaml").values
+    assert found["gem_tuned"].data.params["model.latent.technical"] == str(best["model"]["latent"]["technical"])
+    assert found["gem_tuned"].data.params["train.kl_weight.biological"] == str(best["train"]["kl_weight"]["biological"])
+    assert found["gem"].data.params["model.latent.technical"] == str(TINY["model.latent.technical"])
+    assert {"test_random/mse", "test_random/reference_mse"} <= set(found["gem"].data.metrics)
+
+
 def test_a_raised_budget_continues_the_study_and_promotion_does_not_search_again(repository, client):
     """The last test of the module: it changes the repository."""
     before = pd.read_csv(repository.folder / "experiments/latent_kl/trials.csv")

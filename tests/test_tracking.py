@@ -55,6 +55,17 @@ def test_children_are_grouped_under_their_parent_and_a_resumed_run_is_the_same_r
     assert mlflow.get_run(parent.id).data.metrics == {"b": 2.0}
 
 
+def test_a_finished_run_is_completed_without_being_opened_again():
+    with tracking.run("default", "train") as run:
+        pass
+    before = mlflow.get_run(run.id).info
+    tracking.complete(run.id, {"test_random/mse": 0.5, "nothing": float("nan")}, {"predictor": "gem"})
+    after = mlflow.get_run(run.id)
+    assert (after.info.end_time, after.info.status) == (before.end_time, "FINISHED")
+    assert after.data.metrics == {"test_random/mse": 0.5}
+    assert after.data.tags["predictor"] == "gem"
+
+
 def test_a_number_that_is_not_finite_is_left_out_not_stored_as_another():
     with tracking.run("one", "train") as run:
         run.metrics({"fine": 1.0, "infinite": float("inf"), "nothing": float("nan"), "absent": None})

@@ -37,8 +37,8 @@ def show_results(scores: pd.DataFrame, comparisons: pd.DataFrame) -> None:
             low, high = sorted((abs(row.low), abs(row.high)))
             moved = "lower" if row.verdict == "better" else "higher"
             verdict = f"{row.predictor} is [bold]{row.verdict}[/bold] than {row.against}"
-            over = f"over {row.number} {row.of}{'s' if row.number != 1 else ''}"
-            console.print(f"{row.split}: {verdict}: mse {moved} by {low:.4f} to {high:.4f}, {over}", highlight=False)
+            over = f"(interval over {row.number} x {row.of})"
+            console.print(f"{row.split}: {verdict}: mse {moved} by {low:.4f} to {high:.4f} {over}", highlight=False)
 
 
 def _cell(row: pd.Series) -> str:

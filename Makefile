@@ -26,17 +26,18 @@ help:  ## this list
 environment: .venv/installed  ## create .venv: torch on its own line, everything else pinned with hashes
 
 .venv/installed: requirements.lock
-	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet $(PIP_ARGS) "$(TORCH)"
-	.venv/bin/pip install --quiet --require-hashes -r requirements.lock
-	.venv/bin/pip check
+	@echo "Installing into .venv: torch, then requirements.lock (a minute or two)"
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/pip install -qq $(PIP_ARGS) "$(TORCH)"
+	@.venv/bin/pip install -qq --require-hashes -r requirements.lock
+	@.venv/bin/pip check
 	@touch $@
 
 check: environment  ## check params.yaml and the studies, before any data is read
 	@python -m pipeline.params
 
 repro: check  ## run every stage that is out of date
-	dvc repro
+	@dvc repro
 
 results: check  ## the table of the last evaluation
 	@python -m pipeline.evaluate --show

@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.gem import figures, tracking, yamlfile
 from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import Params, read_params, set_dotted
-from pipeline.gem.errors import InputError, exit_with
+from pipeline.gem.errors import exit_with
 from pipeline.gem.experiment import COHORT, log_context, train_into
 from pipeline.gem.progress import duration
 from pipeline.gem.question import FOLDER, Question, read_question
@@ -31,8 +31,6 @@ def main() -> None:
     device = choose_device(params.train)
     cohort = Cohort(COHORT)
     data = TrainingData.load(cohort, device)
-    if data.validation is None:
-        raise InputError(f"{COHORT}: no validation split to judge a trial by; raise splits.validation or splits.combination")
     search = Search(study, question, params, cohort.visible_sha256)
     announce(study, search, params.tune.trials)
     tracking.connect(params.tracking.experiment)
@@ -42,8 +40,10 @@ def main() -> None:
         if not resume:
             parent.dataset("cohort", tracking.data_digest(str(COHORT), cohort.visible_sha256), "training")
             parent.params({f"search.{name}": str(space.model_dump(exclude={'type'})) for name, space in question.space.items()})
-        evaluate = trial_evaluator(study, question, data, params, cohort, parent)
-        search.run(params.tune.trials, evaluate, Teller(params.tune.trials))
+        if data.validation is None:
+            print(f"{study}: this cohort has no validation split to judge a trial by: nothing is searched, the baseline is the answer")
+        else:
+            search.run(params.tune.trials, trial_evaluator(study, question, data, params, cohort, parent), Teller(params.tune.trials))
         output = FOLDER / study
         write_answers(output, question, search)
         summarise(parent, output, search)
@@ -132,8 +132,10 @@ def summarise(parent: tracking.Run, output: Path, search: Search) -> None:
     """What a reader of the parent run wants to know without opening a child."""
     counts = search.trials_table()["state"].value_counts().to_dict()
     parent.metrics({f"trials/{state}": counts.get(state, 0) for state in ("complete", "pruned", "failed")})
-    parent.metrics({f"best/{search.question.objective.metric}": search.study.best_value})
-    parent.tags({f"best.{name}": value for name, value in search.best_values().items()} | {"best.trial": search.study.best_trial.number, "study": search.name})
+    parent.tags({f"best.{name}": value for name, value in search.best_values().items()} | {"study": search.name})
+    if search.complete:
+        parent.metrics({f"best/{search.question.objective.metric}": search.study.best_value})
+        parent.tags({"best.trial": search.study.best_trial.number})
     parent.artifacts([output / name for name in ("best.yaml", "trials.csv", "importance.csv")])
     parent.artifacts(sorted((output / "figures").glob("*.png")), "figures")
 

@@ -86,6 +86,16 @@ def test_no_predictor_beats_the_ideal_on_any_split(scenes, predictions, params):
         assert scores.loc[("oracle_metadata", "skill"), "value"] == 1
 
 
+def test_skill_is_null_where_the_ideal_is_not_clearly_better_than_ridge(scenes, predictions, params):
+    """A share of a gap that may be nothing says nothing, however large a number it gives."""
+    said = predictions["test_random"]
+    same = said | {"oracle_metadata": said["ridge"]}
+    scores = table(scenes["test_random"], same, params)
+    assert scores.loc[("gem", "skill"), "value"] is None or np.isnan(scores.loc[("gem", "skill"), "value"])
+    assert "do not differ clearly" in scores.loc[("gem", "skill"), "reason"]
+    assert table(scenes["test_random"], said, params).loc[("gem", "skill"), "reason"] == ""
+
+
 def test_floors_are_floors(scenes, predictions, params):
     errors = table(scenes["test_random"], predictions["test_random"], params).xs("mse", level="metric")["value"]
     assert errors["oracle_metadata"] < errors["ridge"] < errors["training_mean"]

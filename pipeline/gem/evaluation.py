@@ -211,12 +211,7 @@ def _null_scores(reason: str) -> dict[str, Score]:
 def _scores(scene: Scene, name: str, said: Prediction, errors: Mapping[str, np.ndarray], resamples: Resamples) -> dict[str, Score]:
     predicted = said.values
     scores = {"mse": resamples.score(errors[name])}
-    if CEILING in errors:
-        scores["skill"] = resamples.score(metrics.skill(errors[name], errors[BASELINE], errors[CEILING]))
-        if said.sees_reference:
-            scores["skill"] = replace(scores["skill"], reason="1 is the ideal predictor from metadata; a reference can tell more")
-    else:
-        scores["skill"] = Score.null("the truth of this cohort is not known: there is no oracle")
+    scores["skill"] = _skill_score(said, errors, errors[name], resamples)
     per_sample = metrics.sample_pearson(scene.observed, predicted)
     if np.isfinite(per_sample).all():
         scores["sample_pearson"] = resamples.score(resamples.mean(per_sample))
@@ -227,6 +222,17 @@ def _scores(scene: Scene, name: str, said: Prediction, errors: Mapping[str, np.n
     scores["gene_pearson"] = resamples.score(per_gene) if np.isfinite(per_gene[0]) else constant
     scores["delta_pearson"] = _delta_score(scene, said, resamples)
     return scores
+
+
+def _skill_score(said: Prediction, errors: Mapping[str, np.ndarray], error: np.ndarray, resamples: Resamples) -> Score:
+    """Null where there is no oracle, or where it is not clearly better than ridge: a share of nothing says nothing."""
+    if CEILING not in errors:
+        return Score.null("the truth of this cohort is not known: there is no oracle")
+    gap = resamples.score(errors[BASELINE] - errors[CEILING])
+    if gap.low is None or gap.low <= 0:
+        return Score.null("ridge and the ideal predictor do not differ clearly on these samples")
+    score = resamples.score(metrics.skill(error, errors[BASELINE], errors[CEILING]))
+    return replace(score, reason="1 is the ideal predictor from metadata; a reference can tell more") if said.sees_reference else score
 
 
 def _delta_score(scene: Scene, said: Prediction, resamples: Resamples) -> Score:

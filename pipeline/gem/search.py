@@ -88,7 +88,8 @@ class Search:
             raise
 
     def best_values(self) -> dict[str, object]:
-        return dict(self.study.best_trial.params)
+        """The winner's values of the searched keys; the baseline's where nothing was searched."""
+        return dict(self.study.best_trial.params) if self.complete else self.question.baseline_values
 
     def trials_table(self) -> pd.DataFrame:
         """One row per finished trial: trial, state, value (of a pruned one when it stopped), epochs, parameters."""

@@ -151,6 +151,22 @@ def test_differences_are_resampled_over_what_the_split_holds_out(scenes, predict
     assert score_split(scenes["test_random"], predictions["test_random"], params.evaluate)[1]["of"].unique().tolist() == ["condition"]
 
 
+def test_one_treated_condition_has_a_delta_but_no_interval(scenes, predictions, params):
+    from dataclasses import fields, replace
+
+    scene, said = scenes["test_random"], predictions["test_random"]
+    first = scene.condition == scene.condition[scene.treated][0]
+    chosen = np.flatnonzero(first | ~scene.treated)
+    moved = {field.name: getattr(scene, field.name)[chosen] for field in fields(scene) if isinstance(getattr(scene, field.name), np.ndarray)}
+    moved["condition"] = pd.factorize(moved["condition"])[0]
+    small = replace(scene, samples=scene.samples.iloc[chosen], **moved)
+    scores = table(small, {"ridge": replace(said["ridge"], values=said["ridge"].values[chosen])}, params)
+    row = scores.loc[("ridge", "delta_pearson")]
+    assert np.isfinite(row["value"])
+    assert (row["conditions"], row["reason"]) == (1, "one treated condition: no interval")
+    assert row["low"] is None or np.isnan(row["low"])
+
+
 def test_a_score_that_does_not_apply_is_null_with_a_reason(scenes, predictions, params):
     scores = table(scenes["test_random"], predictions["test_random"], params)
     assert np.isnan(scores.loc[("training_mean", "gene_pearson"), "value"] or np.nan)

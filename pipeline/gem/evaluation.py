@@ -253,7 +253,9 @@ def _delta_score(scene: Scene, said: Prediction, resamples: Resamples) -> Score:
     weights = resamples.weights[:, codes]
     with np.errstate(invalid="ignore"):
         score = resamples.score((weights @ values) / weights.sum(axis=1))
-    return Score(score.value, score.low, score.high, len(codes), score.reason)
+    if len(codes) < 2:
+        return Score(score.value, conditions=len(codes), reason="one treated condition: no interval")
+    return replace(score, conditions=len(codes))
 
 
 def _columns(score: Score) -> dict[str, object]:

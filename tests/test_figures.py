@@ -30,15 +30,18 @@ def test_the_same_table_gives_the_same_bytes_and_another_value_another_figure(tm
 
 @pytest.mark.parametrize("changes", [{"value": None, "low": None, "high": None}, {"value": -9.0}, {"low": None, "high": None}])
 def test_scores_that_are_null_far_below_or_without_interval_are_drawn(tmp_path, changes):
-    figures.split_scores(scores(**changes), "skill", "share", "higher", tmp_path / "a.png", lowest=-0.5)
-    digest(tmp_path / "a.png")
+    for name, table in (("odd.png", scores(**changes)), ("plain.png", scores())):
+        figures.split_scores(table, "skill", "share", "higher", tmp_path / name, lowest=-0.5)
+    assert digest(tmp_path / "odd.png") != digest(tmp_path / "plain.png"), "what is missing or far away must be seen"
 
 
 def test_a_history_without_validation_is_drawn(tmp_path):
     names = ["nll_reconstruction", "nll_predictive", "kl_technical", "kl_biological", "kl_perturbation"]
     history = pd.DataFrame({"seed": 1, "epoch": [1, 2]} | {f"train/{name}": [2.0, 1.0] for name in names})
-    figures.learning_curves(history, tmp_path / "a.png")
-    digest(tmp_path / "a.png")
+    judged = history.assign(**{"validation/predictive_log_likelihood": [1.0, 2.0]})
+    figures.learning_curves(history, tmp_path / "without.png")
+    figures.learning_curves(judged, tmp_path / "with.png")
+    assert digest(tmp_path / "without.png") != digest(tmp_path / "with.png")
 
 
 @pytest.mark.parametrize("states", [["complete"], ["complete", "pruned", "failed"], ["pruned", "failed"]])
@@ -49,5 +52,4 @@ def test_searches_of_any_outcome_are_drawn(tmp_path, states):
     figures.search_slices(trials, {"model.hidden": True}, "mse", tmp_path / "slices.png")
     importance = pd.DataFrame({"parameter": ["model.hidden"], "ped_anova": [float("nan")], "fanova": [0.3]})
     figures.search_importance(importance, tmp_path / "importance.png")
-    for name in ("history", "slices", "importance"):
-        digest(tmp_path / f"{name}.png")
+    assert len({digest(tmp_path / f"{name}.png") for name in ("history", "slices", "importance")}) == 3

@@ -403,7 +403,8 @@ def test_a_source_without_samples_or_genes_is_refused_in_words(declare, params, 
     else:
         path = write_parquet(tmp_path / "folder", table(samples), np.zeros((samples, genes), dtype=np.int32))
         write_counts(path / "counts" / "counts-0.parquet", table(samples)["sample_id"], pa.array(counts.tolist(), pa.list_(pa.int32())))
-    refused(declare(path, control=None, date_column=None), params.splits, tmp_path)
+    said = refused(declare(path, control=None, date_column=None), params.splits, tmp_path)
+    assert f"no {'genes' if samples else 'samples'}; expected one at least" in said
 
 
 @pytest.mark.parametrize("column", ["tissue", "study", "perturbation", "age"])

@@ -348,7 +348,9 @@ def test_categorical_columns_with_unused_levels_split_like_text(declare, column)
 
 def test_the_audit_accepts_what_is_assigned(declare):
     samples = design()
-    audit(samples, assign_splits(samples, declare(), shares())[0], declare())
+    split = assign_splits(samples, declare(), shares())[0]
+    assert {"test_study", "test_perturbation", "test_combination"} <= set(split), "there is something to audit"
+    audit(samples, split, declare())
 
 
 @pytest.mark.parametrize("kind", ["study", "perturbation", "combination"])
@@ -392,4 +394,6 @@ def test_the_audit_wants_a_sample_for_training(declare):
 def test_the_audit_of_a_cohort_without_control_and_study_has_nothing_to_find(declare):
     samples = design()
     data = declare(control=None, study_column=None)
-    audit(samples, assign_splits(samples, data, shares())[0], data)
+    split = assign_splits(samples, data, shares())[0]
+    assert set(split) <= {"train", "validation", "test_random"}
+    audit(samples, split, data)

@@ -84,7 +84,7 @@ def test_counts_grow_with_the_library_size(rng):
 @pytest.mark.parametrize("preset", ["bulk", "single_cell"])
 def test_dispersion_follows_splatters_formula(settings, preset):
     truth = draw_truth(settings.model_copy(update={"genes": 3000, "preset": preset}), np.random.default_rng(0))
-    depth = {"bulk": 1e7, "single_cell": 2e4}[preset]
+    depth = {"bulk": 1e7, "single_cell": 2e4 * 3000 / 20_000}[preset]
     trend = 0.1 + 1 / np.sqrt(depth * np.exp(truth.baseline))
     # dispersion / trend^2 = 60 / chi2_60: its inverse has mean 1 and variance 2 / 60.
     inverse = trend**2 / truth.dispersion
@@ -260,9 +260,14 @@ def test_a_cohort_of_more_studies_than_samples_fill_has_the_samples_asked_for(se
     assert len(draw_design(thin, truth, rng).samples) == 50
 
 
-def test_library_sizes_are_those_of_the_preset(settings, truth):
-    for preset, low, high, median in (("bulk", 0.7e7, 1.4e7, 1.05e7), ("single_cell", 2e4 * np.exp(-1), 2e4 * np.exp(1), 2e4)):
-        sizes = draw_design(settings.model_copy(update={"preset": preset}), truth, np.random.default_rng(0)).library_size
+def test_library_sizes_are_those_of_the_preset_or_as_asked(settings, truth):
+    cells = 2e4 * settings.genes / 20_000
+    for preset, depth, low, high, median in (
+        ("bulk", None, 0.7e7, 1.4e7, 1.05e7),
+        ("single_cell", None, cells * np.exp(-1), cells * np.exp(1), cells),
+        ("bulk", 300_000, 210_000, 420_000, 315_000),
+    ):
+        sizes = draw_design(settings.model_copy(update={"preset": preset, "depth": depth}), truth, np.random.default_rng(0)).library_size
         assert sizes.min() >= low
         assert sizes.max() <= high
         assert np.median(sizes) == pytest.approx(median, rel=0.06)

@@ -35,6 +35,7 @@ class Synthesize(Frozen):
     samples: Annotated[int, Field(ge=50)]
     genes: Annotated[int, Field(ge=20)]
     preset: Literal["bulk", "single_cell"]
+    depth: Annotated[int, Field(ge=100, le=10**9)] | None
     studies: Count
     tissues: Count
     cell_types_per_tissue: Count

@@ -7,9 +7,7 @@ import pandas as pd
 
 from pipeline.gem.config import Synthesize
 from pipeline.gem.simulator import (
-    BULK_DEPTH,
     BULK_SPREAD,
-    CELL_DEPTH,
     CELL_SPREAD,
     DISEASES,
     LAYOUTS,
@@ -20,6 +18,7 @@ from pipeline.gem.simulator import (
     age_missing_probability,
     index_of,
     log_fractions,
+    typical_depth,
 )
 
 DOSES = ("100 nM", "1 uM", "10 uM")
@@ -62,9 +61,9 @@ def draw_design(params: Synthesize, truth: Truth, rng: np.random.Generator) -> D
     samples = _record_donors(table, truth, stratum, rng)
     samples.insert(0, "sample_id", [f"S{index + 1:06d}" for index in range(len(samples))])
     if params.preset == "bulk":
-        library_size = BULK_DEPTH * rng.uniform(*BULK_SPREAD, len(samples))
+        library_size = typical_depth(params) * rng.uniform(*BULK_SPREAD, len(samples))
     else:
-        library_size = rng.lognormal(np.log(CELL_DEPTH), CELL_SPREAD, len(samples))
+        library_size = rng.lognormal(np.log(typical_depth(params)), CELL_SPREAD, len(samples))
     return Design(samples, stratum, donor, library_size)
 
 

@@ -29,6 +29,7 @@ BCV_FLOOR, BCV_DEGREES = 0.1, 60
 # compcodeR (Soneson, Bioinformatics 2014) for bulk depth; the median of current perturbation screens for single cells.
 BULK_DEPTH, BULK_SPREAD = 1e7, (0.7, 1.4)
 CELL_DEPTH, CELL_SPREAD = 2e4, 0.2
+TRANSCRIPTOME = 20_000  # genes that share a cell's counts: a cohort of fewer is a sample of them, with its share of the depth
 # edgeR's convention: biological coefficient of variation 0.1 between isogenic samples, 0.4 between unrelated humans.
 # Matched donors of one stratum (cell lines, litter mates, age-matched volunteers) are nearer to the first.
 DONOR_SCALE = 0.15
@@ -44,7 +45,7 @@ RESPONSE_SCALE = 0.5  # spread over contexts of the log response to a mechanism
 LOADING_SCALE, TYPICAL_LOADING, STRESS_LOADING = 1.5, 0.0, 0.5  # half use a mechanism, two thirds cause stress
 MEDIAN_POTENCY, POTENCY_SCALE = 0.3, 1.0  # uM, and the spread of its logarithm
 SILENT_SHARE = 0.25   # share of contexts that do not respond to a mechanism at all: its pathway is not expressed
-DIRECT_FOLD = 4.0     # knock-down to a quarter, over-expression fourfold
+DIRECT_FOLD = 8.0     # on the target gene itself: CRISPRi leaves about an eighth (Replogle et al., Cell 2022)
 HILL_SLOPE = 1.0
 TIME_CONSTANT = {"control": 24.0, "compound": 12.0, "crispri": 48.0, "overexpression": 24.0}  # hours
 DIRECTION = {"crispri": -1.0, "overexpression": 1.0}
@@ -147,14 +148,18 @@ class Truth:
         return hill * np.where(np.isnan(levels.time), 1.0, 1 - np.exp(-levels.time / constant))
 
     def predictable_program(self, levels: "Levels") -> np.ndarray:
-        """(N, G) the effect that follows from embedding, context, dose, time and target, if the perturbation acts."""
+        """(N, G) the effect that follows from embedding, context, dose, time and target, if the perturbation acts.
+
+        What follows from the target takes its time; the target itself was hit before the clock started.
+        """
         program = (self.response[levels.context, :-1] * self.loading[levels.perturbation]) @ self.mechanism
+        program *= self.strength(levels)[:, None]
         target = self.target[levels.perturbation]
         genetic = np.flatnonzero(target >= 0)
         direction = np.array([DIRECTION.get(kind, 0.0) for kind in self.perturbation_type])[levels.perturbation]
         program[genetic, target[genetic]] += direction[genetic] * np.log(DIRECT_FOLD)
         program[levels.perturbation == 0] = 0
-        return self.strength(levels)[:, None] * program
+        return program
 
     def residual_scale(self, levels: "Levels") -> np.ndarray:
         """(N,) what multiplies a perturbation's peculiar effect."""
@@ -227,6 +232,13 @@ def _batch_factors(rng: np.random.Generator, rows: int, genes: int) -> np.ndarra
     return rng.choice([-1.0, 1.0], (rows, genes)) * rng.normal(BATCH_LOCATION, BATCH_SCALE, (rows, genes))
 
 
+def typical_depth(params: Synthesize) -> float:
+    """Counts of a typical sample over the genes of the cohort: what `depth` asks for, else the preset's."""
+    if params.depth is not None:
+        return float(params.depth)
+    return BULK_DEPTH if params.preset == "bulk" else CELL_DEPTH * min(1.0, params.genes / TRANSCRIPTOME)
+
+
 def draw_truth(params: Synthesize, rng: np.random.Generator) -> Truth:
     """The parameters of a cohort, from one generator."""
     genes, contexts = params.genes, params.tissues * params.cell_types_per_tissue
@@ -234,7 +246,7 @@ def draw_truth(params: Synthesize, rng: np.random.Generator) -> Truth:
     outlier = rng.random(genes) < OUTLIER_SHARE
     means = np.where(outlier, np.median(means) * rng.lognormal(OUTLIER_LOCATION, OUTLIER_SCALE, genes), means)
     means = np.maximum(means / means.sum(), 1e-12)
-    depth = BULK_DEPTH if params.preset == "bulk" else CELL_DEPTH
+    depth = typical_depth(params)
     bcv = (BCV_FLOOR + 1 / np.sqrt(means * depth)) * np.sqrt(BCV_DEGREES / rng.chisquare(BCV_DEGREES, genes))
     tissue = _sparse(rng, params.tissues, genes, TISSUE_EFFECT)
     disease = np.stack([_sparse(rng, len(DISEASES), genes, DISEASE_EFFECT) for _ in range(params.tissues)])

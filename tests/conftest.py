@@ -43,6 +43,15 @@ TINY = {
 }
 
 
+def at_source(folder: Path) -> dict[str, object]:
+    """The parameters that point at a synthetic source folder."""
+    return {
+        "data.source": str(folder),
+        "data.target_gene": str(folder / "targets.parquet"),
+        "data.covariates.perturbation.perturbation.table": str(folder / "embeddings" / "perturbation.parquet"),
+    }
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     """Small shapes are fastest on one thread, and two test processes do not fight."""
@@ -68,7 +77,7 @@ def source_folder(params, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def cohort(params, source_folder, tmp_path_factory) -> Cohort:
     """The prepared tiny cohort; read only."""
-    data = params.override({"data.source": str(source_folder)}).data
+    data = params.override(at_source(source_folder)).data
     folder = tmp_path_factory.mktemp("cohort") / "cohort"
     write_cohort(open_source(data), data, params.splits, folder)
     return Cohort(folder)

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from sklearn.linear_model import Ridge as SklearnRidge
 
-from pipeline.gem.baselines import RIDGE_PENALTIES, Additive, Means, Ridge, training_mean
+from pipeline.gem.baselines import RIDGE_PENALTIES, Additive, AdditiveNearest, MatchedMean, Means, PerturbedMean, Ridge, similarity_of_contexts, training_mean
 from pipeline.gem.config import GROUPS, Covariates, Data
 from pipeline.gem.metadata import MetadataEncoder
 
@@ -247,3 +247,177 @@ def test_additive_ignores_the_order_of_training_samples(data, additive_cohort, r
     np.testing.assert_allclose(
         Additive(data, samples.iloc[order], noisy[order]).predict(samples), Additive(data, samples, noisy).predict(samples), atol=1e-12
     )
+
+
+# --- means over perturbations ---------------------------------------------------------------------------------------
+
+
+def slow_mean(samples: pd.DataFrame, expression: np.ndarray, row, by_context: bool) -> np.ndarray:
+    """By a plain loop: the mean over training samples that are treated as `row` is, in its context if any is there."""
+    alike = [index for index, other in enumerate(samples.itertuples()) if (other.perturbation == "control") == (row.perturbation == "control")]
+    there = [index for index in alike if label(samples["tissue"].iloc[index]) == label(row.tissue)]
+    return expression[there if by_context and there else alike].astype(float).mean(axis=0)
+
+
+def label(value) -> str:
+    return "?" if pd.isna(value) else str(value)
+
+
+@pytest.mark.parametrize(("baseline", "by_context"), [(PerturbedMean, False), (MatchedMean, True)])
+def test_means_over_perturbations_are_those_of_a_plain_loop(data, samples, expression, baseline, by_context):
+    rows = pd.concat([samples.iloc[60:], table([("a", "brain", "x", None), ("a", "brain", "control", None), ("z", None, "never seen", None)])])
+    expected = [slow_mean(samples.iloc[:60], expression[:60], row, by_context) for row in rows.itertuples()]
+    np.testing.assert_allclose(baseline(data, samples.iloc[:60], expression[:60]).predict(rows), expected, rtol=1e-5)
+
+
+def test_the_matched_mean_falls_back_to_all_contexts_for_a_context_with_controls_alone(data):
+    training = table([("a", "liver", "control", None), ("a", "lung", "control", None), ("a", "lung", "x", None), ("a", "lung", "y", None)])
+    expression = np.array([[1.0], [2.0], [3.0], [5.0]])
+    found = MatchedMean(data, training, expression).predict(table([("a", "liver", "x", None), ("a", "liver", "control", None)]))
+    np.testing.assert_allclose(found, [[4.0], [1.0]])
+
+
+# --- the effect in the most similar context -------------------------------------------------------------------------
+
+CONTEXTS = ("brain", "kidney", "liver", "lung", "skin")
+
+
+@pytest.fixture(scope="module")
+def many_contexts() -> tuple[pd.DataFrame, np.ndarray]:
+    """Noise everywhere, treatments that are missing in many contexts, one context without controls and one with controls alone."""
+    rng = np.random.default_rng(2)
+    rows = [(rng.choice(["a", "b"]), rng.choice(CONTEXTS), rng.choice(["control", "x", "y", "z"]), rng.choice(["1 uM", "10 uM", "100 uM"])) for _ in range(90)]
+    rows = [(study, tissue, treatment, None if treatment == "control" else dose) for study, tissue, treatment, dose in rows]
+    rows = [row for row in rows if not (row[1] == "skin" and row[2] == "control") and (row[1] != "brain" or row[2] == "control")]
+    return table(rows), rng.normal(5, 2, (len(rows), GENES))
+
+
+def slow_nearest(data, samples: pd.DataFrame, expression: np.ndarray, row) -> np.ndarray:
+    """The effect for one row, by the definition and plain loops."""
+    control = (samples["perturbation"] == "control").to_numpy()
+    shifts = expression - Additive(data, samples, expression).no_change(samples)
+    profile = {tissue: expression[control & (samples["tissue"] == tissue)].mean(axis=0) for tissue in samples["tissue"][control].unique()}
+    exact = (samples["perturbation"] == row.perturbation) & (samples["perturbation_dose"].map(label) == label(row.perturbation_dose))
+    same = [exact.to_numpy(), (samples["perturbation"] == row.perturbation).to_numpy()]
+    for treated in same:
+        closeness = {}
+        for tissue in samples["tissue"][treated].unique():
+            if tissue == row.tissue:
+                closeness[tissue] = 2.0
+            elif tissue in profile and row.tissue in profile:
+                closeness[tissue] = np.corrcoef(profile[tissue], profile[row.tissue])[0, 1]
+        if closeness:
+            return shifts[treated & (samples["tissue"] == max(closeness, key=closeness.get)).to_numpy()].mean(axis=0)
+    here = ~control & (samples["tissue"] == row.tissue).to_numpy()
+    return shifts[next(rows for rows in (*same, here, ~control) if rows.any())].mean(axis=0)
+
+
+def test_additive_nearest_is_its_definition_by_plain_loops(data, many_contexts):
+    samples, expression = many_contexts
+    rows = table([
+        (study, tissue, treatment, dose)
+        for study in ("a", "new") for tissue in (*CONTEXTS, "never seen") for treatment in ("x", "y", "never seen") for dose in ("1 uM", "10 uM", "3 uM", None)
+    ])
+    expected = Additive(data, samples, expression).no_change(rows) + [slow_nearest(data, samples, expression, row) for row in rows.itertuples()]
+    np.testing.assert_allclose(AdditiveNearest(data, samples, expression).predict(rows), expected, atol=1e-10)
+
+
+def test_the_similarity_of_contexts_is_the_correlation_of_their_mean_controls(many_contexts):
+    samples, expression = many_contexts
+    control = (samples["perturbation"] == "control").to_numpy()
+    found = similarity_of_contexts(samples["tissue"][control], expression[control])
+    means = {tissue: expression[control & (samples["tissue"] == tissue)].mean(axis=0) for tissue in found.index}
+    for one in found.index:
+        for other in found.index:
+            assert found.loc[one, other] == pytest.approx(np.corrcoef(means[one], means[other])[0, 1])
+
+
+def test_additive_nearest_takes_the_effect_of_the_like_context_and_not_the_mean(data):
+    profile = {"liver": [1.0, 2, 3, 4], "kidney": [1.0, 2, 3, 5], "brain": [4.0, 3, 2, 1]}
+    effect = {"kidney": 1.0, "brain": -1.0}
+    training = table([("a", tissue, treatment, None) for tissue in profile for treatment in ("control", "x") if treatment == "control" or tissue in effect])
+    expression = np.array([profile[row.tissue] for row in training.itertuples()])
+    expression[(training["perturbation"] == "x").to_numpy()] += [[effect[tissue]] for tissue in training["tissue"][training["perturbation"] == "x"]]
+    query = table([("a", "liver", "x", None), ("a", "brain", "x", None), ("a", "never seen", "x", None)])
+    expected = [np.add(profile["liver"], 1), np.subtract(profile["brain"], 1), np.mean(list(profile.values()), axis=0)]
+    np.testing.assert_allclose(AdditiveNearest(data, training, expression).predict(query), expected)
+
+
+def test_additive_nearest_is_exact_on_an_additive_cohort_and_on_its_unseen_pairs(data, additive_cohort):
+    samples, expression = additive_cohort
+    nearest, additive = AdditiveNearest(data, samples, expression), Additive(data, samples, expression)
+    np.testing.assert_allclose(nearest.predict(samples), expression, atol=1e-12)
+    unseen = table([("a", "lung", "y", None), ("b", "lung", "y", None)])
+    np.testing.assert_allclose(nearest.predict(unseen), additive.predict(unseen), atol=1e-12)
+
+
+def test_additive_nearest_with_one_context_is_additive(data, many_contexts):
+    samples, expression = many_contexts
+    samples = samples.assign(tissue="liver")
+    seen = samples[samples["perturbation"] != "control"]
+    np.testing.assert_allclose(
+        AdditiveNearest(data, samples, expression).predict(seen), Additive(data, samples, expression).predict(seen), atol=1e-12
+    )
+
+
+def test_controls_constant_over_genes_leave_the_mean_over_contexts(data):
+    # A correlation with a constant is none: no warning, and no context is nearest.
+    training = table([("a", tissue, treatment, None) for tissue in ("liver", "lung", "skin") for treatment in ("control", "x")])[:5]
+    expression = np.array([[2.0] * GENES, [3.0] * GENES, [2.0] * GENES, [7.0] * GENES, [1.0] * GENES])
+    found = AdditiveNearest(data, training, expression).predict(table([("a", "skin", "x", None)]))
+    np.testing.assert_allclose(found, [[1 + (1 + 5) / 2] * GENES])
+
+
+# --- what holds for all of them -------------------------------------------------------------------------------------
+
+FITTED = [PerturbedMean, MatchedMean, Additive, AdditiveNearest]
+
+
+@pytest.mark.parametrize("baseline", FITTED)
+def test_the_order_of_training_samples_and_of_queries_does_not_matter(data, many_contexts, baseline, rng):
+    samples, expression = many_contexts
+    order, asked = rng.permutation(len(samples)), rng.permutation(len(samples))
+    expected = baseline(data, samples, expression).predict(samples)
+    np.testing.assert_allclose(baseline(data, samples.iloc[order], expression[order]).predict(samples.iloc[asked]), expected[asked], atol=1e-12)
+
+
+@pytest.mark.parametrize("baseline", FITTED)
+def test_fit_and_prediction_leave_the_inputs_and_a_repeated_prediction_as_they_were(data, many_contexts, baseline):
+    samples, expression = many_contexts
+    kept_samples, kept = samples.copy(), expression.copy()
+    fitted = baseline(data, samples, expression)
+    first = fitted.predict(samples).copy()
+    np.testing.assert_array_equal(fitted.predict(samples), first)
+    np.testing.assert_array_equal(expression, kept)
+    pd.testing.assert_frame_equal(samples, kept_samples)
+
+
+@pytest.mark.parametrize("baseline", FITTED)
+def test_without_controls_or_without_treated_samples_nothing_is_fitted(data, many_contexts, baseline):
+    samples, expression = many_contexts
+    control = (samples["perturbation"] == "control").to_numpy()
+    for rows in (control, ~control):
+        with pytest.raises(ValueError, match="controls and treated"):
+            baseline(data, samples[rows], expression[rows])
+    with pytest.raises(ValueError, match="controls and treated"):
+        baseline(data.model_copy(update={"control": None}), samples, expression)
+
+
+@pytest.mark.parametrize("baseline", FITTED)
+@pytest.mark.parametrize("kind", ["no dose", "missing contexts", "no context columns", "no study", "one perturbation"])
+def test_odd_cohorts_get_finite_predictions(data, many_contexts, baseline, kind):
+    samples, expression = many_contexts
+    if kind == "no dose":
+        samples = samples.drop(columns="perturbation_dose")
+    if kind == "missing contexts":
+        samples = samples.assign(tissue=samples["tissue"].where(samples["tissue"] != "liver", None))
+    if kind == "no context columns":
+        data = data.model_copy(update={"context_columns": ()})
+    if kind == "no study":
+        data = data.model_copy(update={"study_column": None})
+    if kind == "one perturbation":
+        samples = samples.assign(perturbation=samples["perturbation"].where(samples["perturbation"] == "control", "x"))
+    fitted = baseline(data, samples, expression)
+    strange = samples.iloc[:3].assign(tissue=[None, "never seen", "liver"], perturbation=["never seen", None, "x"], study=[None, "a", "new"])
+    for rows in (samples, strange, samples.iloc[:0]):
+        assert np.isfinite(fitted.predict(rows)).all() and fitted.predict(rows).shape == (len(rows), GENES)

@@ -1,6 +1,7 @@
 """What anyone could fit: the floors of every comparison. All fitted on the training split alone.
 
-N samples, G genes, D columns of the design. Expression is log-CPM.
+The bilinear model is in bilinear.py; the replicate, which is no fit, in replicate.py.
+N samples, G genes, D columns of the design, T treatments, C contexts. Expression is log-CPM, an effect a difference of log-CPM.
 """
 
 from dataclasses import dataclass
@@ -76,6 +77,56 @@ class Means:
         return result
 
 
+def places(samples: pd.DataFrame, data: Data) -> list[pd.Series]:
+    """Where a control matches, best first: context and study; context; everywhere."""
+    context = contexts(samples, data)
+    everywhere = pd.Series("all", index=samples.index)
+    if data.study_column is None:
+        return [context, everywhere]
+    return [context + " / " + label_texts(samples[data.study_column]).fillna("?"), context, everywhere]
+
+
+def treatments(samples: pd.DataFrame, data: Data) -> list[pd.Series]:
+    """What was done, most specific first: perturbation, dose and time (every covariate of the group); perturbation."""
+    named = joined([samples[name] for name in data.covariates.perturbation if name in samples])
+    return [named, label_texts(samples[data.control.column]).fillna("?")]
+
+
+def controls_of(samples: pd.DataFrame, data: Data) -> np.ndarray:
+    """(N,) which training samples are controls. ValueError where there are no controls, or nothing else."""
+    control = is_control(samples, data).to_numpy()
+    if not control.any() or control.all():
+        raise ValueError("controls and treated samples are both needed in training")
+    return control
+
+
+class PerturbedMean:
+    """The mean of all treated training samples for a treated sample, of all training controls for a control.
+
+    "Mean" of the comparison of Ahlmann-Eltze et al. (Nature Methods 2025).
+    """
+
+    def __init__(self, data: Data, samples: pd.DataFrame, expression: np.ndarray):
+        controls_of(samples, data)
+        self.data = data
+        self.means = Means.fit(self._keys(samples), expression)
+
+    def _keys(self, samples: pd.DataFrame) -> list[pd.Series]:
+        return [is_control(samples, self.data)]
+
+    def predict(self, samples: pd.DataFrame) -> np.ndarray:
+        """(N, G)"""
+        return self.means.lookup(self._keys(samples))
+
+
+class MatchedMean(PerturbedMean):
+    """The perturbed mean within the sample's context; over all contexts where training has no such sample there."""
+
+    def _keys(self, samples: pd.DataFrame) -> list[pd.Series]:
+        control = is_control(samples, self.data)
+        return [contexts(samples, self.data) + " / " + control.astype(str), control]
+
+
 class Additive:
     """`no_change`: the mean of matched controls. `additive`: that plus the mean effect of the treatment over contexts.
 
@@ -85,32 +136,97 @@ class Additive:
 
     def __init__(self, data: Data, samples: pd.DataFrame, expression: np.ndarray):
         self.data = data
-        control = is_control(samples, data).to_numpy()
-        if not control.any() or control.all():
-            raise ValueError("controls and treated samples are both needed in training")
-        self.controls = Means.fit(self._places(samples[control]), expression[control])
+        control = controls_of(samples, data)
+        self.controls = Means.fit(places(samples[control], data), expression[control])
         shifts = expression[~control] - self.no_change(samples[~control])
-        self.effects = Means.fit(self._treatments(samples[~control]), shifts)
+        self.effects = Means.fit(self._effect_keys(samples[~control]), shifts)
 
-    def _places(self, samples: pd.DataFrame) -> list[pd.Series]:
-        context = contexts(samples, self.data)
-        everywhere = pd.Series("all", index=samples.index)
-        if self.data.study_column is None:
-            return [context, everywhere]
-        return [context + " / " + label_texts(samples[self.data.study_column]).fillna("?"), context, everywhere]
-
-    def _treatments(self, samples: pd.DataFrame) -> list[pd.Series]:
-        names = [name for name in self.data.covariates.perturbation if name in samples]
-        treatment = joined([samples[name] for name in names])
-        return [treatment, label_texts(samples[self.data.control.column]).fillna("?"), pd.Series("all", index=samples.index)]
+    def _effect_keys(self, samples: pd.DataFrame) -> list[pd.Series]:
+        return [*treatments(samples, self.data), pd.Series("all", index=samples.index)]
 
     def no_change(self, samples: pd.DataFrame) -> np.ndarray:
         """(N, G)"""
-        return self.controls.lookup(self._places(samples))
+        return self.controls.lookup(places(samples, self.data))
 
     def predict(self, samples: pd.DataFrame) -> np.ndarray:
         """(N, G)"""
         treated = ~is_control(samples, self.data).to_numpy()
         prediction = self.no_change(samples)
-        prediction[treated] += self.effects.lookup(self._treatments(samples[treated]))
+        prediction[treated] += self.effects.lookup(self._effect_keys(samples[treated]))
         return prediction
+
+
+@dataclass(frozen=True)
+class EffectsByContext:
+    """The mean effect of each treatment in each context where it was measured."""
+
+    treatments: pd.Index     # (T,)
+    contexts: pd.Index       # (C,)
+    measured: np.ndarray     # (T, C) bool
+    effects: pd.DataFrame    # (measured pairs, G), by treatment * C + context
+
+    @classmethod
+    def fit(cls, treatment: pd.Series, context: pd.Series, shifts: np.ndarray) -> "EffectsByContext":
+        rows, treatments = pd.factorize(treatment.to_numpy(), sort=True)
+        columns, contexts = pd.factorize(context.to_numpy(), sort=True)
+        measured = np.zeros((len(treatments), len(contexts)), dtype=bool)
+        measured[rows, columns] = True
+        effects = pd.DataFrame(shifts).groupby(rows * len(contexts) + columns).mean()
+        return cls(pd.Index(treatments), pd.Index(contexts), measured, effects)
+
+    def nearest(self, treatment: pd.Series, context: pd.Series, similarity: pd.DataFrame) -> np.ndarray:
+        """(N, G) effect in the same context, else in the most similar of those where the treatment was measured.
+
+        NaN rows where the treatment is unknown, or no similarity to such a context is. A tie goes to the first name.
+        """
+        row = self.treatments.get_indexer(treatment)
+        closeness = similarity.reindex(index=context, columns=self.contexts).fillna(-np.inf).to_numpy()  # (N, C)
+        closeness = np.where(context.to_numpy()[:, None] == self.contexts.to_numpy(), np.inf, closeness)
+        closeness = np.where(self.measured[row], closeness, -np.inf)
+        # A pair below zero is no key: where no similarity is known, or the treatment is unknown (row -1).
+        pair = np.where(closeness.max(axis=1) > -np.inf, row * len(self.contexts) + closeness.argmax(axis=1), -1)
+        return self.effects.reindex(pair).to_numpy()
+
+
+class AdditiveNearest:
+    """The matched control plus the effect of the same treatment in the most similar context.
+
+    The treatment is the same perturbation, dose and time, else the same perturbation at any. The sample's own context is
+    the most similar one, then by the correlation over genes of the contexts' mean training controls (all studies pooled).
+    Where no similarity is known (a context never seen, or without controls), the effect is the treatment's mean over
+    contexts; for a perturbation never seen, the mean effect of all perturbations in the sample's context, else overall.
+    """
+
+    def __init__(self, data: Data, samples: pd.DataFrame, expression: np.ndarray):
+        self.data = data
+        self.additive = Additive(data, samples, expression)
+        control = controls_of(samples, data)
+        self.similarity = similarity_of_contexts(contexts(samples[control], data), expression[control])
+        treated = samples[~control]
+        shifts = expression[~control] - self.additive.no_change(treated)
+        self.levels = [EffectsByContext.fit(key, contexts(treated, data), shifts) for key in treatments(treated, data)]
+        self.elsewhere = Means.fit(self._elsewhere_keys(treated), shifts)
+
+    def _elsewhere_keys(self, samples: pd.DataFrame) -> list[pd.Series]:
+        return [*treatments(samples, self.data), contexts(samples, self.data), pd.Series("all", index=samples.index)]
+
+    def predict(self, samples: pd.DataFrame) -> np.ndarray:
+        """(N, G)"""
+        prediction = self.additive.no_change(samples)
+        treated = ~is_control(samples, self.data).to_numpy()
+        rows = samples[treated]
+        effects = self.elsewhere.lookup(self._elsewhere_keys(rows))
+        # The most specific level comes last and overwrites.
+        for level, key in zip(self.levels[::-1], treatments(rows, self.data)[::-1], strict=True):
+            found = level.nearest(key, contexts(rows, self.data), self.similarity)
+            effects = np.where(np.isnan(found), effects, found)
+        prediction[treated] += effects
+        return prediction
+
+
+def similarity_of_contexts(context: pd.Series, expression: np.ndarray) -> pd.DataFrame:
+    """(C, C) Pearson correlation over genes of the mean profiles of controls; NaN for a profile constant over genes."""
+    profiles = pd.DataFrame(expression).groupby(context.to_numpy()).mean()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        correlation = np.atleast_2d(np.corrcoef(profiles.to_numpy(dtype=np.float64)))
+    return pd.DataFrame(correlation, index=profiles.index, columns=profiles.index)

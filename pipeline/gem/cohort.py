@@ -3,6 +3,8 @@
     samples.parquet   sample_id, the source's columns, `total` (counts over all genes of the source)
     genes.parquet     gene_id of the kept genes, in the order of the counts
     splits.parquet    sample_id, split
+    targets.parquet   perturbation, gene_id of the gene it hits; empty where nothing is known
+    embeddings/       features by label, a table for each covariate of that kind
     counts/           train-*.parquet, validation-*.parquet, test-*.parquet: training never opens the last
     truth/            the simulator's parameters, for a synthetic cohort
     manifest.json     format version, declarations, integer type by role, checksums
@@ -18,7 +20,8 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, ValidationError
 
-from pipeline.gem.config import Data, Frozen
+from pipeline.gem.config import FILE_NAME, Data, Frozen
+from pipeline.gem.embedding import Features
 from pipeline.gem.errors import InputError, IntegrityError, examples
 from pipeline.gem.expression import log_cpm
 from pipeline.gem.metadata import label_texts
@@ -26,7 +29,8 @@ from pipeline.gem.shards import read_shard
 from pipeline.gem.splits import role_of
 from pipeline.gem.storage import sha256, sha256_of
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+DECLARED = ("covariates", "context_columns", "control", "target_gene", "date_column", "study_column")   # of params.yaml: data
 
 Role = Literal["train", "validation", "test"]
 
@@ -49,7 +53,7 @@ class Manifest(Frozen):
     splits: dict[str, int]
     missing: dict[str, int]
     notes: list[str]
-    tables: dict[Literal["samples.parquet", "genes.parquet", "splits.parquet"], str]
+    tables: dict[Annotated[str, Field(pattern=rf"^(samples|genes|splits|targets|embeddings/{FILE_NAME})\.parquet$")], str]
     shards: dict[Role, list[Shard]]
 
 
@@ -63,6 +67,8 @@ class Cohort:
         self.samples = pd.read_parquet(self.folder / "samples.parquet")
         self.samples["split"] = pd.read_parquet(self.folder / "splits.parquet")["split"].to_numpy()
         self.genes = pd.read_parquet(self.folder / "genes.parquet")["gene_id"].to_numpy(dtype=str)
+        self.features = {name: Features.read(self.folder / "embeddings" / f"{name}.parquet") for name in self.declared.covariates.embeddings()}
+        self.targets = pd.read_parquet(self.folder / "targets.parquet").set_index("perturbation")["gene_id"]
 
     def _read_manifest(self) -> tuple[dict, Data]:
         """(manifest, what it declares), both checked."""
@@ -76,7 +82,7 @@ class Cohort:
         found = manifest.get("format_version") if isinstance(manifest, dict) else None
         if found != FORMAT_VERSION:
             raise IntegrityError(f"{path}: format version {found}, expected {FORMAT_VERSION}; run `dvc repro --force prepare`")
-        rest = {"source": str(self.folder), "layer": None, "sample_id": None, "min_gene_samples": 0, "empty_samples": "refuse"}
+        rest: dict = {"source": str(self.folder), "layer": None, "sample_id": None, "min_gene_samples": 0, "empty_samples": "refuse"}
         try:
             return manifest, Data.model_validate(rest | Manifest.model_validate(manifest).declared)
         except ValidationError as error:
@@ -96,6 +102,13 @@ class Cohort:
     def truth_folder(self) -> Path | None:
         folder = self.folder / "truth"
         return folder if (folder / "parameters.npz").exists() else None
+
+    def target_positions(self, samples: pd.DataFrame) -> np.ndarray:
+        """(N,) position among the genes of the gene that each sample's perturbation hits; -1 where none is known or kept."""
+        if self.declared.control is None:
+            return np.full(len(samples), -1)
+        genes = label_texts(samples[self.declared.control.column]).map(self.targets)
+        return pd.Index(self.genes).get_indexer(genes)
 
     def has(self, split: str) -> bool:
         return self.manifest["splits"].get(split, 0) > 0
@@ -137,4 +150,5 @@ class Cohort:
         # As text, which does not depend on how the source stored a column.
         table = {name: label_texts(rows[name]).tolist() for name in columns}
         shards = [shard["sha256"] for role in ("train", "validation") for shard in self.manifest["shards"][role]]
-        return sha256_of(self.manifest["gene_list_sha256"], self.manifest["declared"], shards, table)
+        tables = {name: digest for name, digest in self.manifest["tables"].items() if name.startswith(("targets", "embeddings"))}
+        return sha256_of(self.manifest["gene_list_sha256"], self.manifest["declared"], tables, shards, table)

@@ -3,6 +3,7 @@
 `read_params` reports every unknown key, missing key, wrong type and value out of range at once.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
@@ -22,6 +23,7 @@ Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 STUDY_NAME = r"^[A-Za-z0-9_]+$"   # a study names a file and a folder
+FILE_NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
 
 
 class Frozen(BaseModel):
@@ -81,7 +83,14 @@ class Numeric(Frozen):
     scale: Literal["linear", "log"]
 
 
-Covariate = Annotated[Categorical | Multilabel | Numeric, Field(discriminator="kind")]
+class Embedding(Frozen):
+    """One or several labels with observable features in a table: the features, summed over labels, beside a multi-hot identity."""
+
+    kind: Literal["embedding"]
+    table: str
+
+
+Covariate = Annotated[Categorical | Multilabel | Numeric | Embedding, Field(discriminator="kind")]
 
 
 class Covariates(Frozen):
@@ -95,7 +104,23 @@ class Covariates(Frozen):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"{', '.join(twice)} is declared in more than one group")
+        unfit = [name for name in self.embeddings() if not re.fullmatch(FILE_NAME, name)]
+        if unfit:
+            raise ValueError(f"{', '.join(unfit)}: the name of an embedding names a file; use letters, digits, _, - and .")
         return self
+
+    def embeddings(self) -> dict[str, str]:
+        """Covariate to the path of its table."""
+        return {name: covariate.table for name, covariate in self.all().items() if covariate.kind == "embedding"}
+
+    def identities(self) -> "Covariates":
+        """The same without what tables tell: labels are just labels."""
+        return Covariates.model_validate(
+            {
+                group: {name: Multilabel(kind="multilabel") if kind.kind == "embedding" else kind for name, kind in getattr(self, group).items()}
+                for group in GROUPS
+            }
+        )
 
     def all(self) -> dict[str, Covariate]:
         return {name: covariate for group in GROUPS for name, covariate in getattr(self, group).items()}
@@ -113,6 +138,7 @@ class Data(Frozen):
     covariates: Covariates
     context_columns: Names
     control: Control | None
+    target_gene: str | None
     date_column: str | None
     study_column: str | None
     min_gene_samples: Annotated[int, Field(ge=0)]
@@ -168,6 +194,7 @@ class Train(Frozen):
     classifier_weight: NonNegative
     free_bits: NonNegative
     metadata_dropout: MetadataDropout
+    identity_dropout: Probability
     epochs: Count
     patience: Count
     batch_size: Count

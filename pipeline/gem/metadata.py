@@ -6,13 +6,16 @@ vocabulary lacks is refused, unless the caller asks to treat it as missing.
 N samples, D_g encoded size of a group.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 from pydantic import TypeAdapter
 
 from pipeline.gem.config import GROUPS, Covariate, Covariates
+from pipeline.gem.embedding import Features
 from pipeline.gem.errors import InputError, did_you_mean, examples
 from pipeline.gem.quantities import parse_quantity, shown
 
@@ -33,18 +36,24 @@ class Vocabulary:
     levels: tuple[str, ...] = ()      # labels, or the dimensions of a numeric covariate
     mean: float = 0.0                 # numeric: of the training split, on its scale
     deviation: float = 1.0
+    features: Features | None = None  # embedding: of labels seen and unseen, standardised on those seen
 
     @property
     def size(self) -> int:
-        """Columns of the encoding."""
-        return len(self.levels) + (self.covariate.kind == "numeric")
+        """Columns of the encoding: features, then levels; of a number its value, then its dimensions."""
+        return self.described + len(self.levels)
+
+    @property
+    def described(self) -> int:
+        """Columns in front that do not name a level."""
+        return self.features.size if self.features else int(self.covariate.kind == "numeric")
 
     @classmethod
-    def learn(cls, name: str, covariate: Covariate, column: pd.Series) -> "Vocabulary":
+    def learn(cls, name: str, covariate: Covariate, column: pd.Series, features: Features | None = None) -> "Vocabulary":
         if covariate.kind != "numeric":
             texts = set(label_texts(column).dropna())
             labels = texts if covariate.kind == "categorical" else {label for text in texts for label in labels_of(text)}
-            return cls(name, covariate, tuple(sorted(labels)))
+            return cls(name, covariate, tuple(sorted(labels)), features=features.standardised(labels) if features else None)
         parsed = [parse_quantity(value) for value in map(cell, column) if value is not None]
         scaled = np.array([_scaled(number, covariate.scale) for number, _ in parsed])
         dimensions = tuple(sorted({dimension for _, dimension in parsed}))
@@ -63,19 +72,37 @@ class Vocabulary:
             code[0] = np.clip((_scaled(number, self.covariate.scale) - self.mean) / self.deviation, -CLIP, CLIP)
             code[1 + self.levels.index(dimension)] = 1
             return code
-        labels = labels_of(value) if self.covariate.kind == "multilabel" else [label_text(value)]
-        if any(label not in self.levels for label in labels):
+        labels = [label_text(value)] if self.covariate.kind == "categorical" else labels_of(value)
+        described = self._positions_of_features
+        if any(label not in self.levels and label not in described for label in labels):
             return None
-        code[[self.levels.index(label) for label in labels]] = 1
+        for label in dict.fromkeys(labels):
+            if label in described:
+                code[: self.described] += self.features.values[described[label]]
+            if label in self.levels:
+                code[self.described + self.levels.index(label)] = 1
         return code
 
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Every label that has an encoding."""
+        return tuple(dict.fromkeys([*self.levels, *self._positions_of_features]))
+
+    @cached_property
+    def _positions_of_features(self) -> dict[str, int]:
+        return {label: row for row, label in enumerate(self.features.labels)} if self.features else {}
+
     def state(self) -> dict:
-        """Plain values, for the model file."""
-        return {"name": self.name, "covariate": self.covariate.model_dump(), "levels": list(self.levels), "mean": self.mean, "deviation": self.deviation}
+        """Plain values and arrays, for the model file."""
+        features = self.features and {"labels": list(self.features.labels), "values": self.features.values}
+        named = {"name": self.name, "covariate": self.covariate.model_dump(), "levels": list(self.levels)}
+        return named | {"mean": self.mean, "deviation": self.deviation, "features": features}
 
     @classmethod
     def from_state(cls, state: dict) -> "Vocabulary":
-        return cls(state["name"], _COVARIATE.validate_python(state["covariate"]), tuple(state["levels"]), state["mean"], state["deviation"])
+        features = state["features"] and Features(tuple(state["features"]["labels"]), np.asarray(state["features"]["values"], dtype=np.float32))
+        covariate = _COVARIATE.validate_python(state["covariate"])
+        return cls(state["name"], covariate, tuple(state["levels"]), state["mean"], state["deviation"], features)
 
 
 def cell(value: object) -> object:
@@ -123,17 +150,26 @@ class MetadataEncoder:
         self.groups = groups
 
     @classmethod
-    def fit(cls, samples: pd.DataFrame, covariates: Covariates) -> "MetadataEncoder":
-        """Vocabularies of the rows of `samples`, which must be the training split alone."""
-        return cls({group: [Vocabulary.learn(name, kind, samples[name]) for name, kind in getattr(covariates, group).items()] for group in GROUPS})
+    def fit(cls, samples: pd.DataFrame, covariates: Covariates, features: Mapping[str, Features] | None = None) -> "MetadataEncoder":
+        """Vocabularies of the rows of `samples`, which must be the training split alone; `features` of each embedding."""
+        features = features or {}
+        return cls(
+            {
+                group: [Vocabulary.learn(name, kind, samples[name], features.get(name)) for name, kind in getattr(covariates, group).items()]
+                for group in GROUPS
+            }
+        )
 
     @property
     def sizes(self) -> dict[str, int]:
         """D_g per group."""
         return {group: sum(field.size for field in fields) for group, fields in self.groups.items()}
 
-    def field_sizes(self, group: str) -> list[int]:
-        return [field.size for field in self.groups[group]]
+    def blocks(self, group: str) -> list[tuple[int, int]]:
+        """Per field (columns that describe it, columns that name its level): the second part of an embedding is its identity."""
+        return [
+            (field.described, len(field.levels)) if field.features else (field.size, 0) for field in self.groups[group]
+        ]
 
     @property
     def names(self) -> list[str]:
@@ -176,7 +212,7 @@ class MetadataEncoder:
             elif unknown == "refuse":
                 problems.append(
                     f"{field.name}, row {_first(index, position)}: {shown(value)} was never seen in training"
-                    f"{did_you_mean(value, field.levels)} (or treat unknown values as missing)"
+                    f"{did_you_mean(value, field.known)} (or treat unknown values as missing)"
                 )
         return codes[index]
 
@@ -190,9 +226,12 @@ class MetadataEncoder:
         return np.array([positions.get(text, -1) for text in label_texts(column)], dtype=np.int64)
 
     def heads(self) -> list[Vocabulary]:
-        """The covariates that have a classifier: categorical, two levels or more, of the last two groups."""
+        """The covariates that have a classifier: one label of two or more, in the last two groups."""
         return [
-            field for group in GROUPS[1:] for field in self.groups[group] if field.covariate.kind == "categorical" and len(field.levels) > 1
+            field
+            for group in GROUPS[1:]
+            for field in self.groups[group]
+            if field.covariate.kind in ("categorical", "embedding") and len(field.levels) > 1
         ]
 
     def group_of(self, name: str) -> str:

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline.gem.cohort import FORMAT_VERSION
+from pipeline.gem.cohort import DECLARED, FORMAT_VERSION
 from pipeline.gem.config import Control, Data, Splits
+from pipeline.gem.embedding import Features
 from pipeline.gem.errors import InputError, did_you_mean, examples
-from pipeline.gem.metadata import clean_samples, label_texts, list_cells
+from pipeline.gem.metadata import clean_samples, label_texts, labels_of, list_cells
 from pipeline.gem.progress import Progress
 from pipeline.gem.shards import ShardWriter, read_shard
 from pipeline.gem.sources import Source, check_counts, check_unique
@@ -34,6 +35,7 @@ class Census:
 def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> dict:
     """Validates a source and writes the cohort; gives the manifest. InputError or IntegrityError where it cannot."""
     samples = validate_tables(source, data)
+    features, targets = read_knowledge(source, data)
     split, notes = assign_splits(samples, data, params)
     audit(samples, split, data)
     census = take_census(source, split.map(role_of).to_numpy(), data)
@@ -53,18 +55,20 @@ def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> di
     samples[kept].to_parquet(folder / "samples.parquet", index=False)
     source.genes[genes].to_parquet(folder / "genes.parquet", index=False)
     pd.DataFrame({"sample_id": samples["sample_id"], "split": split})[kept].to_parquet(folder / "splits.parquet", index=False)
+    notes += write_knowledge(features, targets, samples[kept], data, folder)
     _copy_truth(Path(data.source) / "truth", folder / "truth")
+    tables = ["samples.parquet", "genes.parquet", "splits.parquet", "targets.parquet", *(f"embeddings/{name}.parquet" for name in features)]
     manifest = {
         "format_version": FORMAT_VERSION,
         "samples": int(kept.sum()),
         "genes": int(genes.sum()),
         "gene_list_sha256": sha256_of(source.genes["gene_id"][genes].tolist()),
         "integer_type": {role: dtype.name for role, dtype in dtypes.items()},
-        "declared": data.model_dump(mode="json", include={"covariates", "context_columns", "control", "date_column", "study_column"}),
+        "declared": data.model_dump(mode="json", include=set(DECLARED)),
         "splits": {name: int(number) for name, number in split[kept].value_counts().sort_index().items()},
         "missing": {name: int(samples[name][kept].isna().sum()) for name in data.covariates.all()},
         "notes": notes,
-        "tables": {name: sha256(folder / name) for name in ("samples.parquet", "genes.parquet", "splits.parquet")},
+        "tables": {name: sha256(folder / name) for name in tables},
         "shards": shards,
     }
     write_json(folder / "manifest.json", manifest)
@@ -74,9 +78,65 @@ def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> di
 def _empty_folder(folder: Path) -> None:
     """Removes an earlier cohort, its manifest first: what is left of it at any moment does not read as whole."""
     (folder / "manifest.json").unlink(missing_ok=True)
-    if (folder / "counts").exists():
-        shutil.rmtree(folder / "counts")
+    for name in ("counts", "embeddings"):
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def read_knowledge(source: Source, data: Data) -> tuple[dict[str, Features], pd.DataFrame]:
+    """What tables tell of labels: (features of each embedding, perturbation and gene_id of its target). InputError lists every problem."""
+    features, problems = {}, []
+    for name, path in data.covariates.embeddings().items():
+        try:
+            features[name] = Features.read(path)
+        except InputError as error:
+            problems += error.problems
+    try:
+        targets = read_targets(data, source.genes["gene_id"])
+    except InputError as error:
+        problems += error.problems
+    if problems:
+        raise InputError(*problems)
+    return features, targets
+
+
+def read_targets(data: Data, genes: pd.Series) -> pd.DataFrame:
+    """perturbation, gene_id; empty where `data.target_gene` is null. InputError where the table is not that."""
+    if data.target_gene is None:
+        return pd.DataFrame({"perturbation": pd.Series(dtype=str), "gene_id": pd.Series(dtype=str)})
+    path = Path(data.target_gene)
+    if not path.exists():
+        raise InputError(f"{path}: absent; data.target_gene names it")
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a Parquet table ({str(error).splitlines()[0]})") from None
+    absent = [name for name in ("perturbation", "gene_id") if name not in table]
+    if absent:
+        raise InputError(f"{path}: no column {', '.join(absent)}; expected perturbation and gene_id, found {examples(table.columns)}")
+    table = pd.DataFrame({name: label_texts(table[name]) for name in ("perturbation", "gene_id")}).dropna()
+    twice = sorted(table["perturbation"][table["perturbation"].duplicated()].unique())
+    problems = [f"{path}: perturbations {examples(twice)} stand twice; expected one target gene each"] if twice else []
+    strange = sorted(set(table["gene_id"]) - set(genes.astype(str)))
+    if strange:
+        problems.append(f"{path}: genes {examples(strange)} are not in {data.source}")
+    if problems:
+        raise InputError(*problems)
+    return table.reset_index(drop=True)
+
+
+def write_knowledge(features: dict[str, Features], targets: pd.DataFrame, samples: pd.DataFrame, data: Data, folder: Path) -> list[str]:
+    """Copies the tables into the cohort; gives a note where labels of the samples have no features."""
+    notes = []
+    for name, table in features.items():
+        table.write(folder / "embeddings" / f"{name}.parquet")
+        bare = {label for text in label_texts(samples[name]).dropna() for label in labels_of(text)} - set(table.labels)
+        bare -= {data.control.value} if data.control else set()
+        if bare:
+            notes.append(f"{name}: no features for {examples(sorted(bare))}: only their identity is known")
+    targets.to_parquet(folder / "targets.parquet", index=False)
+    return notes
 
 
 def validate_tables(source: Source, data: Data) -> pd.DataFrame:

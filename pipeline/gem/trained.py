@@ -23,7 +23,7 @@ from pipeline.gem.metadata import MetadataEncoder
 from pipeline.gem.model import CONDITIONED, PREDICTED, Gaussian, Network
 from pipeline.gem.storage import write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONDITIONING = ("technical", "biological")  # groups taken from a reference where not said otherwise
 _ROWS = 4096  # decoded at a time
 
@@ -48,7 +48,7 @@ class GEM:
         content = {
             "format_version": FORMAT_VERSION,
             "genes": [str(gene) for gene in self.genes],
-            "metadata": self.metadata.state(),
+            "metadata": _with_tensors(self.metadata.state()),
             "model": self.params.model_dump(mode="json"),
             "weights": {name: value.detach().cpu() for name, value in self.network.state_dict().items()},
         }
@@ -192,6 +192,15 @@ def predictive_log_likelihood(network: Network, expression: Tensor, prior: Gauss
         total += decoded
     stacked = torch.stack(log_likelihoods)
     return stacked.logsumexp(dim=0) - torch.tensor(float(draws)).log(), total / draws
+
+
+def _with_tensors(value: object) -> object:
+    """Arrays as tensors: what torch loads with weights_only."""
+    if isinstance(value, dict):
+        return {name: _with_tensors(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_with_tensors(part) for part in value]
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 def distinct_rows(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -63,7 +63,7 @@ class TrainingData:
     @classmethod
     def load(cls, cohort: Cohort, device: torch.device) -> "TrainingData":
         samples = cohort.rows([TRAIN])
-        encoder = MetadataEncoder.fit(samples, cohort.declared.covariates)
+        encoder = MetadataEncoder.fit(samples, cohort.declared.covariates, cohort.features)
         train = Encoded.of(cohort.expression([TRAIN]), samples, encoder, device)
         choice = next((split for split in CHOICE_SPLITS if cohort.has(split)), None)
         validation = None
@@ -156,12 +156,18 @@ def one_cycle(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - peak) / max(1.0, steps - peak))))
 
 
-def drop_fields(metadata: Tensor, sizes: list[int], probability: float, generator: torch.Generator) -> Tensor:
-    """Metadata rows (U, D) with whole fields set to missing at random."""
-    if probability == 0 or metadata.shape[1] == 0:
+def drop_fields(metadata: Tensor, blocks: list[tuple[int, int]], field: float, identity: float, generator: torch.Generator) -> Tensor:
+    """Metadata rows (U, D) with parts set to missing at random: whole fields, and of embedded labels their identity alone.
+
+    `blocks` as MetadataEncoder.blocks gives them; `field` and `identity` are the chances.
+    """
+    sizes = torch.tensor([part for block in blocks for part in block], device=metadata.device)
+    if metadata.shape[1] == 0 or (field == 0 and (identity == 0 or not any(named for _, named in blocks))):
         return metadata
-    kept = torch.rand(len(metadata), len(sizes), generator=generator, device=metadata.device) >= probability
-    return metadata * kept.repeat_interleave(torch.tensor(sizes, device=metadata.device), dim=1)
+    drawn = torch.rand(2, len(metadata), len(blocks), generator=generator, device=metadata.device)
+    shown = drawn[0] >= field
+    named = shown & (drawn[1] >= identity)
+    return metadata * torch.stack([shown, named], dim=2).flatten(1).repeat_interleave(sizes, dim=1)
 
 
 def fit(data: TrainingData, params: Params, seed: int, on_epoch: Callable[[Epoch], None] = lambda epoch: None) -> Fit:
@@ -190,7 +196,7 @@ class _Loop:
         self.steps_per_epoch = -(-self.samples // params.batch_size)
         self.steps = params.epochs * self.steps_per_epoch
         self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=params.learning_rate, fused=True)
-        self.field_sizes = {group: data.encoder.field_sizes(group) for group in GROUPS}
+        self.blocks = {group: data.encoder.blocks(group) for group in GROUPS}
 
     def _parameter_groups(self) -> list[dict]:
         """Decay shrinks weights, not biases, norms or variances; variances start far from their answer and move faster."""
@@ -256,7 +262,9 @@ class _Loop:
             for group in GROUPS:
                 distinct, index[group] = torch.unique(train.index[group][rows], return_inverse=True)
                 hidden = getattr(self.params.metadata_dropout, group)
-                metadata[group] = drop_fields(train.metadata[group][distinct], self.field_sizes[group], hidden, self.generator)
+                metadata[group] = drop_fields(
+                    train.metadata[group][distinct], self.blocks[group], hidden, self.params.identity_dropout, self.generator
+                )
             # A share of the batch is enough: this term needs an encoding and a decoding of its own.
             referred = rows[: math.ceil(self.params.conditioned_share * len(rows))] if self.params.conditioned_weight else rows[:0]
             reference = train.expression[self.data.references.draw(referred, self.generator)]

@@ -1,0 +1,60 @@
+"""What each latent group of a trained model knows: labels that it should, labels that it should not, dimensions in use.
+
+N samples, L latent dimensions of a group.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+import torch
+
+from pipeline.gem.config import GROUPS
+from pipeline.gem.latent_scores import active_units, balanced_accuracy, leakage, majority_accuracy
+from pipeline.gem.metadata import label_texts
+from pipeline.gem.trained import GEM
+
+COLUMNS = ["predictor", "measure", "group", "covariate", "covariate_group", "value", "chance", "reason"]
+
+
+def latent_table(gem: GEM, predictor: str, samples: pd.DataFrame, expression: np.ndarray, seed: int) -> pd.DataFrame:
+    """Rows of measures on observed samples (N, G) that training never saw.
+
+    accuracy: balanced, of each label head on the posterior mean, beside that of naming the commonest class.
+    probe: balanced accuracy of a linear probe that reads a covariate from a group's latents; where the covariate belongs
+    to another group, this is leakage. active_units: dimensions of a group in use.
+    """
+    posterior = gem.posterior(expression)
+    means = posterior.mean.cpu().numpy().astype(np.float64)
+    groups = {group: means[:, place] for group, place in gem.network.slices().items()}
+    rows = [*_head_rows(gem, samples, posterior.mean), *_probe_rows(gem, samples, groups, seed)]
+    rows += [{"measure": "active_units", "group": group, "value": active_units(latents)} for group, latents in groups.items()]
+    return pd.DataFrame([{"predictor": predictor} | row for row in rows], columns=COLUMNS)
+
+
+def _head_rows(gem: GEM, samples: pd.DataFrame, means: torch.Tensor) -> Iterator[dict]:
+    labels = gem.metadata.labels(samples)
+    with torch.no_grad():
+        logits = gem.network.classify(means)
+    for name, scores in logits.items():
+        group = gem.metadata.group_of(name)
+        value = balanced_accuracy(labels[name], scores.argmax(dim=1).cpu().numpy())
+        known = np.isfinite(value)
+        reason = "" if known else "no sample has a label that training knows"
+        chance = majority_accuracy(labels[name]) if known else None
+        yield {
+            "measure": "accuracy", "group": group, "covariate": name, "covariate_group": group,
+            "value": value if known else None, "chance": chance, "reason": reason,
+        }
+
+
+def _probe_rows(gem: GEM, samples: pd.DataFrame, groups: dict[str, np.ndarray], seed: int) -> Iterator[dict]:
+    for owner in GROUPS:
+        for field in gem.metadata.groups[owner]:
+            if field.covariate.kind not in ("categorical", "embedding"):
+                continue
+            labels = pd.factorize(label_texts(samples[field.name]))[0]
+            for group, latents in groups.items():
+                found = leakage(latents, labels, seed)
+                about = {"measure": "probe", "group": group, "covariate": field.name, "covariate_group": owner}
+                yield about | {"value": found.accuracy, "chance": found.chance, "reason": found.reason}

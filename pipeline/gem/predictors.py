@@ -1,0 +1,180 @@
+"""Every predictor of the comparison, by name, on the same scene: floors, GEM, ceilings.
+
+N samples of a scene, G genes. Expression is log-CPM.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pandas as pd
+
+from pipeline.gem.baselines import Additive, AdditiveNearest, MatchedMean, PerturbedMean, Ridge, training_mean
+from pipeline.gem.bilinear import Bilinear
+from pipeline.gem.expression import log_cpm
+from pipeline.gem.metadata import MetadataEncoder
+from pipeline.gem.metrics import rank_pit, randomised_pit
+from pipeline.gem.model import CONDITIONED, PREDICTED
+from pipeline.gem.oracle import MetadataOracle, OmniscientOracle, ReferenceOracle, true_effects, truly_changed
+from pipeline.gem.predictive import predictive
+from pipeline.gem.replicate import replicate
+from pipeline.gem.scenes import Scene, Scenes
+from pipeline.gem.simulator import Truth, log_fractions
+from pipeline.gem.splits import is_control
+from pipeline.gem.trained import GEM
+from pipeline.gem.training import CHOICE_SPLITS
+
+FLOORS = ("no_change", "training_mean", "perturbed_mean", "matched_mean", "additive", "additive_nearest", "ridge", "bilinear")
+MODELS = ("gem", "gem_reference", "gem_tuned", "gem_tuned_reference")
+CEILINGS = ("oracle_metadata", "oracle_reference", "oracle_omniscient")
+PREDICTORS = (*FLOORS, "replicate", *MODELS, *CEILINGS)
+REFERENCE_SUFFIX = "_reference"
+_RANK_DRAWS = 9   # of an oracle: the observation's rank among them falls into one of ten bins
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a predictor says of a scene, or why it says nothing."""
+
+    values: np.ndarray | None            # (N, G) expected log-CPM; NaN rows where it says nothing of a sample
+    drawn: np.ndarray | None = None      # (N, G) log-CPM, one sample each from its distribution, where it has one
+    pit: np.ndarray | None = None        # (N, G) probability integral transform of the observed counts
+    reason: str = ""
+    sees_study: bool = False             # knows a control of the sample's study, also of a new one: a reference, or the truth
+
+
+Predictor = Callable[[Scene], list[Prediction]]   # one prediction, or one per training seed
+
+
+class Predictors:
+    """All of them, fitted once; called with a scene, they predict it."""
+
+    def __init__(self, scenes: Scenes, models: Mapping[str, list[GEM]]):
+        """`models` holds, by training seed, `gem` and, where a search has a winner, `gem_tuned`.
+
+        Absent are the predictors that this cohort cannot have: without controls, or without a known truth.
+        """
+        found = _floors(scenes) | {"replicate": _replicate(scenes)}
+        for name, seeds in models.items():
+            found[name] = partial(_from_metadata, seeds, scenes.params.prior_draws, scenes.params.seed)
+            found[f"{name}{REFERENCE_SUFFIX}"] = partial(_from_reference, seeds, scenes.params.prior_draws, scenes.params.seed)
+        oracles = _Oracles(scenes) if scenes.cohort.truth_folder is not None else None
+        if oracles:
+            found |= oracles.by_name()
+        self.true_change = oracles.true_change if oracles else None
+        self.by_name: dict[str, Predictor] = {name: found[name] for name in PREDICTORS if name in found}
+
+    def __call__(self, scene: Scene) -> dict[str, list[Prediction]]:
+        return {name: predict(scene) for name, predict in self.by_name.items()}
+
+
+def _floors(scenes: Scenes) -> dict[str, Predictor]:
+    """Fitted on the training split; penalties chosen where every choice looks."""
+    cohort, declared, train, expression = scenes.cohort, scenes.declared, scenes.train, scenes.train_expression
+    split = next((split for split in CHOICE_SPLITS if cohort.has(split)), None)
+    choice = (cohort.rows([split]), cohort.expression([split])) if split else None
+    identities = MetadataEncoder.fit(train, declared.covariates.identities())
+    fitted = {
+        "training_mean": lambda samples: training_mean(expression, len(samples)),
+        "ridge": Ridge.fit(identities, train, expression, choice).predict,
+    }
+    control = is_control(train, declared).to_numpy()
+    if control.any() and not control.all():
+        additive = Additive(declared, train, expression)
+        fitted |= {
+            "no_change": additive.no_change,
+            "perturbed_mean": PerturbedMean(declared, train, expression).predict,
+            "matched_mean": MatchedMean(declared, train, expression).predict,
+            "additive": additive.predict,
+            "additive_nearest": AdditiveNearest(declared, train, expression).predict,
+            "bilinear": Bilinear.fit(declared, train, expression, perturbation_features(scenes), choice).predict,
+        }
+    return {name: partial(_floor, predict) for name, predict in fitted.items()}
+
+
+def _floor(predict: Callable[[pd.DataFrame], np.ndarray], scene: Scene) -> list[Prediction]:
+    return [Prediction(predict(scene.samples))]
+
+
+def perturbation_features(scenes: Scenes) -> pd.DataFrame | None:
+    """(perturbations, features) the observable embedding of the perturbation column, where one is declared."""
+    table = scenes.cohort.features.get(scenes.declared.control.column) if scenes.declared.control else None
+    return None if table is None else pd.DataFrame(table.values, index=list(table.labels))
+
+
+def _replicate(scenes: Scenes) -> Predictor:
+    def predict(scene: Scene) -> list[Prediction]:
+        mean, drawn = replicate(scene.samples, scene.observed, scenes.declared, scenes.params.seed)
+        if np.isnan(mean[:, 0]).all():
+            return [Prediction(None, reason="no condition of this split has two samples")]
+        return [Prediction(mean, drawn=drawn, sees_study=True)]
+
+    return predict
+
+
+def _from_metadata(seeds: list[GEM], draws: int, seed: int, scene: Scene) -> list[Prediction]:
+    return [_said(gem, gem.prior(scene.samples, unknown="missing"), PREDICTED, scene, draws, seed) for gem in seeds]
+
+
+def _from_reference(seeds: list[GEM], draws: int, seed: int, scene: Scene) -> list[Prediction]:
+    if scene.reference is None:
+        return [Prediction(None, reason="a sample has no control of its context to start from")]
+    return [
+        _said(gem, gem.latents_of(scene.samples, scene.reference, unknown="missing"), CONDITIONED, scene, draws, seed, sees_study=True)
+        for gem in seeds
+    ]
+
+
+def _said(gem: GEM, latents, way: int, scene: Scene, draws: int, seed: int, sees_study: bool = False) -> Prediction:
+    found = predictive(gem, latents, way, scene.counts, scene.totals, draws, seed)
+    pit = randomised_pit(found.lower, found.upper, np.random.default_rng(seed))
+    return Prediction(found.mean, found.draw, pit.clip(0, 1), sees_study=sees_study)
+
+
+class _Oracles:
+    """The ideal predictors of a cohort whose truth is known."""
+
+    def __init__(self, scenes: Scenes):
+        folder = scenes.cohort.truth_folder
+        self.truth, self.seed = Truth.load(folder), scenes.params.seed
+        self.kept = pd.Index(self.truth.gene_id).get_indexer(scenes.cohort.genes)
+        self.causes = pd.read_parquet(folder / "samples.parquet").set_index("sample_id")
+        self.metadata = MetadataOracle(self.truth, set(scenes.train["study"].dropna()), set(scenes.train["perturbation"].dropna()))
+        self.reference = ReferenceOracle(self.metadata)
+        self.omniscient = OmniscientOracle(self.metadata.tables)
+
+    def by_name(self) -> dict[str, Predictor]:
+        return {"oracle_metadata": self._by_metadata, "oracle_reference": self._by_reference, "oracle_omniscient": self._by_everything}
+
+    def true_change(self, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+        """((N, G) bool, (N, G)) which genes each sample's perturbation changes by a fifth or more, and by how much."""
+        change = true_effects(self.truth, scene.samples)[:, self.kept]
+        return truly_changed(self.truth, scene.samples)[:, self.kept], change
+
+    def _by_metadata(self, scene: Scene) -> list[Prediction]:
+        known = (scene.samples, scene.totals)
+        return [self._said(scene, self.metadata.predict(*known), partial(self.metadata.draw, *known))]
+
+    def _by_reference(self, scene: Scene) -> list[Prediction]:
+        if scene.reference_samples is None:
+            return [Prediction(None, reason="a sample has no control of its context to start from")]
+        causes = self.causes.loc[scene.reference_samples["sample_id"]]
+        known = (scene.samples, scene.totals, scene.reference_samples, causes["stratum"].to_numpy(), causes["donor"].to_numpy())
+        return [self._said(scene, self.reference.predict(*known), partial(self.reference.draw, *known), sees_study=True)]
+
+    def _by_everything(self, scene: Scene) -> list[Prediction]:
+        causes = self.causes.loc[scene.samples["sample_id"]]
+        fractions = log_fractions(self.truth, scene.samples, causes["stratum"].to_numpy(), causes["donor"].to_numpy())
+        known = (fractions, scene.totals)
+        return [self._said(scene, self.omniscient.predict(*known), partial(self.omniscient.draw, *known), sees_study=True)]
+
+    def _said(
+        self, scene: Scene, values: np.ndarray, draw: Callable[[np.random.Generator], np.ndarray], sees_study: bool = False
+    ) -> Prediction:
+        rng = np.random.default_rng(self.seed)
+        first = draw(rng)
+        counts = (first if number == 0 else draw(rng) for number in range(_RANK_DRAWS))
+        pit = rank_pit(scene.counts.astype(np.int64), (drawn[:, self.kept] for drawn in counts), rng)
+        drawn = log_cpm(first, first.sum(axis=1))[:, self.kept]
+        return Prediction(values[:, self.kept], drawn, pit, sees_study=sees_study)

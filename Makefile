@@ -33,6 +33,13 @@ environment: .venv/installed  ## create .venv: torch on its own line, everything
 	@.venv/bin/pip check
 	@touch $@
 
+# The independent judge of tests/test_cell_eval.py needs other versions of almost everything.
+.venv-cell-eval/installed: tests/cell_eval/requirements.lock
+	@echo "Installing into .venv-cell-eval: what the tests compare with (a minute)"
+	@$(PYTHON) -m venv .venv-cell-eval
+	@.venv-cell-eval/bin/pip install -qq $(PIP_ARGS) --no-compile --require-hashes --no-deps -r tests/cell_eval/requirements.lock
+	@touch $@
+
 check: environment  ## check params.yaml and the studies, before any data is read
 	@python -m pipeline.params
 
@@ -44,7 +51,7 @@ results: check  ## the table of the last evaluation
 	@echo
 	@echo "Compare the runs in the browser:  make ui   (then open http://127.0.0.1:$(PORT))"
 
-test: environment  ## the whole test suite
+test: environment .venv-cell-eval/installed  ## the whole test suite
 	python -m pytest
 
 lint: environment  ## style of the code
@@ -69,9 +76,10 @@ ui: environment  ## open MLflow on 127.0.0.1
 	@echo "curves and charts of the search:                $(UI)?compareRunsMode=CHART&searchFilter=tags.stage%20%3D%20'tune'&orderByKey=metrics.%60best%2Fpredictive_log_likelihood%60&orderByAsc=false"
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri $(MLFLOW_TRACKING_URI) --host 127.0.0.1 --port $(PORT) --workers 1
 
-lock: environment  ## rewrite requirements.lock from pyproject.toml
-	.venv/bin/pip install --quiet uv
+lock: environment  ## rewrite both lock files: of the project, and of the judge that the tests compare with
+	.venv/bin/pip install --quiet $(PIP_ARGS) uv
 	.venv/bin/uv pip compile pyproject.toml --extra test --generate-hashes --no-emit-package torch --no-header --no-annotate --quiet --output-file requirements.lock $(PIP_ARGS)
+	.venv/bin/uv pip compile tests/cell_eval/requirements.in --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet --output-file tests/cell_eval/requirements.lock $(PIP_ARGS)
 
 clean:  ## delete what the stages wrote, and the local tracking; keeps .venv and what is committed
 	rm -rf data/synthetic data/cohort experiments/*/model.pt experiments/*/seeds experiments/*/figures mlflow.db mlruns .gem

@@ -1,19 +1,25 @@
 """Compares floors, GEM (default and tuned, from metadata and from a reference) and ceilings on every test split.
 
-Reads   params.yaml: evaluate, tracking; data/cohort/, experiments/default/, experiments/<evaluate.study>/
-Writes  experiments/evaluation/: metrics.json, tables (*.csv), predictions/, figures/, report.html
+Reads   params.yaml: evaluate, tracking (the report shows all of it); data/cohort/, experiments/default/, experiments/<evaluate.study>/
+Writes  experiments/evaluation/: report.html, metrics.json, tables (*.csv), predictions/, figures/
 Run     python -m pipeline.evaluate             (--show prints the table of the last evaluation)
 """
 
 import argparse
+import platform
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
 
-from pipeline.gem import figures, tracking, yamlfile
+from pipeline.gem import closeups, figures, tracking, yamlfile
 from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import Params, flatten, read_params
+from pipeline.gem.credibility import comparison_table, portrait, real_portraits
+from pipeline.gem.credibility_figure import credibility
 from pipeline.gem.errors import InputError, exit_with
 from pipeline.gem.evaluation import evaluate_scene, nested, principal_axes
 from pipeline.gem.experiment import COHORT, load_seeds, log_context
@@ -22,16 +28,32 @@ from pipeline.gem.metrics import METRICS
 from pipeline.gem.prediction_files import write_predictions
 from pipeline.gem.predictors import REFERENCE_SUFFIX, Predictors
 from pipeline.gem.progress import duration
+from pipeline.gem.report import MAIN, Contents, recompute, write_report
 from pipeline.gem.scenes import Scenes
-from pipeline.gem.splits import TEST_CONTROL
+from pipeline.gem.splits import TEST_CONTROL, TRAIN
 from pipeline.gem.storage import sha256, write_json
 from pipeline.gem.tables import show_results
 from pipeline.gem.trained import GEM
+from pipeline.gem.verdicts import DIRECTION, axis_of
 
 OUTPUT = Path("experiments/evaluation")
 DEFAULT = Path("experiments/default")
 TABLES = ("scores", "seeds", "comparisons", "conditions", "calibration", "regret", "latents")
 FILE_OF = {name: f"{name}.csv" for name in TABLES} | {"scores": "metrics.csv"}
+CREDIBILITY, REPORT = OUTPUT / "credibility.csv", OUTPUT / "report.html"
+SHOWN_SECTIONS = ("data", "splits", "model", "train", "evaluate")   # of params.yaml, in the report; of a synthetic cohort also its own
+UNTRAINED = ("test_random", "test_combination", TEST_CONTROL)       # samples whose latents are looked at
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is written: tables by name, and what no table holds."""
+
+    tables: dict[str, pd.DataFrame]
+    seeds: dict[str, list[int]]            # model to its training seeds
+    conditions: list[closeups.Condition]
+    spreads: list[closeups.Spread]
+    maps: list[closeups.LatentMap]
 
 
 def main() -> None:
@@ -48,48 +70,115 @@ def main() -> None:
     models, seeds = ({name: one[part] for name, one in loaded.items()} for part in (0, 1))
     for model in (model for several in models.values() for model in several):
         model.require_genes(cohort.genes)
-    tables = evaluate(cohort, models, seeds, params)
-    write_results(tables)
-    scores = tables["scores"]
-    print(f"evaluate: {scores['split'].nunique()} splits, {scores['predictor'].nunique()} predictors in {duration(time.monotonic() - started)}")
+    found = evaluate(cohort, models, seeds, params)
+    write_results(found, cohort, params)
+    scores = found.tables["scores"]
     record(scores, directories, params, cohort)
+    compared = f"{scores['split'].nunique()} splits, {scores['predictor'].nunique()} predictors"
+    print(f"evaluate: {compared} in {duration(time.monotonic() - started)}; open {REPORT}")
 
 
-def evaluate(cohort: Cohort, models: dict[str, list[GEM]], seeds: dict[str, list[int]], params: Params) -> dict[str, pd.DataFrame]:
-    """Table to its rows over all test splits, the names as in TABLES; writes predictions on the way."""
+def evaluate(cohort: Cohort, models: dict[str, list[GEM]], seeds: dict[str, list[int]], params: Params) -> Evaluation:
+    """Everything there is to say of all test splits; writes predictions on the way."""
     scenes = Scenes(cohort, params.evaluate)
     predictors, axes = Predictors(scenes, models), principal_axes(scenes.train_expression)
     named = seeds | {f"{name}{REFERENCE_SUFFIX}": several for name, several in seeds.items()}
-    results = []
+    results, conditions, spreads = [], [], []
     for scene in scenes:
         started = time.monotonic()
         predictions = predictors(scene)
         write_predictions(scene, predictions, named, OUTPUT / "predictions")
-        results.append(evaluate_scene(scene, predictions, named, axes, predictors.true_change, params.evaluate))
+        result = evaluate_scene(scene, predictions, named, axes, predictors.true_change, params.evaluate)
+        results.append(result)
+        conditions += closeups.conditions(scene, predictions, result.conditions)
+        spreads += closeups.spread(scene, predictions)
         told = f"{scene.name}, {len(scene.samples):,} samples of {scene.condition.max() + 1} conditions"
         print(f"evaluate: {told}, {duration(time.monotonic() - started)}", flush=True)
     if not results:
         raise InputError(f"{COHORT}: no test split; raise splits.test_random in params.yaml")
     tables = {name: pd.concat([getattr(result, name) for result in results], ignore_index=True) for name in TABLES[:-1]}
-    return tables | {"latents": latents(cohort, models, params)}
+    tables["latents"], maps = latents(cohort, models, params)
+    return Evaluation(tables, seeds, conditions, spreads, maps)
 
 
-def latents(cohort: Cohort, models: dict[str, list[GEM]], params: Params) -> pd.DataFrame:
+def latents(cohort: Cohort, models: dict[str, list[GEM]], params: Params) -> tuple[pd.DataFrame, list[closeups.LatentMap]]:
     """What the latents of each model (the first seed's) know of samples that training never saw."""
-    splits = [split for split in ("test_random", "test_combination", TEST_CONTROL) if cohort.has(split)]
-    samples, expression = cohort.rows(splits), cohort.expression(splits)
-    tables = [latent_table(several[0], name, samples, expression, params.evaluate.seed) for name, several in models.items()]
-    return pd.concat(tables, ignore_index=True)
+    splits = [split for split in UNTRAINED if cohort.has(split)]
+    samples, expression, seed = cohort.rows(splits), cohort.expression(splits), params.evaluate.seed
+    tables = [latent_table(several[0], name, samples, expression, seed) for name, several in models.items()]
+    maps = [
+        one for name, several in models.items() for one in closeups.latent_maps(several[0], name, samples, expression, cohort.declared, seed)
+    ]
+    return pd.concat(tables, ignore_index=True), maps
 
 
-def write_results(tables: dict[str, pd.DataFrame]) -> None:
+def write_results(found: Evaluation, cohort: Cohort, params: Params) -> None:
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    write_json(OUTPUT / "metrics.json", nested(tables["scores"]))
+    for stale in (*(OUTPUT / "figures").glob("*.png"), CREDIBILITY):
+        stale.unlink(missing_ok=True)
+    scores = found.tables["scores"]
+    write_json(OUTPUT / "metrics.json", nested(scores))
     for name in TABLES:
-        tables[name].to_csv(OUTPUT / FILE_OF[name], index=False)
-    for name, metric in METRICS.items():
+        found.tables[name].to_csv(OUTPUT / FILE_OF[name], index=False)
+    for name in (axis_of(scores) if metric == "skill" else metric for metric in MAIN):
         lowest = -0.5 if name.startswith("skill") else None
-        figures.split_scores(tables["scores"], name, metric.unit, metric.direction, OUTPUT / "figures" / f"{name}.png", lowest)
+        figures.split_scores(scores, name, METRICS[name].unit, DIRECTION[METRICS[name].direction], OUTPUT / "figures" / f"{name}.png", lowest)
+    write_report(contents(found, cohort, params, credibility_of(cohort, params)), REPORT)
+
+
+def credibility_of(cohort: Cohort, params: Params) -> tuple[pd.DataFrame, Path] | None:
+    """The training split of a synthetic cohort beside real cohorts: (table, figure); None where nothing was simulated."""
+    if cohort.truth_folder is None:
+        return None
+    rows, targets = cohort.rows([TRAIN]), cohort.targets.rename_axis("perturbation").reset_index(name="gene_id")
+    counts, totals = cohort.counts([TRAIN]), rows["total"].to_numpy()
+    own = portrait(counts, totals, rows, cohort.genes, cohort.declared, targets, params.evaluate.seed)
+    portraits, figure = {"this cohort": own} | real_portraits(), OUTPUT / "figures" / "credibility.png"
+    table = comparison_table(portraits)
+    table.to_csv(CREDIBILITY, index=False)
+    credibility(portraits, figure)
+    return table, figure
+
+
+def contents(found: Evaluation, cohort: Cohort, params: Params, credible: tuple[pd.DataFrame, Path] | None) -> Contents:
+    """The report's content: results, and where they come from."""
+    sections = (*(("synthesize",) if credible else ()), *SHOWN_SECTIONS)
+    split = "test_combination" if cohort.has("test_combination") else found.tables["scores"]["split"].iloc[0]
+    return Contents(
+        tables=found.tables,
+        seeds=found.seeds,
+        conditions=found.conditions,
+        spreads=found.spreads,
+        maps=found.maps,
+        cohort=describe(cohort),
+        origin=origin(cohort, params),
+        params={section: {name.removeprefix(f"{section}."): value for name, value in params.flat(section).items()} for section in sections},
+        recompute=recompute(cohort.folder.as_posix(), OUTPUT.as_posix(), str(split), ("ridge", *found.seeds)),
+        credibility=credible,
+    )
+
+
+def describe(cohort: Cohort) -> dict[str, str]:
+    """The cohort in words."""
+    manifest, simulated = cohort.manifest, cohort.truth_folder is not None
+    kind = "A synthetic cohort, whose truth is known" if simulated else "A measured cohort, whose truth nobody knows"
+    return {
+        "summary": f"{kind}: {manifest['samples']:,} samples, {manifest['genes']:,} genes.",
+        "samples by split": ", ".join(f"{name} {number:,}" for name, number in manifest["splits"].items()),
+    } | ({"notes of prepare": " ".join(manifest["notes"])} if manifest["notes"] else {})
+
+
+def origin(cohort: Cohort, params: Params) -> dict[str, str]:
+    """What decides the numbers, but for the parameters."""
+    tags = tracking.code_tags()
+    commit = tags.get("git.commit", "not under git") + (" with changes that are not committed" if tags.get("git.dirty") == "true" else "")
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "pandas": pd.__version__}
+    return {
+        "data, hash": tracking.data_digest(str(COHORT), cohort.visible_sha256),
+        "code, commit": commit,
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "threads, instruction set": f"{params.train.threads}, {torch.backends.cpu.get_cpu_capability()}",
+    }
 
 
 def record(scores: pd.DataFrame, directories: dict[str, Path], params: Params, cohort: Cohort) -> None:
@@ -99,7 +188,7 @@ def record(scores: pd.DataFrame, directories: dict[str, Path], params: Params, c
     with tracking.run("evaluate", "evaluate") as parent:
         parent.params(params.flat("evaluate"))
         parent.dataset("cohort", digest, "evaluation")
-        parent.artifacts([OUTPUT / name for name in ("metrics.json", *FILE_OF.values())])
+        parent.artifacts([REPORT, OUTPUT / "metrics.json", *(OUTPUT / name for name in FILE_OF.values()), *([CREDIBILITY] if CREDIBILITY.exists() else [])])
         parent.artifacts(sorted((OUTPUT / "figures").glob("*.png")), "figures")
         for predictor in scores["predictor"].unique():
             if not predictor.startswith("gem"):
@@ -107,15 +196,20 @@ def record(scores: pd.DataFrame, directories: dict[str, Path], params: Params, c
                     run.tags({tracking.PREDICTOR_TAG: predictor})
                     run.metrics(named_metrics(scores, predictor))
     for predictor, directory in directories.items():
-        model_hash = sha256(directory / "model.pt")
-        found = named_metrics(scores, predictor) | named_metrics(scores, f"{predictor}{REFERENCE_SUFFIX}", "reference_")
-        known = tracking.find_model_run(model_hash, predictor, "train" if directory == DEFAULT else "tune")
-        if known is None:
-            # A model restored from DVC's cache may have been trained elsewhere: its run is opened anew.
-            with tracking.run(predictor, "evaluate") as run:
-                log_context(run, params_of(directory, params), cohort)
-                known = run.id
-        tracking.complete(known, found, {tracking.MODEL_TAG: model_hash, tracking.PREDICTOR_TAG: predictor})
+        record_model(predictor, directory, scores, params, cohort)
+
+
+def record_model(predictor: str, directory: Path, scores: pd.DataFrame, params: Params, cohort: Cohort) -> None:
+    """Adds the scores of a model to the run that made it."""
+    model_hash = sha256(directory / "model.pt")
+    found = named_metrics(scores, predictor) | named_metrics(scores, f"{predictor}{REFERENCE_SUFFIX}", "reference_")
+    known = tracking.find_model_run(model_hash, predictor, "train" if directory == DEFAULT else "tune")
+    if known is None:
+        # A model restored from DVC's cache may have been trained elsewhere: its run is opened anew.
+        with tracking.run(predictor, "evaluate") as run:
+            log_context(run, params_of(directory, params), cohort)
+            known = run.id
+    tracking.complete(known, found, {tracking.MODEL_TAG: model_hash, tracking.PREDICTOR_TAG: predictor})
 
 
 def params_of(directory: Path, params: Params) -> Params:

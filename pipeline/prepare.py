@@ -1,12 +1,14 @@
 """Turns a source of raw counts into the validated cohort that every later stage reads.
 
 Reads   params.yaml: data, splits; the source named there (a Parquet folder or an .h5ad)
-Writes  data/cohort/: samples, genes, splits, counts by role, truth, manifest.json (last)
+Writes  data/cohort/: samples, genes, splits and their sizes, counts by role, embeddings, targets, truth, manifest.json (last)
 Run     python -m pipeline.prepare
 """
 
 import time
 from pathlib import Path
+
+import pandas as pd
 
 from pipeline.gem.config import read_params
 from pipeline.gem.errors import exit_with
@@ -23,8 +25,8 @@ def main() -> None:
     manifest = write_cohort(open_source(params.data), params.data, params.splits, OUTPUT)
     for note in manifest["notes"]:
         print(f"prepare: {note}")
-    sizes = ", ".join(f"{name} {number:,}" for name, number in manifest["splits"].items())
-    print(f"prepare: {manifest['samples']:,} samples x {manifest['genes']:,} genes in {OUTPUT}, {duration(time.monotonic() - started)}; {sizes}")
+    print(f"prepare: {manifest['samples']:,} samples x {manifest['genes']:,} genes in {OUTPUT}, {duration(time.monotonic() - started)}")
+    print(pd.read_csv(OUTPUT / "sizes.csv").to_string(index=False))
 
 
 if __name__ == "__main__":

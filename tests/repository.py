@@ -12,8 +12,8 @@ from pipeline.gem import yamlfile
 
 PARTS = ("pipeline", "experiments", "params.yaml", "dvc.yaml", ".dvcignore", ".gitignore", "requirements.lock")
 TINY_STUDY = (
-    ("{technical: 16, biological: 16, perturbation: 16}", "{technical: 4, biological: 4, perturbation: 4}"),
-    ("epochs: 10 ", "epochs: 3 "),
+    ("{technical: 64, biological: 32, perturbation: 96}", "{technical: 4, biological: 4, perturbation: 4}"),
+    ("epochs: 8 ", "epochs: 3 "),
 )
 
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from closure import ROOT, import_closure, imported
+from closure import ROOT, files_read, import_closure, imported
 
 from pipeline.gem import yamlfile
 from pipeline.gem.config import read_params
@@ -32,31 +32,68 @@ def test_no_verb_imports_a_verb(verb):
 
 @pytest.mark.parametrize(
     ("library", "home"),
-    [("mlflow", "tracking"), ("optuna", "search"), ("yaml", "yamlfile"), ("anndata", "sources"), ("matplotlib", "figures"), ("rich", "tables")],
+    [
+        ("mlflow", "tracking"),
+        ("optuna", "search"),
+        ("yaml", "yamlfile"),
+        ("anndata", "sources"),
+        ("rich", "tables"),
+        ("jinja2", "report"),
+        ("sklearn", "latent_scores"),
+    ],
 )
 def test_a_library_is_imported_in_one_place_only(library, home):
     assert [file for file in CODE if library in packages_of(file)] == [f"pipeline/gem/{home}.py"]
+
+
+def test_drawing_is_done_by_modules_of_figures_only():
+    drawing = [file for file in CODE if "matplotlib" in packages_of(file)]
+    assert drawing and all("figure" in Path(file).stem for file in drawing), drawing
 
 
 def test_dvc_is_imported_nowhere():
     assert not [file for file in CODE if "dvc" in packages_of(file)]
 
 
-@pytest.mark.parametrize("noun", ["model", "likelihood", "training", "trained", "metrics", "baselines", "oracle", "simulator", "evaluation"])
+@pytest.mark.parametrize("noun", ["model", "likelihood", "training", "trained", "metrics", "baselines", "oracle", "simulator", "evaluation", "scoring"])
 def test_mathematics_knows_no_tracker(noun):
     assert "pipeline/gem/tracking.py" not in import_closure(f"pipeline.gem.{noun}")
 
 
 def test_training_and_search_cannot_reach_the_simulated_truth():
     for module in ("pipeline.train", "pipeline.tune"):
-        assert not {"pipeline/gem/simulator.py", "pipeline/gem/oracle.py"} & set(import_closure(module))
+        assert not {"pipeline/gem/simulator.py", "pipeline/gem/oracle.py", "pipeline/gem/causes.py"} & set(import_closure(module))
+
+
+def test_only_the_evaluation_depends_on_the_models():
+    for stage in ("train", "tune"):
+        assert not [dependency for dependency in STAGES[stage]["deps"] if dependency.startswith("experiments/") and not dependency.endswith(".yaml")]
+    wanted = {f"experiments/{name}/{part}" for name in ("default", "${evaluate.study}") for part in ("model.pt", "seeds")}
+    assert wanted <= set(STAGES["evaluate"]["deps"])
+
+
+def test_outputs_that_dvc_does_not_cache_are_in_git_or_ignored_by_hand():
+    """DVC ignores what it caches; predictions are neither cached nor committed, because the models rebuild them."""
+    outputs = [output for stage in STAGES.values() for kind in ("outs", "metrics", "plots") for output in stage.get(kind, ())]
+    uncached = [name for output in outputs if isinstance(output, dict) for name, how in output.items() if not how.get("cache", True)]
+    folders = [name for name in uncached if not Path(name).suffix]
+    assert folders == ["experiments/evaluation/predictions"]
+    assert f"/{folders[0]}" in (ROOT / ".gitignore").read_text().splitlines()
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_lists_the_modules_it_really_imports(stage):
+def test_every_stage_lists_the_modules_it_really_imports_and_the_files_these_read(stage):
     module = re.match(r"python -m (\S+)", STAGES[stage]["cmd"])[1]
     listed = [dependency for dependency in STAGES[stage]["deps"] if dependency.startswith("pipeline/")]
-    assert listed == import_closure(module)
+    modules = import_closure(module)
+    assert listed == sorted([*modules, *files_read(modules)])
+
+
+def test_a_file_that_a_module_names_is_found():
+    """Otherwise a changed template would change no stage."""
+    assert files_read(["pipeline/gem/report.py", "pipeline/gem/credibility.py"]) == ["pipeline/gem/credibility_real.json", "pipeline/gem/report.html.jinja"]
+    beside = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pipeline").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert set(files_read(CODE)) == beside, "a file that no module reads"
 
 
 def test_the_search_depends_on_every_parameter_of_a_fit_but_the_searched_ones():

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from conftest import at_source
 
 from pipeline.gem import preparation, sources, storage
 from pipeline.gem import shards as shards_module
@@ -33,7 +34,7 @@ def original(source_folder) -> tuple[pd.DataFrame, np.ndarray, pd.DataFrame]:
 
 
 @pytest.fixture
-def build(params, original, tmp_path):
+def build(params, source_folder, original, tmp_path):
     """Prepares a cohort from changed samples and counts of the synthetic source."""
 
     def of(samples: pd.DataFrame | None = None, counts: np.ndarray | None = None, name: str = "built", **changes) -> Cohort:
@@ -45,7 +46,8 @@ def build(params, original, tmp_path):
         original[2].to_parquet(folder / "genes.parquet", index=False)
         with ShardWriter(folder / "counts", "counts", np.dtype(np.int64)) as writer:
             writer.write(samples["sample_id"].to_numpy(), counts)
-        data = Data.model_validate(params.data.model_dump(mode="json") | {"source": str(folder)} | changes)
+        declared = params.override(at_source(source_folder)).data.model_dump(mode="json")
+        data = Data.model_validate(declared | {"source": str(folder)} | changes)
         write_cohort(open_source(data), data, params.splits, tmp_path / name)
         return Cohort(tmp_path / name)
 
@@ -95,7 +97,7 @@ def test_rows_of_a_shard_are_shuffled(cohort):
 
 
 def test_the_same_source_gives_the_same_bytes(cohort, params, source_folder, tmp_path):
-    data = params.override({"data.source": str(source_folder)}).data
+    data = params.override(at_source(source_folder)).data
     write_cohort(open_source(data), data, params.splits, tmp_path / "again")
     for path in sorted(path for path in cohort.folder.rglob("*") if path.is_file()):
         assert sha256(path) == sha256(tmp_path / "again" / path.relative_to(cohort.folder)), path
@@ -114,7 +116,7 @@ def test_totals_are_over_all_genes_of_the_source(build, original):
 
 @pytest.mark.parametrize(("highest", "dtype"), [(200, "uint8"), (255, "uint8"), (256, "uint16"), (65536, "uint32"), (2**24, "uint32")])
 def test_the_integer_type_is_the_smallest_that_holds_every_count(build, original, cohort, highest, dtype):
-    counts = np.minimum(original[1], 200)
+    counts = original[1] % 200
     counts[rows_of(cohort, [TRAIN])[0], 0] = highest
     built = build(counts=counts)
     assert built.manifest["integer_type"] == {"train": dtype, "validation": "uint8", "test": "uint8"}
@@ -149,7 +151,7 @@ def test_a_source_without_truth_has_an_empty_truth_folder(build, cohort):
 
 
 def test_a_stale_truth_does_not_outlive_a_source_without_one(build, params, source_folder, tmp_path):
-    data = params.override({"data.source": str(source_folder)}).data
+    data = params.override(at_source(source_folder)).data
     write_cohort(open_source(data), data, params.splits, tmp_path / "built")
     assert build().truth_folder is None
 
@@ -199,7 +201,7 @@ def test_training_and_validation_open_no_test_shard(copy):
 
 @pytest.mark.parametrize("highest", [5, 1000], ids=["few counts", "more than any other"])
 def test_noise_in_place_of_test_samples_moves_nothing_that_training_sees(build, original, cohort, rng, highest):
-    counts = np.minimum(original[1], 200)  # one byte each, so that a higher count needs another integer type
+    counts = original[1] % 200  # one byte each, so that a higher count needs another integer type
     plain = build(counts=counts.copy(), name="plain")
     tests = rows_of(cohort, ROLES["test"])
     counts[tests] = rng.integers(0, highest, (len(tests), counts.shape[1])) + 1
@@ -293,7 +295,7 @@ def test_a_manifest_that_points_outside_the_cohort_reads_nothing_there(copy, tmp
 
 
 def test_the_manifest_is_written_last_and_not_at_all_after_a_failure(params, source_folder, tmp_path, monkeypatch):
-    data = params.override({"data.source": str(source_folder)}).data
+    data = params.override(at_source(source_folder)).data
     there = []
 
     def seen(path: Path, value: object) -> None:
@@ -310,7 +312,7 @@ def test_the_manifest_is_written_last_and_not_at_all_after_a_failure(params, sou
 
 def test_a_failure_while_rewriting_leaves_no_cohort_that_reads_as_whole(build, params, source_folder, monkeypatch):
     folder = build().folder
-    data = params.override({"data.source": str(source_folder)}).data
+    data = params.override(at_source(source_folder)).data
 
     def fail(*_):
         raise KeyboardInterrupt
@@ -332,7 +334,7 @@ def test_a_failure_while_rewriting_leaves_no_cohort_that_reads_as_whole(build, p
 def test_shards_of_an_earlier_cohort_do_not_stay_beside_the_new_ones(build, params, source_folder, monkeypatch):
     folder = build().folder
     shutil.copy(folder / "counts" / "train-00000.parquet", folder / "counts" / "train-00007.parquet")
-    data = params.override({"data.source": str(source_folder)}).data
+    data = params.override(at_source(source_folder)).data
     manifest = write_cohort(open_source(data), data, params.splits, folder)
     listed = {shard["path"] for shards in manifest["shards"].values() for shard in shards}
     assert {str(path.relative_to(folder)) for path in (folder / "counts").iterdir()} == listed
@@ -345,7 +347,7 @@ def test_shards_of_an_earlier_cohort_do_not_stay_beside_the_new_ones(build, para
 def test_shuffling_in_several_buckets_keeps_every_row_once_and_its_counts(params, source_folder, cohort, tmp_path, monkeypatch, buckets):
     rows, genes = cohort.manifest["splits"][TRAIN], len(cohort.genes)
     monkeypatch.setattr(preparation, "SHUFFLE_VALUES", rows * genes // buckets)
-    data = params.override({"data.source": str(source_folder)}).data
+    data = params.override(at_source(source_folder)).data
     write_cohort(open_source(data), data, params.splits, tmp_path / "cohort")
     shuffled = Cohort(tmp_path / "cohort")
     every = list(cohort.manifest["splits"])
@@ -356,8 +358,8 @@ def test_shuffling_in_several_buckets_keeps_every_row_once_and_its_counts(params
 
 
 def test_a_bucket_that_no_row_falls_into_does_not_matter(params, source_folder, cohort, tmp_path, monkeypatch):
-    monkeypatch.setattr(preparation, "SHUFFLE_VALUES", len(cohort.genes))  # a bucket a row: about a third stay empty
-    data = params.override({"data.source": str(source_folder)}).data
+    monkeypatch.setattr(preparation, "SHUFFLE_VALUES", 3 * len(cohort.genes))  # about three rows a bucket: some stay empty
+    data = params.override(at_source(source_folder)).data
     write_cohort(open_source(data), data, params.splits, tmp_path / "cohort")
     assert np.array_equal(Cohort(tmp_path / "cohort").counts([TRAIN]), cohort.counts([TRAIN]))
 
@@ -365,7 +367,7 @@ def test_a_bucket_that_no_row_falls_into_does_not_matter(params, source_folder, 
 def test_small_shards_hold_the_same_rows(params, source_folder, cohort, tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "SHARD_VALUES", 50 * len(cohort.genes))
     monkeypatch.setattr(preparation, "SHUFFLE_VALUES", 50 * len(cohort.genes))
-    data = params.override({"data.source": str(source_folder)}).data
+    data = params.override(at_source(source_folder)).data
     write_cohort(open_source(data), data, params.splits, tmp_path / "cohort")
     small = Cohort(tmp_path / "cohort")
     assert len(small.manifest["shards"]["train"]) > 2

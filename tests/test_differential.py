@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_ind
+from scipy.stats import false_discovery_control, ttest_ind
 
-from pipeline.gem.differential import de_direction, de_jaccard, differential_genes
+from pipeline.gem.differential import changed_genes, de_direction, de_jaccard, differential_genes
 
 GENES = 200
 
@@ -157,3 +157,32 @@ def test_jaccard_is_the_overlap_of_sets(rng):
 
 def test_jaccard_of_two_empty_sets_has_no_value():
     assert np.isnan(de_jaccard(np.zeros(3, dtype=bool), np.zeros(3, dtype=bool)))
+
+
+# --- changes from matched controls ------------------------------------------------------------------------------------
+
+
+def test_changes_from_one_set_of_controls_are_tested_as_welch_does(rng):
+    treated, control = rng.normal(0.7, 1, (6, 60)), rng.normal(0, 2, (9, 60))
+    p = ttest_ind(treated, control, equal_var=False).pvalue
+    found = changed_genes(treated - control.mean(axis=0), control.std(axis=0, ddof=1), 8, 1 / 9, fdr=0.3)
+    np.testing.assert_array_equal(found, false_discovery_control(p) <= 0.3)
+    assert 0 < found.sum() < 60
+
+
+def test_the_mean_of_few_controls_is_uncertain_however_well_their_spread_is_known(rng):
+    change = rng.normal(1.5, 0.5, (6, 200))
+    few, many = (changed_genes(change, np.ones(200), 60, 1 / number).sum() for number in (2, 60))
+    assert few < many
+
+
+def test_genes_constant_on_both_sides_change_or_do_not():
+    change = np.zeros((5, 3))
+    change[:, 1] = 2.0
+    np.testing.assert_array_equal(changed_genes(change, np.zeros(3), 8, 0.1), [False, True, False])
+
+
+@pytest.mark.parametrize(("samples", "freedom"), [(1, 5), (4, 0)])
+def test_a_change_without_a_variance_to_test_it_against_is_refused(samples, freedom):
+    with pytest.raises(ValueError, match="expected at least 2 and 1"):
+        changed_genes(np.ones((samples, 3)), np.ones(3), freedom, 0.1)

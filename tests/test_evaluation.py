@@ -1,192 +1,212 @@
-"""The comparison of predictors: what is scored, by whom it was seen, and that floors and ceilings are where they belong."""
+"""The tables of a split: what is compared with what, over what it is resampled, and cohorts that lack something."""
+
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+from comparison import SEEDS, World, rows_of, world_of
+from sklearn.decomposition import PCA
 
-from pipeline.gem.evaluation import COMPARISONS, Evaluation, score_split
-from pipeline.gem.references import choose_references, reference_lists
-from pipeline.gem.training import TrainingData, fit
+from pipeline.gem.cohort import Cohort
+from pipeline.gem.evaluation import COMPARED, COMPARISONS, evaluate_scene, nested, principal_axes, sample_errors
+from pipeline.gem.metrics import METRICS
+from pipeline.gem.predictors import MODELS, PREDICTORS, Predictors
+from pipeline.gem.scenes import Scenes
 
-
-@pytest.fixture(scope="module")
-def evaluation(cohort, params) -> Evaluation:
-    return Evaluation(cohort, params.evaluate)
-
-
-@pytest.fixture(scope="module")
-def scenes(evaluation) -> dict:
-    return {scene.name: scene for scene in evaluation.scenes()}
+SPLITS = ("test_random", "test_combination", "test_perturbation", "test_study")
 
 
 @pytest.fixture(scope="module")
-def gem(cohort, params):
-    import torch
-
-    short = params.override({"train.epochs": 25, "train.learning_rate": 5e-3, "train.batch_size": 16})
-    return fit(TrainingData.load(cohort, torch.device("cpu")), short, seed=1).gem
+def world(cohort, params) -> World:
+    return world_of(cohort, params)
 
 
 @pytest.fixture(scope="module")
-def predictions(evaluation, scenes, gem) -> dict:
-    predictors = evaluation.predictors({"gem": gem, "gem_tuned": gem})
-    return {split: {name: predict(scene) for name, predict in predictors.items()} for split, scene in scenes.items()}
+def results(world) -> dict:
+    return {split: world.result(split) for split in SPLITS}
 
 
-def table(scene, predictions, params) -> pd.DataFrame:
-    return score_split(scene, predictions, params.evaluate)[0].set_index(["predictor", "metric"])
+def assert_honest(scores: pd.DataFrame) -> None:
+    """A number with a finite interval, or null with a reason."""
+    null = scores["value"].isna()
+    assert (scores.loc[null, "reason"].str.len() > 0).all()
+    assert scores.loc[null, ["low", "high"]].isna().all(axis=None)
+    bare = ~null & scores["low"].isna()
+    assert scores.loc[bare, "reason"].str.contains("no interval").all()
+    whole = scores[~null & ~bare]
+    assert np.isfinite(whole[["value", "low", "high"]].to_numpy(dtype=float)).all()
+    assert (whole["low"] <= whole["high"]).all()
+    assert (scores.loc[~null, "conditions"] > 0).all()
 
 
-def test_every_test_split_of_the_cohort_is_a_scene(scenes):
-    assert list(scenes) == ["test_random", "test_combination", "test_perturbation", "test_study"]
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_predictor_has_every_metric_a_number_or_a_reason(results, split):
+    scores = results[split].scores
+    assert list(scores.columns) == ["split", "predictor", "metric", "value", "low", "high", "conditions", "reason"]
+    assert list(zip(scores["predictor"], scores["metric"], strict=True)) == [(name, metric) for name in PREDICTORS for metric in METRICS]
+    assert_honest(scores)
 
 
-def test_observed_and_predicted_side_use_disjoint_controls_and_no_predictor_saw_the_observed_ones(evaluation, scenes, cohort):
-    reserved = cohort.expression(["test_control"])
-    train = cohort.expression(["train"])
-    scene = scenes["test_random"]
-    # Means of disjoint sets: neither side can be a mean of the other's samples.
-    low, high = reserved.min(axis=0), reserved.max(axis=0)
-    assert ((scene.observed_control >= low - 1e-5) & (scene.observed_control <= high + 1e-5)).all()
-    assert not {row.tobytes() for row in reserved} & {row.tobytes() for row in train}
+def test_metrics_json_has_the_same_numbers_and_null(results):
+    scores = pd.concat([result.scores for result in results.values()])
+    found = nested(scores)
+    assert set(found) == set(SPLITS)
+    for row in scores.itertuples():
+        value = found[row.split][row.predictor][row.metric]
+        assert value is None if pd.isna(row.value) else value == row.value
 
 
-def test_the_controls_given_away_as_references_in_a_new_study_are_not_scored(cohort, scenes):
-    scene, rows = scenes["test_study"], cohort.rows(["test_study"])
-    given = rows[~rows["sample_id"].isin(scene.samples["sample_id"])]
-    assert len(given) > 0
-    assert (given["perturbation"] == "control").all()
-    scored = {row.tobytes() for row in scene.observed}
-    assert not scored & {row.tobytes() for row in scene.reference}
+def test_the_score_of_a_model_is_the_mean_of_its_seeds(results):
+    for result in results.values():
+        means = result.seeds.groupby(["predictor", "metric"])["value"].agg(["mean", "size"])
+        scores = result.scores.dropna(subset=["value"]).set_index(["predictor", "metric"])["value"]
+        assert {name for name, _ in means.index} == set(MODELS)
+        for key, row in means.iterrows():
+            assert row["size"] == len(SEEDS[key[0]])
+            assert scores[key] == pytest.approx(row["mean"])
 
 
-def test_a_reference_is_a_control_of_the_same_study_and_context_where_there_is_one(cohort):
-    rows, train = cohort.rows(["test_random"]), cohort.rows(["train"])
-    chosen = train.iloc[choose_references(rows, train, cohort.declared, seed=3)]
-    assert (chosen["perturbation"] == "control").all()
-    place = [frame["study"] + frame["tissue"] + frame["cell_type"] for frame in (rows, chosen, train[train["perturbation"] == "control"])]
-    possible = place[0].isin(place[2]).to_numpy()
-    assert (place[0].to_numpy() == place[1].to_numpy())[possible].all()
+def test_models_are_compared_with_every_floor_and_with_one_another(results):
+    for result in results.values():
+        found = result.comparisons
+        for metric in COMPARED:
+            pairs = set(map(tuple, found.loc[found["metric"] == metric, ["predictor", "against"]].to_numpy()))
+            assert pairs == set(COMPARISONS)
 
 
-def test_a_reference_matches_the_biology_too_where_it_can(cohort):
-    train = cohort.rows(["train"]).reset_index(drop=True)
-    control = train[train["perturbation"] == "control"].iloc[[0]]
-    found = train.iloc[reference_lists(control, train, cohort.declared)[0]]
-    assert control["sample_id"].iloc[0] in set(found["sample_id"])
-    assert len(found[["sex", "age_years", "disease"]].astype(str).drop_duplicates()) == 1
-
-
-def test_no_predictor_beats_the_ideal_on_any_split(scenes, predictions, params):
-    for split, scene in scenes.items():
-        scores = table(scene, predictions[split], params)
-        errors = scores.xs("mse", level="metric")["value"]
-        assert list(errors.sort_values().index[:2]) == ["oracle_omniscient", "oracle_metadata"], split
-        assert scores.loc[("ridge", "skill"), "value"] == 0
-        assert scores.loc[("oracle_metadata", "skill"), "value"] == 1
-
-
-def test_skill_is_null_where_the_ideal_is_not_clearly_better_than_ridge(scenes, predictions, params):
-    """A share of a gap that may be nothing says nothing, however large a number it gives."""
-    said = predictions["test_random"]
-    same = said | {"oracle_metadata": said["ridge"]}
-    scores = table(scenes["test_random"], same, params)
-    assert scores.loc[("gem", "skill"), "value"] is None or np.isnan(scores.loc[("gem", "skill"), "value"])
-    assert "do not differ clearly" in scores.loc[("gem", "skill"), "reason"]
-    assert table(scenes["test_random"], said, params).loc[("gem", "skill"), "reason"] == ""
-
-
-def test_floors_are_floors(scenes, predictions, params):
-    errors = table(scenes["test_random"], predictions["test_random"], params).xs("mse", level="metric")["value"]
-    assert errors["oracle_metadata"] < errors["ridge"] < errors["training_mean"]
-    assert errors["gem"] < errors["training_mean"]
-
-
-def test_a_null_perturbation_scores_about_zero_in_delta_pearson(evaluation, scenes, cohort, params):
-    """A perfect prediction of nothing: the controls of one side against controls of the other."""
-    from pipeline.gem.metrics import delta_pearson
-
-    controls = cohort.rows(["test_control"])
-    expression = cohort.expression(["test_control"])
-    rng = np.random.default_rng(0)
-    values = []
-    for _ in range(40):
-        order = rng.permutation(len(controls))
-        third = len(order) // 3
-        observed, first, second = expression[order[:third]], expression[order[third : 2 * third]].mean(0), expression[order[2 * third : 3 * third]].mean(0)
-        prediction = np.broadcast_to(expression.mean(0), observed.shape)
-        values.append(
-            delta_pearson(observed, prediction, np.broadcast_to(first, observed.shape), np.broadcast_to(second, observed.shape), np.zeros(third, dtype=int))[0]
-        )
-    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(len(values)) + 0.15
-
-
-def test_scores_do_not_depend_on_the_order_of_samples(scenes, predictions, params):
-    from dataclasses import fields, replace
-
-    scene, said = scenes["test_combination"], predictions["test_combination"]
-    order = np.random.default_rng(1).permutation(len(scene.samples))
-    moved = {field.name: getattr(scene, field.name)[order] for field in fields(scene) if isinstance(getattr(scene, field.name), np.ndarray)}
-    shuffled = replace(scene, samples=scene.samples.iloc[order], **moved)
-    other = {name: replace(prediction, values=prediction.values[order]) for name, prediction in said.items()}
-    pd.testing.assert_frame_equal(table(scene, said, params), table(shuffled, other, params), rtol=1e-6)
-
-
-def test_better_is_said_only_where_the_paired_interval_is_clear_of_zero(scenes, predictions, params):
-    differences = score_split(scenes["test_random"], predictions["test_random"], params.evaluate)[1].set_index(["predictor", "against"])
-    assert set(differences.index) == set(COMPARISONS)
-    same = differences.loc[("gem_tuned", "gem")]
-    assert (same["value"], same["verdict"]) == (0, "no clear difference")
-    for row in differences.itertuples():
-        assert row.verdict == ("no clear difference" if row.low <= 0 <= row.high else "better" if row.low > 0 else "worse")
-
-
-def test_differences_are_resampled_over_what_the_split_holds_out(scenes, predictions, params):
+@pytest.mark.parametrize("split", SPLITS)
+def test_differences_are_those_of_the_scores_resampled_over_what_the_split_holds_out(world, results, split):
     """Conditions of one held-out perturbation share its error: as if they were independent, intervals would be too narrow."""
-    for split, kind, column in (("test_perturbation", "perturbation", "perturbation"), ("test_study", "study", "study")):
-        scene = scenes[split]
-        differences = score_split(scene, predictions[split], params.evaluate)[1]
-        assert set(differences["of"]) == {kind}
-        assert set(differences["number"]) == {scene.samples[column].nunique()}
-    assert score_split(scenes["test_random"], predictions["test_random"], params.evaluate)[1]["of"].unique().tolist() == ["condition"]
+    scene, said = world.by_split[split]
+    found = results[split].comparisons.query("metric == 'mse'").set_index(["predictor", "against"])
+    kind, number = {
+        "test_random": ("condition", scene.condition.max() + 1),
+        "test_combination": ("pair", len(set(scene.pair))),
+        "test_perturbation": ("perturbation", len(set(scene.perturbation))),
+        "test_study": ("study", len(set(scene.study))),
+    }[split]
+    assert set(found["of"]) == {kind} and set(found["number"]) == {number}
+    errors = {name: sample_errors(scene, said[name]) for name in ("gem", "ridge")}
+    difference = errors["ridge"] - errors["gem"]
+    row = found.loc[("gem", "ridge")]
+    assert row["value"] == pytest.approx(difference.mean())
+    if number == 1:
+        assert np.isnan(row["low"]) and row["verdict"] == "no clear difference"
+        return
+    # By hand: entities drawn with replacement, their samples pooled; the same quantiles to the noise of a bootstrap.
+    rng, parts = np.random.default_rng(0), [difference[scene.entity == entity] for entity in range(number)]
+    drawn = [np.concatenate([parts[entity] for entity in rng.integers(0, number, number)]).mean() for _ in range(2000)]
+    assert (row["low"], row["high"]) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.35 * (np.max(drawn) - np.min(drawn)))
 
 
-def test_one_treated_condition_has_a_delta_but_no_interval(scenes, predictions, params):
-    from dataclasses import fields, replace
-
-    scene, said = scenes["test_random"], predictions["test_random"]
-    first = scene.condition == scene.condition[scene.treated][0]
-    chosen = np.flatnonzero(first | ~scene.treated)
-    moved = {field.name: getattr(scene, field.name)[chosen] for field in fields(scene) if isinstance(getattr(scene, field.name), np.ndarray)}
-    moved["condition"] = pd.factorize(moved["condition"])[0]
-    small = replace(scene, samples=scene.samples.iloc[chosen], **moved)
-    scores = table(small, {"ridge": replace(said["ridge"], values=said["ridge"].values[chosen])}, params)
-    row = scores.loc[("ridge", "delta_pearson")]
-    assert np.isfinite(row["value"])
-    assert (row["conditions"], row["reason"]) == (1, "one treated condition: no interval")
-    assert row["low"] is None or np.isnan(row["low"])
+def test_a_treated_condition_counts_once_for_each_entity_it_was_measured_in(world, results):
+    scene, said = world.by_split["test_study"]
+    row = results["test_study"].comparisons.query("metric == 'delta_pearson'").set_index(["predictor", "against"]).loc[("gem_tuned", "ridge")]
+    values = []
+    for pair in sorted({(entity, condition) for entity, condition in zip(scene.entity[scene.treated], scene.condition[scene.treated], strict=True)}):
+        rows = (scene.entity == pair[0]) & (scene.condition == pair[1]) & scene.treated
+        real = (scene.observed - scene.observed_control.mean)[rows].mean(axis=0)
+        deltas = [np.corrcoef(real, (said[name][0].values - scene.predicted_control.mean)[rows].mean(axis=0))[0, 1] for name in ("gem_tuned", "ridge")]
+        values.append(deltas[0] - deltas[1])
+    assert row["value"] == pytest.approx(np.mean(values))
+    assert row["number"] == len(set(scene.study))
 
 
-def test_a_score_that_does_not_apply_is_null_with_a_reason(scenes, predictions, params):
-    scores = table(scenes["test_random"], predictions["test_random"], params)
-    assert np.isnan(scores.loc[("training_mean", "gene_pearson"), "value"] or np.nan)
-    assert "constant" in scores.loc[("training_mean", "gene_pearson"), "reason"]
-    assert scores["value"].isna().sum() == (scores["reason"].str.contains("[a-z]") & scores["value"].isna()).sum()
+def test_better_is_said_only_where_the_paired_interval_is_clear_of_zero(results):
+    for result in results.values():
+        for row in result.comparisons.itertuples():
+            clear = np.isfinite(row.low) and not row.low <= 0 <= row.high
+            assert row.verdict == (("better" if row.low > 0 else "worse") if clear else "no clear difference")
 
 
-def test_without_controls_the_predictors_that_need_them_are_absent(cohort, params, gem, tmp_path):
-    import shutil
+def test_a_model_against_itself_is_no_clear_difference(world):
+    said = world.by_split["test_random"][1]
+    found = world.result("test_random", said | {"gem_tuned": said["gem"]}).comparisons.query("predictor == 'gem_tuned' and against == 'gem'")
+    assert (found["value"] == 0).all() and (found["verdict"] == "no clear difference").all()
 
-    from pipeline.gem.cohort import Cohort
 
-    shutil.copytree(cohort.folder, tmp_path / "cohort")
+def test_the_table_of_conditions_averages_to_the_scores(world, results):
+    scene = world.by_split["test_study"][0]
+    table = results["test_study"].conditions
+    assert set(table["predictor"]) == {*MODELS, "ridge", "oracle_metadata"}
+    scores = results["test_study"].scores.set_index(["predictor", "metric"])["value"]
+    for name, rows in table.groupby("predictor"):
+        assert rows["delta_pearson"].mean() == pytest.approx(scores[(name, "delta_pearson")])
+        assert rows["samples"].sum() == scene.treated.sum()
+        errors = sample_errors(scene, world.by_split["test_study"][1][name])
+        assert np.average(rows["mse"], weights=rows["samples"]) == pytest.approx(errors[scene.treated].mean())
+        assert set(rows["condition"]) == set(scene.condition_name[scene.treated])
+
+
+def test_the_table_of_calibration_has_the_shares_behind_the_score(results):
+    result = results["test_random"]
+    scores = result.scores.set_index(["predictor", "metric"])["value"]
+    assert set(result.calibration["predictor"]) == {*MODELS, "oracle_metadata", "oracle_reference", "oracle_omniscient"}
+    for name, rows in result.calibration.groupby("predictor"):
+        assert list(rows["bin"]) == list(range(1, 11))
+        assert rows["share"].sum() == pytest.approx(1)
+        if len(SEEDS.get(name, [1])) == 1:
+            assert (rows["share"] - 0.1).abs().sum() == pytest.approx(scores[(name, "calibration")])
+
+
+def test_principal_axes_are_those_of_scikit_learn_and_as_many_as_there_can_be(rng):
+    expression = (rng.normal(0, 1, (300, 4)) @ rng.normal(0, 3, (4, 70)) + rng.normal(0, 0.1, (300, 70))).astype(np.float32)
+    axes = principal_axes(expression)
+    assert axes.shape == (70, 50)
+    np.testing.assert_allclose(axes.T @ axes, np.eye(50), atol=1e-4)
+    reference = PCA(4, svd_solver="full").fit(expression.astype(float)).components_
+    np.testing.assert_allclose(np.abs(np.sum(reference * axes[:, :4].T, axis=1)), 1, atol=1e-4)
+    assert principal_axes(expression[:20, :8]).shape == (8, 8)
+
+
+# --- cohorts that lack something ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lacking", ["truth", "control", "studies", "everything", "hidden controls"])
+def test_what_a_cohort_lacks_is_null_with_a_reason_or_absent_and_nothing_fails(world, tmp_path, lacking, monkeypatch):
+    shutil.copytree(world.cohort.folder, tmp_path / "cohort")
+    if lacking != "control":
+        shutil.rmtree(tmp_path / "cohort" / "truth")
     plain = Cohort(tmp_path / "cohort")
-    plain.declared = plain.declared.model_copy(update={"control": None})
-    evaluation = Evaluation(plain, params.evaluate)
-    predictors = evaluation.predictors({"gem": gem})
-    assert "additive" not in predictors
-    scene = next(evaluation.scenes())
-    assert scene.reference is None
-    scores = table(scene, {name: predict(scene) for name, predict in predictors.items()}, params)
-    assert "no control" in scores.loc[("gem_reference", "mse"), "reason"]
-    assert "controls" in scores.loc[("gem", "delta_pearson"), "reason"]
+    changes = {"control": {"control": None}, "studies": {"study_column": None}, "everything": {"control": None, "study_column": None}}
+    plain.declared = plain.declared.model_copy(update=changes.get(lacking, {}))
+    scenes = Scenes(plain, world.params.evaluate)
+    if lacking == "hidden controls":
+        monkeypatch.setattr(scenes, "_hidden_controls", lambda name, samples, expression, own: (samples[:0], expression[:0]))
+    predictors = Predictors(scenes, {"gem": world.predictors.by_name["gem"].args[0]})
+    for split in ("test_random", "test_study"):
+        scene = scenes.scene(split)
+        result = evaluate_scene(scene, predictors(scene), {"gem": [1, 2], "gem_reference": [1, 2]}, world.axes, predictors.true_change, world.params.evaluate)
+        assert_honest(result.scores)
+        of_gem = result.scores.set_index(["predictor", "metric"]).loc["gem"]
+        assert np.isfinite(of_gem.loc["mse", "value"])
+        if lacking != "control":
+            assert "truth" in of_gem.loc["skill", "reason"] and result.regret.empty
+        if lacking in ("control", "everything", "hidden controls"):
+            assert of_gem.loc["delta_pearson", "reason"] == "no two disjoint sets of controls of the same context"
+            assert set(result.comparisons["metric"]) == {"mse"}
+        if lacking in ("truth", "studies"):
+            assert np.isfinite(of_gem.loc["delta_pearson", "value"])
+
+
+@pytest.mark.parametrize("rows", ["one condition", "one sample", "controls only"])
+def test_a_split_of_almost_nothing_is_evaluated(world, rows):
+    scene, said = world.by_split["test_study"]
+    treated = np.flatnonzero(scene.treated)
+    chosen = {
+        "one condition": np.flatnonzero(scene.condition == scene.condition[treated[0]]),
+        "one sample": treated[:1],
+        "controls only": np.flatnonzero(~scene.treated),
+    }[rows]
+    result = world.result("test_study", *rows_of(scene, said, chosen)[::-1])
+    assert_honest(result.scores)
+    scores = result.scores.set_index(["predictor", "metric"])
+    if rows == "controls only":
+        assert scores.loc[("gem", "delta_pearson"), "reason"] == "no treated sample in this split"
+        assert result.conditions.empty
+    else:
+        assert scores.loc[("gem", "mse"), "reason"] == "one condition: no interval"
+        assert np.isfinite(scores.loc[("ridge", "delta_pearson"), "value"])
+        assert len(result.conditions) == 6
+    assert (result.comparisons["verdict"] == "no clear difference").all()

@@ -5,8 +5,11 @@ import pandas as pd
 import pytest
 
 from pipeline.gem.config import GROUPS, Covariates
+from pipeline.gem.embedding import CLIP
 from pipeline.gem.errors import InputError
-from pipeline.gem.metadata import CLIP, LOG_OFFSET, MetadataEncoder, Vocabulary, clean_samples
+from pipeline.gem.labels import label_texts
+from pipeline.gem.metadata import MetadataEncoder, clean_samples
+from pipeline.gem.vocabulary import LOG_OFFSET, Vocabulary
 
 CATEGORICAL, MULTILABEL = {"kind": "categorical"}, {"kind": "multilabel"}
 LINEAR, LOG = {"kind": "numeric", "scale": "linear"}, {"kind": "numeric", "scale": "log"}
@@ -78,7 +81,7 @@ def test_groups_and_fields_stand_in_the_order_of_their_declaration():
     encoder = MetadataEncoder.fit(samples, covariates)
     assert encoder.names == ["study", "sex", "age", "drug"]
     assert encoder.sizes == {"technical": 1, "biological": 4, "perturbation": 2}
-    assert encoder.field_sizes("biological") == [2, 2]
+    assert encoder.blocks("biological") == [(2, 0), (2, 0)]
     assert [encoder.group_of(name) for name in encoder.names] == ["technical", "biological", "biological", "perturbation"]
     result = encoder.encode(samples)
     assert list(result) == list(GROUPS)
@@ -296,6 +299,15 @@ def test_numbers_become_numbers_and_quantities_stay_as_written():
     cleaned = clean_samples(pd.DataFrame({"plain": ["1", " 2.5 ", ""], "units": ["1 uM", "2", None]}), covariates, "file")
     assert cleaned["plain"].tolist()[:2] == [1.0, 2.5] and np.isnan(cleaned["plain"].iloc[2])
     assert cleaned["units"].tolist() == ["1 uM", "2", None]
+
+
+def test_a_unit_in_one_cell_does_not_change_what_the_others_say():
+    """Otherwise the metadata of a test sample would move the identity of what training sees."""
+    covariates = declare(biological={"age": LINEAR})
+    for column in ([55.0, 0.1, 1e-7, None], ["55", " 0.10", "1e-7", ""], [np.float32(55), np.float32(0.1), 1e-7, np.nan]):
+        plain, mixed = (clean_samples(pd.DataFrame({"age": pd.Series([*column, last], dtype=object)}), covariates, "file")["age"] for last in (3.0, "3 years"))
+        assert plain.dtype == float and mixed.iloc[-1] == "3 years"
+        assert label_texts(plain).tolist()[:-1] == label_texts(mixed).tolist()[:-1] == ["55", "0.1", "1e-07", None]
 
 
 def test_all_problems_of_a_table_are_collected():

@@ -16,14 +16,15 @@ from pipeline.gem.config import GROUPS, KLWeight, Latent
 from pipeline.gem.errors import InputError, IntegrityError
 from pipeline.gem.likelihood import LOG_VARIANCE_RANGE, kl_normal, normal_log_likelihood
 from pipeline.gem.metadata import MetadataEncoder
-from pipeline.gem.model import CONDITIONED, INPUT_EPSILON, PREDICTED, RECONSTRUCTED, Batch, Gaussian, Network, objective
-from pipeline.gem.trained import GEM, distinct_rows, predictive_log_likelihood
+from pipeline.gem.model import CONDITIONED, INPUT_EPSILON, NEW_STUDY, PREDICTED, RECONSTRUCTED, Batch, Gaussian, Network, objective
+from pipeline.gem.trained import GEM, Targets, decode, distinct_rows, predictive_log_likelihood
 
 REFERENCE = Path(__file__).parent / "fixtures" / "reference_forward.npz"
 GENES = 9
 METADATA_SIZES = {"technical": 3, "biological": 4, "perturbation": 2}
 HEADS = {"tissue": ("biological", 3), "sex": ("biological", 2), "perturbation": ("perturbation", 4)}
-WAYS = {"nll_reconstruction": RECONSTRUCTED, "nll_predictive": PREDICTED, "nll_conditioned": CONDITIONED}
+WAYS = {"nll_reconstruction": RECONSTRUCTED, "nll_predictive": PREDICTED, "nll_conditioned": CONDITIONED, "nll_new_study": NEW_STUDY}
+PLAIN = {"additive_technical": False, "interactions": 0}   # the decoder of the public reference
 
 
 @pytest.fixture
@@ -33,11 +34,16 @@ def small(params):
     return params.model.model_copy(update=sizes | {"dropout": 0.0})
 
 
+def build(genes, sizes, heads, model) -> Network:
+    """Untrained, as it starts: the first column of the perturbation says how it is done."""
+    return Network(genes, sizes, heads, tuple(column == 0 for column in range(sizes["perturbation"])), model)
+
+
 def network(model, genes=GENES, sizes=METADATA_SIZES, heads=HEADS, seed=0) -> Network:
     """A network in general position: no weight that starts at zero stays there."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = Network(genes, sizes, heads, model)
+        made = build(genes, sizes, heads, model)
         with torch.no_grad():
             for parameter in made.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -49,6 +55,9 @@ def batch(size=6, genes=GENES, sizes=METADATA_SIZES, heads=HEADS, seed=1) -> Bat
     return Batch(
         expression=5 * torch.rand(size, genes, generator=generator),
         reference=5 * torch.rand(size, genes, generator=generator),
+        shift=torch.randn(size, genes, generator=generator),
+        target=torch.randint(-1, genes, (size,), generator=generator),
+        new_study=(torch.rand(4, sizes["technical"], generator=generator) < 0.5).float(),
         metadata={group: (torch.rand(4, width, generator=generator) < 0.5).float() for group, width in sizes.items()},
         index={group: torch.randint(0, 4, (size,), generator=generator) for group in sizes},
         labels=torch.stack([torch.randint(-1, classes, (size,), generator=generator) for _, classes in heads.values()], 1)
@@ -58,9 +67,8 @@ def batch(size=6, genes=GENES, sizes=METADATA_SIZES, heads=HEADS, seed=1) -> Bat
 
 
 def rows_of(whole: Batch, rows) -> Batch:
-    return Batch(
-        whole.expression[rows], whole.reference[rows], whole.metadata, {group: index[rows] for group, index in whole.index.items()}, whole.labels[rows]
-    )
+    chosen = {name: getattr(whole, name)[rows] for name in ("expression", "reference", "shift", "target", "labels")}
+    return replace(whole, **chosen, index={group: index[rows] for group, index in whole.index.items()})
 
 
 def deaf(made: Network) -> Network:
@@ -69,6 +77,8 @@ def deaf(made: Network) -> Network:
         made.decoder[-1].weight.zero_()
         if made.linear_decoder is not None:
             made.linear_decoder.weight.zero_()
+        if made.interaction is not None:
+            made.interaction.program.weight.zero_()
         for head in made.heads.values():
             head.weight.zero_()
     return made
@@ -90,9 +100,9 @@ def twin(params, reference) -> Network:
         update={
             "latent": Latent(technical=2, biological=3, perturbation=2), "hidden": 8, "blocks": 2, "prior_blocks": 2, "expansion": 2,
             "dropout": 0.0, "linear_decoder": False, "min_variance": 1e-9,
-        }
+        } | PLAIN
     )
-    made = Network(12, {"technical": 3, "biological": 4, "perturbation": 2}, {}, model)
+    made = build(12, METADATA_SIZES, {}, model)
     # Inside a residual block the reference numbers LayerNorm, Linear, ReLU, Dropout, Linear from 0 to 4.
     inside = {"ff.0": "norm", "ff.1": "widen", "ff.4": "narrow"}
     state = {}
@@ -102,12 +112,12 @@ def twin(params, reference) -> Network:
             for theirs, replacement in inside.items():
                 ours = ours.replace(theirs, replacement)
             state[ours] = value
-    state["log_variances"] = reference["weight/log_variance"].expand(3, 12)
+    state["log_variances"] = reference["weight/log_variance"].expand(len(made.log_variances), 12)
     # The reference's encoder gives the means of all groups, then the log variances of all groups; ours gives both group after group.
     for name in ("encoder.4.weight", "encoder.4.bias"):
         means, log_variances = (half.split([2, 3, 2]) for half in state[name].chunk(2))
         state[name] = torch.cat([part for pair in zip(means, log_variances, strict=True) for part in pair])
-    made.load_state_dict(state)
+    made.load_state_dict(made.state_dict() | state)
     # The reference scales and shifts the normalised input; ours does not. The first layer of the encoder absorbs both.
     gamma, beta = reference["weight/input_norm.weight"], reference["weight/input_norm.bias"]
     with torch.no_grad():
@@ -164,43 +174,54 @@ def test_the_references_decoded_samples_and_losses_are_reproduced(twin, referenc
 
 
 @pytest.mark.parametrize("referred", [6, 2, 0])
+@torch.no_grad()
 def test_terms_are_sums_over_genes_and_latents_averaged_over_samples_once(small, referred):
     """The conditioned term is computed on the samples that have a reference in the batch, the first `referred`."""
-    made, size = network(small), 6
-    data = replace(batch(), reference=batch().reference[:referred])
+    made, size, whole = network(small), 6, batch()
+    data = replace(whole, reference=whole.reference[:referred], shift=whole.shift[:referred])
     terms = made(data, torch.Generator().manual_seed(5))
-    # The same noise, drawn in the order posterior, prior, conditioned; then everything sample by sample and gene by gene.
+    # The same noise, drawn in the order posterior, prior, conditioned, new study; then everything sample by sample.
     generator = torch.Generator().manual_seed(5)
-    noise = [torch.randn(rows, 7, generator=generator) for rows in (size, size, referred) if rows]
-    expected = {name: 0.0 for name in WAYS} | {"classification": 0.0} | {f"kl_{group}": 0.0 for group in GROUPS}
-    with torch.no_grad():
-        for row in range(size):
-            prior_parts = [made.prior(group, data.metadata[group]) for group in GROUPS]
-            prior = Gaussian(*(torch.cat([part[kind][data.index[group][row]] for group, part in zip(GROUPS, prior_parts, strict=True)]) for kind in (0, 1)))
-            posterior = Gaussian(*(part[0] for part in made.posterior(data.expression[row : row + 1])))
-            control = Gaussian(*(part[0] for part in made.posterior(batch().reference[row : row + 1])))
-            # technical and biological (5 of 7 latents) from the reference, perturbation from the prior
-            mixed = Gaussian(*(torch.cat([control[kind][:5], prior[kind][5:]]) for kind in (0, 1)))
-            sources = dict(zip(WAYS, (posterior, prior, mixed), strict=True))
-            for (name, way), draw in zip(WAYS.items(), noise, strict=False):
-                if row >= len(draw):
-                    continue
-                latents = sources[name].mean + torch.exp(0.5 * sources[name].log_variance) * draw[row]
-                density = Normal(made.decode(latents[None])[0], torch.exp(0.5 * made.log_variance(way)))
-                expected[name] -= float(density.log_prob(data.expression[row]).sum())
-                if name == "nll_reconstruction":
-                    for head, logits in enumerate(made.classify(latents[None]).values()):
-                        if data.labels[row, head] >= 0:
-                            expected["classification"] -= float(logits[0].log_softmax(0)[data.labels[row, head]])
-            divergence = kl_divergence(*(Normal(part.mean, torch.exp(0.5 * part.log_variance)) for part in (posterior, prior)))
-            for group, place in made.slices().items():
-                expected[f"kl_{group}"] += float(divergence[place].sum())
-    conditioned = expected.pop("nll_conditioned")
-    if referred:
-        expected["nll_conditioned"] = conditioned * size / referred
+    noise = {"nll_reconstruction": (size, 7), "nll_predictive": (size, 7), "nll_conditioned": (referred, 7), "nll_new_study": (size, 2)}
+    noise = {name: torch.randn(*shape, generator=generator) for name, shape in noise.items() if shape[0]}
+    expected = {name: 0.0 for name in (*noise, "classification", *(f"kl_{group}" for group in GROUPS))}
+    for row in range(size):
+        of_row = {group: data.metadata[group][data.index[group][row]][None] for group in GROUPS}
+        parts = [made.prior(group, of_row[group]) for group in GROUPS]
+        prior = Gaussian(*(torch.cat([part[kind] for part in parts], 1) for kind in (0, 1)))
+        posterior, control = made.posterior(data.expression[row][None]), made.posterior((whole.reference + whole.shift)[row][None])
+        unknown = made.prior("technical", data.new_study[data.index["technical"][row]][None])
+        # technical and biological (5 of 7 latents) from the reference, perturbation from the prior
+        mixed = Gaussian(*(torch.cat([control[kind][:, :5], prior[kind][:, 5:]], 1) for kind in (0, 1)))
+        drawn = {
+            name: source.mean + torch.exp(0.5 * source.log_variance) * noise[name][row]
+            for name, source in zip(noise, [posterior, prior, *([mixed] if referred else []), unknown], strict=True)
+            if row < len(noise[name])
+        }
+        # In a study that nobody knows the technical latents are other ones, everything else is as predicted.
+        drawn["nll_new_study"] = torch.cat([drawn["nll_new_study"], drawn["nll_predictive"][:, 2:]], 1)
+        for name, latents in drawn.items():
+            mean = made.decode(latents)[0]
+            if data.target[row] >= 0:
+                mean[data.target[row]] += made.own_target(of_row["perturbation"])[0]
+            if name == "nll_conditioned":
+                mean = mean + made.carried((whole.reference + whole.shift)[row][None], control)[0] - whole.shift[row]
+            density = Normal(mean, torch.exp(0.5 * made.log_variance(WAYS[name])))
+            expected[name] -= float(density.log_prob(data.expression[row]).sum()) * (size / referred if name == "nll_conditioned" else 1)
+        for head, logits in enumerate(made.classify(drawn["nll_reconstruction"]).values()):
+            if data.labels[row, head] >= 0:
+                expected["classification"] -= float(logits[0].log_softmax(0)[data.labels[row, head]])
+        divergence = kl_divergence(*(Normal(part.mean[0], torch.exp(0.5 * part.log_variance[0])) for part in (posterior, prior)))
+        for group, place in made.slices().items():
+            expected[f"kl_{group}"] += float(divergence[place].sum())
     assert set(terms) == set(expected)
     for name, value in terms.items():
-        assert float(value.detach().sum()) == pytest.approx(expected[name] / size, rel=1e-4, abs=1e-4), name
+        assert float(value.sum()) == pytest.approx(expected[name] / size, rel=1e-4, abs=1e-4), name
+
+
+def test_terms_that_need_no_batch_of_their_own_can_be_left_out(small, generator):
+    data = replace(batch(), reference=torch.zeros(0, GENES), shift=torch.zeros(0, GENES), new_study=torch.zeros(0, 3))
+    assert not {"nll_conditioned", "nll_new_study"} & set(network(small)(data, generator))
 
 
 def test_the_terms_of_a_batch_are_the_weighted_mean_of_those_of_its_parts(small, generator):
@@ -229,17 +250,18 @@ def test_terms_do_not_depend_on_the_batch_size_in_expectation(small, generator):
 
 @torch.no_grad()
 def test_repeating_every_gene_doubles_the_likelihood_terms_and_leaves_the_divergence(small):
-    made, data = network(small), batch()
+    made, data = network(small), replace(batch(), target=torch.full((6,), -1))   # a gene that is hit is one gene, not two
     double = network(small, genes=2 * GENES)
     state = made.state_dict()
-    for name in ("decoder.4.weight", "decoder.3.weight", "decoder.4.bias", "decoder.3.bias", "linear_decoder.weight"):
-        if name in state and state[name].shape[0] == GENES:
-            state[name] = torch.cat([state[name], state[name]])
-    state["log_variances"] = torch.cat([state["log_variances"]] * 2, dim=1)
+    for name, value in state.items():
+        if value.shape[0] == GENES:
+            state[name] = torch.cat([value, value])
+        elif name in ("log_variances", "carried_share"):
+            state[name] = torch.cat([value, value], dim=1)
     # The normalised input repeats too, so half of each weight twice over encodes the same.
     state["encoder.0.weight"] = torch.cat([state["encoder.0.weight"]] * 2, dim=1) / 2
     double.load_state_dict(state)
-    twice = replace(data, expression=torch.cat([data.expression] * 2, 1), reference=torch.cat([data.reference] * 2, 1))
+    twice = replace(data, **{name: torch.cat([getattr(data, name)] * 2, 1) for name in ("expression", "reference", "shift")})
     single, both = (net(rows, torch.Generator().manual_seed(2)) for net, rows in ((made, data), (double, twice)))
     for name in single:
         torch.testing.assert_close(both[name], (2 if name in WAYS else 1) * single[name], rtol=1e-4, atol=1e-4)
@@ -251,7 +273,7 @@ def test_the_decoders_noise_in_each_term_is_its_own(small, generator):
         made.zero_grad(set_to_none=True)
         made(data, generator)[name].backward()
         moved = made.log_variances.grad.abs().sum(dim=1) > 0
-        assert moved.tolist() == [row == way for row in range(3)]
+        assert moved.tolist() == [row == way or (row == RECONSTRUCTED and way == CONDITIONED) for row in range(4)]
 
 
 def test_conditioning_reaches_the_reference_only_through_the_technical_and_biological_groups(small, generator):
@@ -312,13 +334,14 @@ def test_the_objective_is_the_weighted_sum_of_its_terms(params, small, generator
     train = params.train.model_copy(
         update={
             "kl_weight": KLWeight(technical=2.0, biological=3.0, perturbation=5.0), "predictive_weight": 7.0, "conditioned_weight": 11.0,
-            "classifier_weight": 13.0, "free_bits": 0.0,
+            "new_study_weight": 17.0, "classifier_weight": 13.0, "free_bits": 0.0,
         }
     )
     kl = {group: terms[f"kl_{group}"].sum() for group in GROUPS}
     for warmup in (0.0, 0.3, 1.0):
         expected = (
-            terms["nll_reconstruction"] + 7 * terms["nll_predictive"] + 11 * terms["nll_conditioned"] + 13 * terms["classification"]
+            terms["nll_reconstruction"] + 7 * terms["nll_predictive"] + 11 * terms["nll_conditioned"] + 17 * terms["nll_new_study"]
+            + 13 * terms["classification"]
             + warmup * (2 * kl["technical"] + 3 * kl["biological"] + 5 * kl["perturbation"])
         )
         torch.testing.assert_close(objective(terms, train, warmup), expected)
@@ -342,7 +365,7 @@ def test_free_bits_leave_dimensions_below_them_without_a_pull(params):
 @pytest.mark.parametrize("linear", [True, False])
 def test_the_decoder_starts_at_the_training_mean_and_the_noise_at_the_training_variance(small, linear):
     torch.manual_seed(0)
-    made = Network(GENES, METADATA_SIZES, HEADS, small.model_copy(update={"linear_decoder": linear}))
+    made = build(GENES, METADATA_SIZES, HEADS, small.model_copy(update={"linear_decoder": linear}))
     mean, variance = torch.linspace(0, 9, GENES), torch.linspace(0.05, 3, GENES)
     made.start_from(mean, variance)
     torch.testing.assert_close(made.decoder[-1].bias.detach(), mean)
@@ -354,22 +377,22 @@ def test_the_decoder_starts_at_the_training_mean_and_the_noise_at_the_training_v
 
 
 def test_the_linear_path_adds_a_linear_map_of_the_latents(small, generator):
-    made = network(small.model_copy(update={"linear_decoder": True}))
+    made = network(small.model_copy(update=PLAIN | {"linear_decoder": True}))
     latents = torch.randn(5, 7, generator=generator)
     torch.testing.assert_close(made.decode(latents) - made.decoder(latents), latents @ made.linear_decoder.weight.T, rtol=1e-4, atol=1e-5)
-    assert network(small.model_copy(update={"linear_decoder": False})).linear_decoder is None
+    assert network(small.model_copy(update=PLAIN | {"linear_decoder": False})).linear_decoder is None
 
 
 def test_a_fresh_decoder_with_a_linear_path_is_linear(small, generator):
     torch.manual_seed(0)
-    made = Network(GENES, METADATA_SIZES, HEADS, small.model_copy(update={"linear_decoder": True})).eval()
+    made = build(GENES, METADATA_SIZES, HEADS, small.model_copy(update=PLAIN | {"linear_decoder": True})).eval()
     first, second = torch.randn(2, 4, 7, generator=generator)
     origin = made.decode(torch.zeros(4, 7))
     torch.testing.assert_close(made.decode(first + 2 * second) - origin, made.decode(first) - origin + 2 * (made.decode(second) - origin), rtol=1e-4, atol=1e-5)
 
 
 def test_latent_log_variances_are_clamped(small):
-    made = network(small)
+    made = network(small.model_copy(update=PLAIN))
     with torch.no_grad():
         for net in (made.encoder, *made.priors.values()):
             net[-1].bias.copy_(torch.where(torch.arange(len(net[-1].bias)) % 2 == 0, 1e4, -1e4))
@@ -383,7 +406,7 @@ def test_latent_log_variances_are_clamped(small):
 def test_observation_variances_respect_their_floor(small):
     made = network(small.model_copy(update={"min_variance": 0.02}))
     with torch.no_grad():
-        made.log_variances.copy_(torch.linspace(-50, 50, GENES).expand(3, GENES))
+        made.log_variances.copy_(torch.linspace(-50, 50, GENES).expand(4, GENES))
     for way in WAYS.values():
         variance = made.log_variance(way).exp()
         assert variance.min().item() == pytest.approx(0.02, rel=1e-5)
@@ -428,7 +451,7 @@ def test_a_group_without_covariates_has_one_prior_for_all_samples(small, generat
     terms = made(data, generator)
     assert all(torch.isfinite(value).all() for value in terms.values())
     terms["kl_technical"].sum().backward()
-    assert made.priors["technical"][-1].bias.grad.abs().sum() > 0
+    assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in made.priors["technical"].parameters())
 
 
 def test_conditioning_takes_the_named_groups_from_the_reference(small, generator):
@@ -450,8 +473,8 @@ def gem(params, cohort) -> GEM:
     """Built on the tiny cohort, not fitted, and in general position: its predictions depend on everything."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = MetadataEncoder.fit(cohort.rows(["train"]), cohort.declared.covariates)
-        made = GEM.build(cohort.genes, encoder, params.model)
+        encoder = MetadataEncoder.fit(cohort.rows(["train"]), cohort.declared.covariates, cohort.features)
+        made = GEM.build(cohort.genes, encoder, Targets.of(cohort), params.model)
         with torch.no_grad():
             for parameter in made.network.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
@@ -486,7 +509,7 @@ def test_a_saved_model_predicts_the_same_and_has_the_same_bytes(gem, queries, re
 def test_a_model_file_holds_tensors_and_plain_values_only(gem, tmp_path):
     gem.save(tmp_path / "model.pt")
     content = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert set(content) == {"format_version", "genes", "metadata", "model", "weights"}
+    assert set(content) == {"format_version", "genes", "metadata", "targets", "model", "weights"}
 
 
 def test_loading_leaves_the_global_random_state_alone(gem, tmp_path):
@@ -506,7 +529,7 @@ def test_another_format_version_is_refused(gem, tmp_path):
     gem.save(path)
     content = torch.load(path, weights_only=True)
     torch.save(content | {"format_version": 99}, path)
-    with pytest.raises(IntegrityError, match="version 99, expected 1"):
+    with pytest.raises(IntegrityError, match="version 99, expected"):
         GEM.load(path)
     torch.save([1, 2], path)
     with pytest.raises(IntegrityError, match="version None"):
@@ -606,7 +629,7 @@ def test_generation_never_touches_the_global_random_state(gem, queries, referenc
     before = torch.random.get_rng_state()
     gem.generate(queries)
     gem.generate(queries, references, draw_latents=True, draw_observations=True, generator=torch.Generator().manual_seed(0))
-    gem.expect(gem.latents_of(queries), draws=3, seed=0)
+    gem.expect(gem.query(queries), draws=3, seed=0)
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(77)
     again = gem.generate(queries, draw_latents=True, generator=torch.Generator().manual_seed(4))
@@ -625,13 +648,13 @@ def test_drawn_noise_has_the_variance_of_its_way_of_prediction(gem, queries, ref
 
 
 def test_the_expectation_is_the_mean_of_draws_of_the_latents(gem, queries):
-    latents = gem.latents_of(queries)
-    found = gem.expect(latents, draws=400, seed=3)
+    query = gem.query(queries)
+    found = gem.expect(query, draws=400, seed=3)
     generator = torch.Generator().manual_seed(9)
     draws = np.stack([gem.generate(queries, draw_latents=True, generator=generator) for _ in range(400)]).astype(np.float64)
     error = draws.std(axis=0) * math.sqrt(2 / 400)
     assert (np.abs(found - draws.mean(axis=0)) < 5 * error + 1e-5).all()
-    np.testing.assert_array_equal(found, gem.expect(latents, draws=400, seed=3))
+    np.testing.assert_array_equal(found, gem.expect(query, draws=400, seed=3))
 
 
 def test_an_unknown_conditioning_group_is_refused(gem, queries, references):
@@ -640,9 +663,11 @@ def test_an_unknown_conditioning_group_is_refused(gem, queries, references):
 
 
 def test_conditioning_on_every_group_ignores_the_metadata(gem, queries, references):
+    # What a perturbation does to its own gene is no latent: of samples whose perturbation has no target.
+    queries = queries.assign(perturbation="control")
     shuffled = queries.iloc[::-1]
     np.testing.assert_array_equal(gem.generate(queries, references, GROUPS), gem.generate(shuffled, references, GROUPS))
-    assert not np.array_equal(gem.generate(queries, references), gem.generate(shuffled, references))
+    assert not np.array_equal(gem.generate(queries), gem.generate(shuffled))
 
 
 def test_conditioning_on_no_group_ignores_the_reference(gem, queries, references):
@@ -669,15 +694,16 @@ def test_unknown_metadata_is_refused_unless_asked_for(gem, queries):
 
 @torch.no_grad()
 def test_the_predictive_log_likelihood_is_the_log_of_the_mean_likelihood_over_draws(gem, queries, references):
-    expression, prior, network_ = torch.from_numpy(references), gem.prior(queries), gem.network
+    expression, query, network_ = torch.from_numpy(references), gem.query(queries), gem.network
     draws = 6
-    found, mean = predictive_log_likelihood(network_, expression, prior, draws, torch.Generator().manual_seed(1))
+    found, mean = predictive_log_likelihood(network_, expression, query, draws, torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(1)
     deviation = torch.exp(0.5 * network_.log_variance(PREDICTED)).double()
     per_draw, decoded_draws = [], []
     for _ in range(draws):
+        prior = query.latents
         latents = prior.mean + torch.exp(0.5 * prior.log_variance) * torch.randn(prior.mean.shape, generator=generator)
-        decoded = network_.decode(latents)
+        decoded = decode(network_, query, latents)
         decoded_draws.append(decoded)
         per_draw.append(Normal(decoded.double(), deviation).log_prob(expression.double()).sum(dim=1).tolist())
     for sample in range(len(expression)):
@@ -690,8 +716,8 @@ def test_the_predictive_log_likelihood_is_the_log_of_the_mean_likelihood_over_dr
 
 @torch.no_grad()
 def test_the_predictive_log_likelihood_of_one_draw_is_the_normal_density(gem, queries, references):
-    expression, prior = torch.from_numpy(references), gem.prior(queries)
-    found, mean = predictive_log_likelihood(gem.network, expression, prior, 1, torch.Generator().manual_seed(1))
+    expression, query = torch.from_numpy(references), gem.query(queries)
+    found, mean = predictive_log_likelihood(gem.network, expression, query, 1, torch.Generator().manual_seed(1))
     density = Normal(mean, torch.exp(0.5 * gem.network.log_variance(PREDICTED)))
     torch.testing.assert_close(found, density.log_prob(expression).sum(dim=1), rtol=1e-5, atol=1e-3)
 
@@ -699,11 +725,11 @@ def test_the_predictive_log_likelihood_of_one_draw_is_the_normal_density(gem, qu
 @torch.no_grad()
 def test_more_draws_never_lower_the_predictive_log_likelihood_in_expectation(gem, queries, references):
     # Jensen: the log of a mean of K draws grows with K towards the marginal likelihood.
-    expression, prior = torch.from_numpy(references), gem.prior(queries)
+    expression, query = torch.from_numpy(references), gem.query(queries)
 
     def score(draws):
         seeds = (torch.Generator().manual_seed(seed) for seed in range(20))
-        return float(torch.stack([predictive_log_likelihood(gem.network, expression, prior, draws, seed)[0] for seed in seeds]).mean())
+        return float(torch.stack([predictive_log_likelihood(gem.network, expression, query, draws, seed)[0] for seed in seeds]).mean())
 
     scores = [score(draws) for draws in (1, 4, 16)]
     assert scores[0] < scores[1] < scores[2]

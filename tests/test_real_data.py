@@ -23,6 +23,7 @@ data:
 {more}
   context_columns: [{biological}]
   control: {{column: perturbation, value: control}}
+  target_gene: null
   date_column: null
   study_column: study
   min_gene_samples: 5

@@ -32,8 +32,8 @@ def declare(params):
             "biological": {"tissue": {"kind": "categorical"}, "age": {"kind": "numeric", "scale": "linear"}},
             "perturbation": {"perturbation": {"kind": "categorical"}},
         }
-        values = params.data.model_dump(mode="json") | {"source": str(source), "covariates": kinds, "context_columns": ["tissue"], "date_column": "date"}
-        return Data.model_validate(values | changes)
+        values = params.data.model_dump(mode="json") | {"source": str(source), "covariates": kinds, "context_columns": ["tissue"]}
+        return Data.model_validate(values | {"date_column": "date", "target_gene": None} | changes)
 
     return with_changes
 

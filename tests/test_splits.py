@@ -4,9 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from pipeline.gem.audit import TELLING_GENES, audit_entities, audit_replicates, fingerprints
 from pipeline.gem.config import Data, Splits
 from pipeline.gem.errors import IntegrityError
-from pipeline.gem.splits import ROLES, TEST_CONTROL, TESTS, TRAIN, VALIDATIONS, assign_splits, audit, contexts, is_control, role_of, unreadable_dates
+from pipeline.gem.splits import ROLES, TEST_CONTROL, TESTS, TRAIN, VALIDATIONS, assign_splits, contexts, is_control, role_of, sizes, unreadable_dates
 
 ALL = (TRAIN, *VALIDATIONS, *TESTS, TEST_CONTROL)
 VISIBLE = (TRAIN, *VALIDATIONS)
@@ -90,7 +91,7 @@ def test_the_splits_of_the_tiny_cohort_pass_the_same_claims(cohort, params, seed
     samples = cohort.samples.drop(columns="split")
     data = cohort.declared
     split, _ = assign_splits(samples, data, params.splits.model_copy(update={"seed": seed}))
-    audit(samples, split, data)
+    audit_entities(samples, split, data)
     pairs = contexts(samples, data) + " + " + samples["perturbation"]
     treated = ~is_control(samples, data)
     assert not set(pairs[split == "test_combination"]) & set(pairs[split.isin(VISIBLE) & treated])
@@ -246,7 +247,7 @@ def test_reserved_controls_are_controls_and_no_control_stands_in_a_pair_or_pertu
 def reasons(samples, data, **changes) -> dict[str, str]:
     """Why which splits are absent; every split is there or has a reason."""
     split, notes = assign_splits(samples, data, shares(**changes))
-    audit(samples, split, data)
+    audit_entities(samples, split, data)
     told = {note.split(" is absent: ")[0]: note.split(" is absent: ")[1] for note in notes}
     assert set(told) | set(split) == set(ALL) and not set(told) & set(split)
     return told
@@ -310,7 +311,7 @@ def test_studies_and_perturbations_that_are_missing_are_never_held_out(declare):
     samples.loc[samples.index % 3 == 0, "study"] = None
     samples.loc[samples.index % 5 == 0, "perturbation"] = None
     split, _ = assign_splits(samples, declare(), shares())
-    audit(samples, split, declare())
+    audit_entities(samples, split, declare())
     assert samples["study"][split.isin(["test_study", "validation_study"])].notna().all()
     assert samples["perturbation"][split.isin(["test_perturbation", "test_combination"])].notna().all()
 
@@ -350,7 +351,7 @@ def test_the_audit_accepts_what_is_assigned(declare):
     samples = design()
     split = assign_splits(samples, declare(), shares())[0]
     assert {"test_study", "test_perturbation", "test_combination"} <= set(split), "there is something to audit"
-    audit(samples, split, declare())
+    audit_entities(samples, split, declare())
 
 
 @pytest.mark.parametrize("kind", ["study", "perturbation", "combination"])
@@ -362,7 +363,7 @@ def test_the_audit_names_an_entity_that_is_also_seen(declare, kind, held, leak):
     split.iloc[rows[0]] = leak
     name = entities(samples, kind).iloc[rows[0]].split(" + ")[-1]
     with pytest.raises(IntegrityError, match=rf"{held}_{kind} leaks: .*{name}"):
-        audit(samples, split, declare())
+        audit_entities(samples, split, declare())
 
 
 @pytest.mark.parametrize(("kind", "part"), [("test_combination", "perturbation"), ("validation_combination", "tissue")])
@@ -372,7 +373,7 @@ def test_the_audit_names_the_part_of_a_held_out_pair_that_training_never_sees(de
     name = samples[part][split == kind].iloc[0]
     split[(samples[part] == name) & (split == TRAIN)] = "test_random"
     with pytest.raises(IntegrityError, match=rf"{kind} holds out pairs of the (perturbation|context) {name}, which training never sees"):
-        audit(samples, split, declare())
+        audit_entities(samples, split, declare())
 
 
 def test_the_audit_reports_all_leaks_at_once(declare):
@@ -381,14 +382,14 @@ def test_the_audit_reports_all_leaks_at_once(declare):
     for kind in ("study", "perturbation", "combination"):
         split.iloc[np.flatnonzero((split == f"test_{kind}").to_numpy())[0]] = TRAIN
     with pytest.raises(IntegrityError) as caught:
-        audit(samples, split, declare())
+        audit_entities(samples, split, declare())
     assert {problem.split(" leaks")[0] for problem in caught.value.problems} >= {"test_study", "test_perturbation", "test_combination"}
 
 
 def test_the_audit_wants_a_sample_for_training(declare):
     samples = design(studies=1, tissues=1, perturbations=1, repeats=1)
     with pytest.raises(IntegrityError, match="no sample is left for training"):
-        audit(samples, pd.Series("test_random", index=samples.index), declare())
+        audit_entities(samples, pd.Series("test_random", index=samples.index), declare())
 
 
 def test_the_audit_of_a_cohort_without_control_and_study_has_nothing_to_find(declare):
@@ -396,4 +397,106 @@ def test_the_audit_of_a_cohort_without_control_and_study_has_nothing_to_find(dec
     data = declare(control=None, study_column=None)
     split = assign_splits(samples, data, shares())[0]
     assert set(split) <= {"train", "validation", "test_random"}
-    audit(samples, split, data)
+    audit_entities(samples, split, data)
+
+
+@pytest.mark.parametrize("kind", [{"kind": "multilabel"}, {"kind": "embedding", "table": "drugs.parquet"}], ids=["multilabel", "embedding"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_held_out_perturbation_is_not_shown_as_one_of_several(declare, kind, seed):
+    """Who has seen "a|b" has seen "a"."""
+    samples = design()
+    samples["perturbation"] = samples["perturbation"].replace({"drug0": "drug1|drug2", "drug3": "drug4|drug1"})
+    data = declare(covariates={"technical": {}, "biological": {}, "perturbation": {"perturbation": kind}})
+    split, _ = assign_splits(samples, data, shares(seed=seed))
+    audit_entities(samples, split, data)
+    labels = samples["perturbation"].str.split("|")
+    for name, seen_by in (("test_perturbation", split.isin(VISIBLE)), ("validation_perturbation", split == TRAIN)):
+        held = samples["perturbation"][split == name]
+        assert len(held)
+        for value in held.unique():
+            assert not labels[seen_by].map(lambda shown, whole=set(value.split("|")): whole <= set(shown)).any()
+
+
+def test_the_audit_names_several_perturbations_that_show_a_held_out_one(declare):
+    samples = pd.DataFrame({"study": "s", "tissue": "t", "perturbation": ["a", "a|b", "b", "control"]})
+    split = pd.Series(["test_perturbation", TRAIN, TRAIN, TRAIN])
+    covariates = {"technical": {}, "biological": {}, "perturbation": {"perturbation": {"kind": "multilabel"}}}
+    with pytest.raises(IntegrityError, match=r"test_perturbation leaks: a\|b also in training"):
+        audit_entities(samples, split, declare(covariates=covariates))
+    # Where "a|b" is the name of one perturbation, it shows no other.
+    covariates["perturbation"]["perturbation"] = {"kind": "categorical"}
+    audit_entities(samples, split, declare(covariates=covariates))
+
+
+# replicates of one sample
+
+
+def replicates(*splits: str) -> tuple[np.ndarray, pd.Series, np.ndarray]:
+    """One sample per split, all with the same telling counts, after one of training with counts of its own."""
+    counts = np.vstack([np.arange(30)[::-1], *[np.arange(30)] * len(splits)])
+    return np.array([f"s{number}" for number in range(len(counts))]), pd.Series([TRAIN, *splits]), fingerprints(counts)
+
+
+@pytest.mark.parametrize("splits", [(TRAIN, "test_random"), (TRAIN, "validation"), ("validation_study", "test_study"), (TEST_CONTROL, TRAIN)])
+def test_the_same_counts_on_both_sides_of_a_boundary_are_refused_by_name(splits):
+    with pytest.raises(IntegrityError, match=rf"s1 \({splits[0]}\) and s2 \({splits[1]}\); keep one of each"):
+        audit_replicates(*replicates(*splits))
+
+
+@pytest.mark.parametrize("splits", [(TRAIN, TRAIN), ("test_random", TEST_CONTROL), ("validation", "validation_study")])
+def test_the_same_counts_on_one_side_are_nobodys_leak(splits):
+    audit_replicates(*replicates(*splits))
+
+
+def test_every_pair_across_a_boundary_is_counted_once(rng):
+    counts = np.repeat(rng.integers(1, 100, (7, 40)), 3, axis=0)
+    split = pd.Series([TRAIN, "test_random", "test_random"] * 7)
+    with pytest.raises(IntegrityError, match=r"s0 \(train\) and s1 \(test_random\).*7 in all"):
+        audit_replicates(np.array([f"s{number}" for number in range(21)]), split, fingerprints(counts))
+
+
+def test_rows_that_chance_may_repeat_tell_nothing():
+    """Two shallow cells may well count the same few genes once each."""
+    counts = np.zeros((4, 100), dtype=int)
+    counts[:2, : TELLING_GENES - 1] = 1
+    counts[2:, :TELLING_GENES] = 1
+    found = fingerprints(counts)
+    assert found[0] == found[1] == b"" and found[2] == found[3] != b""
+    with pytest.raises(IntegrityError, match=r"s2 \(train\) and s3"):
+        audit_replicates(np.array(["s0", "s1", "s2", "s3"]), pd.Series([TRAIN, "test_random"] * 2), found)
+
+
+def test_a_fingerprint_does_not_depend_on_how_counts_are_stored(rng):
+    counts = rng.integers(0, 200, (5, 50))
+    assert all((fingerprints(counts.astype(kind)) == fingerprints(counts)).all() for kind in (np.uint8, np.int32, np.float32))
+    assert (fingerprints(np.asfortranarray(counts)) == fingerprints(counts)).all()
+    assert len(set(fingerprints(counts))) == 5
+    assert (fingerprints(counts[:, ::-1]) != fingerprints(counts)).all()
+
+
+# sizes
+
+
+def test_sizes_count_what_each_split_holds(declare):
+    samples = pd.DataFrame(
+        {
+            "study": ["s", "s", "t", "u", "u", None],
+            "tissue": ["a", "b", "a", "a", "a", "b"],
+            "perturbation": ["x", "x", "control", "x", "y", None],
+        }
+    )
+    split = pd.Series([TRAIN, TRAIN, TRAIN, "test_study", "test_study", "validation"])
+    expected = pd.DataFrame(
+        [(TRAIN, 3, 2, 2, 1, 2, 1), ("validation", 1, 0, 1, 0, 0, 0), ("test_study", 2, 1, 1, 2, 2, 0)],
+        columns=["split", "samples", "studies", "contexts", "perturbations", "pairs", "controls"],
+    )
+    pd.testing.assert_frame_equal(sizes(samples, split, declare()), expected)
+
+
+def test_sizes_of_what_is_assigned_add_up(declare):
+    samples = design()
+    split, _ = assign_splits(samples, declare(), shares())
+    table = sizes(samples, split, declare()).set_index("split")
+    assert table["samples"].sum() == len(samples) and table["controls"].sum() == (samples["perturbation"] == "control").sum()
+    assert list(table.index) == [name for name in ALL if name in set(split)]
+    assert table.loc["test_perturbation", "perturbations"] == len(seen(samples, split, "perturbation", ["test_perturbation"]))

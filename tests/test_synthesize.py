@@ -4,6 +4,7 @@ import tracemalloc
 
 import numpy as np
 import pandas as pd
+import pytest
 from closure import ROOT
 
 from pipeline import synthesize
@@ -69,10 +70,18 @@ def test_the_default_cohort_has_the_size_and_the_gaps_that_it_promises():
     rng = np.random.default_rng(params.seed)
     truth = synthesize.draw_truth(params, rng)
     samples = synthesize.draw_design(params, truth, rng).samples
-    assert len(samples) == params.samples == 8000
+    assert len(samples) == params.samples == 12000
     assert samples["sex"].isna().mean() == np.clip(samples["sex"].isna().mean(), 0.18, 0.22)
     assert samples["age_years"].isna().mean() == np.clip(samples["age_years"].isna().mean(), 0.2, 0.3)
     assert samples.groupby("study")["tissue"].nunique().max() < params.tissues, "studies and tissues are confounded"
     treated = samples[samples["perturbation"] != "control"]
     conditions = treated.groupby(["study", "tissue", "cell_type", "perturbation", "perturbation_dose", "perturbation_time"], dropna=False).size()
     assert conditions.min() >= 3, "every condition has replicates"
+
+
+@pytest.mark.parametrize("depth", [2_000, 5_000_000])
+def test_the_declared_depth_is_the_count_of_a_typical_sample(params, tmp_path, depth):
+    settings = params.synthesize.model_copy(update={"samples": 300, "depth": depth})
+    synthesize.write_source(settings, tmp_path / "source")
+    _, counts = counts_of(tmp_path / "source", settings.genes)
+    assert np.median(counts.sum(axis=1)) == pytest.approx(depth, rel=0.15)

@@ -9,6 +9,7 @@ import torch
 
 from pipeline.gem.errors import DivergedError, InputError
 from pipeline.gem.model import objective
+from pipeline.gem.trained import predictive_log_likelihood
 from pipeline.gem.training import Encoded, TrainingData, choose_device, drop_fields, fit, kl_warmup, one_cycle
 
 CPU = torch.device("cpu")
@@ -61,18 +62,15 @@ def test_the_validation_split_of_combinations_is_where_choices_look(data):
     assert data.choice_split == "validation_combination"
 
 
-def test_the_best_epoch_is_the_one_with_the_best_score_and_its_weights_are_kept(data, params):
+def test_the_best_epoch_is_the_one_with_the_best_score_and_its_weights_are_kept(cohort, data, params):
     finished = fit(data, params.override(SHORT | {"train.learning_rate": 0.03, "train.patience": 3}), seed=1)
     scores = [epoch.validation_predictive_log_likelihood for epoch in finished.history]
     assert finished.best.validation_predictive_log_likelihood == max(scores)
-    rows = data.validation
-    with torch.no_grad():
-        prior = finished.gem.network.joint_prior(rows.metadata, rows.index)
-        from pipeline.gem.trained import predictive_log_likelihood
-
-        generator = torch.Generator().manual_seed(0)
-        again, _ = predictive_log_likelihood(finished.gem.network, rows.expression, prior, params.train.predictive_draws, generator)
-    assert float(again.mean()) == finished.best.validation_predictive_log_likelihood
+    assert finished.best.epoch < len(scores), "a later epoch was worse"
+    query = finished.gem.query(cohort.rows([data.choice_split]), unknown="missing")
+    generator = torch.Generator().manual_seed(0)
+    again, _ = predictive_log_likelihood(finished.gem.network, data.validation.expression, query, params.train.predictive_draws, generator)
+    assert float(again.mean()) == pytest.approx(max(scores), rel=1e-6)
 
 
 def test_patience_stops_a_fit_that_no_longer_improves(data, params):
@@ -145,10 +143,34 @@ def test_objective_weighs_every_term_and_free_bits_act_per_dimension(params):
 
 
 def test_metadata_dropout_hides_whole_fields_at_the_requested_rate(generator):
-    hidden = drop_fields(torch.ones(4000, 5), [2, 3], 0.3, generator)
+    hidden = drop_fields(torch.ones(4000, 5), [(2, 0), (3, 0)], 0.3, 0.0, generator)
     assert torch.equal(hidden[:, 0], hidden[:, 1])
     assert torch.equal(hidden[:, 2], hidden[:, 4])
     assert float((hidden[:, [0, 2]] == 0).float().mean()) == pytest.approx(0.3, abs=0.02)
+
+
+def test_identity_dropout_hides_the_identity_and_leaves_the_features(generator):
+    """A field of 2 features and 3 levels beside one without an identity."""
+    shown = drop_fields(torch.ones(4000, 6), [(2, 3), (1, 0)], 0.0, 0.3, generator)
+    assert (shown[:, [0, 1, 5]] == 1).all()
+    assert torch.equal(shown[:, 2], shown[:, 3]) and torch.equal(shown[:, 2], shown[:, 4])
+    assert float((shown[:, 2] == 0).float().mean()) == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_hidden_field_hides_its_identity_too_and_the_chances_are_independent(generator):
+    shown = drop_fields(torch.ones(20000, 2), [(1, 1)], 0.4, 0.5, generator)
+    features, identity = shown[:, 0] == 1, shown[:, 1] == 1
+    assert float(features.float().mean()) == pytest.approx(0.6, abs=0.02)
+    assert float(identity.float().mean()) == pytest.approx(0.3, abs=0.02)
+    assert not (identity & ~features).any()
+
+
+@pytest.mark.parametrize(("blocks", "field", "identity"), [([(2, 3)], 0.0, 0.0), ([(5, 0)], 0.0, 0.9), ([], 0.5, 0.5)])
+def test_where_nothing_can_be_hidden_nothing_is_drawn(generator, blocks, field, identity):
+    metadata = torch.ones(7, sum(map(sum, blocks)))
+    before = generator.get_state()
+    assert drop_fields(metadata, blocks, field, identity, generator) is metadata
+    assert torch.equal(generator.get_state(), before)
 
 
 def test_references_are_controls_of_the_same_study_and_context(cohort, data, generator):
@@ -166,7 +188,7 @@ def test_references_are_controls_of_the_same_study_and_context(cohort, data, gen
 def test_encoding_points_every_sample_at_its_own_metadata_row(cohort, data):
     samples = cohort.rows(["train"])
     full = data.encoder.encode(samples)
-    encoded = Encoded.of(cohort.expression(["train"]), samples, data.encoder, CPU)
+    encoded = Encoded.of(cohort, "train", data.encoder, CPU)
     for group, matrix in full.items():
         assert len(encoded.metadata[group]) < len(matrix)
         assert np.array_equal(encoded.metadata[group][encoded.index[group]].numpy(), matrix)

@@ -3,6 +3,7 @@
     samples.parquet   sample_id, the source's columns, `total` (counts over all genes of the source)
     genes.parquet     gene_id of the kept genes, in the order of the counts
     splits.parquet    sample_id, split
+    sizes.csv         a row per split: samples, studies, contexts, perturbations, pairs, controls
     targets.parquet   perturbation, gene_id of the gene it hits; empty where nothing is known
     embeddings/       features by label, a table for each covariate of that kind
     counts/           train-*.parquet, validation-*.parquet, test-*.parquet: training never opens the last
@@ -24,7 +25,7 @@ from pipeline.gem.config import FILE_NAME, Data, Frozen
 from pipeline.gem.embedding import Features
 from pipeline.gem.errors import InputError, IntegrityError, examples
 from pipeline.gem.expression import log_cpm
-from pipeline.gem.metadata import label_texts
+from pipeline.gem.labels import label_texts
 from pipeline.gem.shards import read_shard
 from pipeline.gem.splits import role_of
 from pipeline.gem.storage import sha256, sha256_of
@@ -32,7 +33,13 @@ from pipeline.gem.storage import sha256, sha256_of
 FORMAT_VERSION = 3
 DECLARED = ("covariates", "context_columns", "control", "target_gene", "date_column", "study_column")   # of params.yaml: data
 
+TARGETS = "targets.parquet"
+
 Role = Literal["train", "validation", "test"]
+
+
+def embedding_file(name: str) -> str:
+    return f"embeddings/{name}.parquet"
 
 
 class Shard(Frozen):
@@ -63,12 +70,12 @@ class Cohort:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.manifest, self.declared = self._read_manifest()
-        self._verify(self.manifest["tables"])
+        self._verify_tables()
         self.samples = pd.read_parquet(self.folder / "samples.parquet")
         self.samples["split"] = pd.read_parquet(self.folder / "splits.parquet")["split"].to_numpy()
         self.genes = pd.read_parquet(self.folder / "genes.parquet")["gene_id"].to_numpy(dtype=str)
-        self.features = {name: Features.read(self.folder / "embeddings" / f"{name}.parquet") for name in self.declared.covariates.embeddings()}
-        self.targets = pd.read_parquet(self.folder / "targets.parquet").set_index("perturbation")["gene_id"]
+        self.features = {name: Features.read(self.folder / embedding_file(name)) for name in self.declared.covariates.embeddings()}
+        self.targets = pd.read_parquet(self.folder / TARGETS).set_index("perturbation")["gene_id"]
 
     def _read_manifest(self) -> tuple[dict, Data]:
         """(manifest, what it declares), both checked."""
@@ -89,6 +96,15 @@ class Cohort:
             problem = error.errors()[0]
             key = ".".join(map(str, problem["loc"]))
             raise IntegrityError(f"{path}: {key}: {problem['msg']}; run `dvc repro --force prepare`") from None
+
+    def _verify_tables(self) -> None:
+        """Every table that is read is listed, and is what the manifest says."""
+        wanted = {"samples.parquet", "genes.parquet", "splits.parquet", TARGETS, *map(embedding_file, self.declared.covariates.embeddings())}
+        listed = set(self.manifest["tables"])
+        if listed != wanted:
+            strange = examples(sorted(listed ^ wanted))
+            raise IntegrityError(f"{self.folder / 'manifest.json'}: tables: {strange} should not be, or not be absent; run `dvc repro --force prepare`")
+        self._verify(self.manifest["tables"])
 
     def _verify(self, expected: dict[str, str]) -> None:
         for name, checksum in expected.items():
@@ -150,5 +166,5 @@ class Cohort:
         # As text, which does not depend on how the source stored a column.
         table = {name: label_texts(rows[name]).tolist() for name in columns}
         shards = [shard["sha256"] for role in ("train", "validation") for shard in self.manifest["shards"][role]]
-        tables = {name: digest for name, digest in self.manifest["tables"].items() if name.startswith(("targets", "embeddings"))}
+        tables = {name: digest for name, digest in self.manifest["tables"].items() if name.startswith((TARGETS, "embeddings/"))}
         return sha256_of(self.manifest["gene_list_sha256"], self.manifest["declared"], tables, shards, table)

@@ -169,6 +169,8 @@ class Model(Frozen):
     expansion: Count
     dropout: Probability
     linear_decoder: bool
+    additive_technical: bool
+    interactions: Annotated[int, Field(ge=0)]
     min_variance: Positive
 
 
@@ -190,6 +192,8 @@ class Train(Frozen):
     kl_warmup: Annotated[float, Field(ge=0, le=1)]
     predictive_weight: NonNegative
     conditioned_weight: NonNegative
+    new_study_weight: NonNegative
+    virtual_studies: Probability
     conditioned_share: Annotated[float, Field(gt=0, le=1)]
     classifier_weight: NonNegative
     free_bits: NonNegative

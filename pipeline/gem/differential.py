@@ -4,7 +4,9 @@ n treated and m control samples, G genes. Expression is log-CPM.
 """
 
 import numpy as np
-from scipy.stats import false_discovery_control, ttest_ind_from_stats
+from scipy.stats import false_discovery_control, t, ttest_ind_from_stats
+
+ROUNDING = 1e-12   # a variance of a mean, or a change, that is rounding and not signal
 
 
 def differential_genes(treated: np.ndarray, control: np.ndarray, fdr: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
@@ -32,6 +34,27 @@ def _welch(treated: np.ndarray, control: np.ndarray) -> np.ndarray:
     """(G,) two-sided p of Welch's t. From moments: `ttest_ind` on samples warns of every gene that is constant on one side."""
     moments = (argument for side in (treated, control) for argument in (side.mean(axis=0), side.std(axis=0, ddof=1), len(side)))
     return ttest_ind_from_stats(*moments, equal_var=False).pvalue
+
+
+def changed_genes(change: np.ndarray, deviation: np.ndarray, freedom: int, share: float, fdr: float = 0.05) -> np.ndarray:
+    """(G,) bool, as `differential_genes`, of changes (n, G) of treated samples from the means of their matched controls.
+
+    The spread of controls is known apart: `deviation` (G,), with `freedom` degrees of freedom. `share` is the variance of
+    the subtracted mean in units of one control's: 1 / m for the same m controls throughout, where this is Welch's test.
+    The mean of a few matched controls is uncertain, however many others tell how much they vary.
+    Raises ValueError with fewer than two treated samples, or without a degree of freedom.
+    """
+    if len(change) < 2 or freedom < 1:
+        raise ValueError(f"got {len(change)} treated samples and {freedom} degrees of freedom of controls; expected at least 2 and 1")
+    mean = change.mean(axis=0, dtype=np.float64)
+    of_treated, of_control = change.var(axis=0, ddof=1, dtype=np.float64) / len(change), np.square(deviation) * share
+    error = of_treated + of_control
+    with np.errstate(divide="ignore", invalid="ignore"):
+        degrees = error**2 / (of_treated**2 / (len(change) - 1) + of_control**2 / freedom)   # Welch-Satterthwaite
+        p = 2 * t.sf(np.abs(mean) / np.sqrt(error), degrees)
+    constant = error <= ROUNDING
+    p[constant] = np.where(np.abs(mean[constant]) <= ROUNDING, 1.0, 0.0)
+    return false_discovery_control(p) <= fdr
 
 
 def de_direction(true_set: np.ndarray, true_change: np.ndarray, predicted_change: np.ndarray) -> float:

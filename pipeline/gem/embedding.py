@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from pipeline.gem.errors import InputError, examples
+from pipeline.gem.labels import SEPARATOR, label_texts, list_cells
 
+CLIP = 6.0         # standard deviations: what lies further says no more
 _ROUNDING = 1e-9   # a deviation below this share of the largest value is what rounding leaves of a constant feature
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Features:
     """Features by label."""
 
@@ -31,14 +34,11 @@ class Features:
         path = Path(path)
         if not path.exists():
             raise InputError(f"{path}: absent; data.covariates names it as the table of an embedding")
-        try:
-            table = pd.read_parquet(path)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not a Parquet table ({str(error).splitlines()[0]})") from None
+        table = read_table(path)
         problems = _problems(table, path)
         if problems:
             raise InputError(*problems)
-        return cls(tuple(table.iloc[:, 0].astype(str)), table.iloc[:, 1:].to_numpy(dtype=np.float32))
+        return cls(tuple(label_texts(table.iloc[:, 0])), _numbers(table.iloc[:, 1:]))
 
     def write(self, path: Path) -> None:
         table = pd.DataFrame(self.values, columns=[f"feature_{index + 1}" for index in range(self.size)])
@@ -47,27 +47,46 @@ class Features:
         table.to_parquet(path, index=False)
 
     def standardised(self, seen: set[str]) -> "Features":
-        """Mean 0 and deviation 1 of each feature over the labels that training saw (over all, where it saw none)."""
+        """Mean 0 and deviation 1 of each feature over the labels that training saw (over all, where it saw none), clipped."""
         rows = np.array([label in seen for label in self.labels])
         known = (self.values[rows] if rows.any() else self.values).astype(np.float64)
         deviation = known.std(axis=0)
-        deviation[deviation <= _ROUNDING * np.maximum(np.abs(known).max(axis=0), 1)] = 1
-        return Features(self.labels, ((self.values - known.mean(axis=0)) / deviation).astype(np.float32))
+        deviation[deviation <= _ROUNDING * np.abs(known).max(axis=0)] = 1
+        return Features(self.labels, np.clip((self.values - known.mean(axis=0)) / deviation, -CLIP, CLIP).astype(np.float32))
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A Parquet table that a person brings; InputError where the file is none."""
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise InputError(f"{path}: not a Parquet table ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
 
 
 def _problems(table: pd.DataFrame, path: Path) -> list[str]:
     if table.shape[1] < 2 or not len(table):
         return [f"{path}: {table.shape[0]} rows and {table.shape[1]} columns; expected labels in the first column, then one feature at least"]
-    labels, problems = table.iloc[:, 0], []
+    if lists := list_cells(table.iloc[:, 0], f"{path}: labels"):
+        return lists
+    labels, problems = label_texts(table.iloc[:, 0]), []
     if labels.isna().any():
         problems.append(f"{path}: no label in rows {examples(np.flatnonzero(labels.isna().to_numpy()))}")
-    twice = sorted(labels[labels.duplicated()].dropna().astype(str).unique())
+    twice = sorted(labels[labels.duplicated()].dropna().unique())
     if twice:
         problems.append(f"{path}: labels {examples(twice)} stand twice; expected one row a label")
-    for name in table.columns[1:]:
-        column = table[name]
+    several = sorted(label for label in labels.dropna().unique() if SEPARATOR in label)
+    if several:
+        problems.append(f"{path}: labels {examples(several)} hold {SEPARATOR}, which stands between labels; expected one label a row")
+    for position, name in enumerate(table.columns[1:], start=1):
+        column = table.iloc[:, position]
         if not pd.api.types.is_numeric_dtype(column):
             problems.append(f"{path}: feature {name} holds {column.dtype}; expected numbers")
-        elif not np.isfinite(column.to_numpy(dtype=float)).all():
-            problems.append(f"{path}: feature {name} is not finite for {examples(labels[~np.isfinite(column.to_numpy(dtype=float))].astype(str).tolist())}")
+        elif len(bad := np.flatnonzero(~np.isfinite(_numbers(column)))):
+            problems.append(f"{path}: feature {name} is not finite for {examples(labels.iloc[bad])}")
     return problems
+
+
+def _numbers(columns: pd.DataFrame | pd.Series) -> np.ndarray:
+    """As float32; what it cannot hold is not finite."""
+    with np.errstate(over="ignore"):
+        return columns.astype("float64").to_numpy(dtype=np.float64, na_value=np.nan).astype(np.float32)

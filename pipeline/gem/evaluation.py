@@ -3,11 +3,12 @@
 N samples of a split, G genes, R resamples. Expression is log-CPM.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from sklearn.decomposition import PCA
 
 from pipeline.gem import metrics
 from pipeline.gem.config import Evaluate
@@ -15,7 +16,7 @@ from pipeline.gem.predictors import FLOORS, MODELS, Prediction
 from pipeline.gem.regret import regret
 from pipeline.gem.resampling import Resamples, Score
 from pipeline.gem.scenes import Scene
-from pipeline.gem.scoring import CEILING, COMPONENTS, Measured, Truths, changes, delta_values, measure, score, truths_of
+from pipeline.gem.scoring import BASELINE, CEILING, COMPONENTS, Measured, TrueChange, Truths, changes, delta_values, measure, score
 
 BINS = 10   # of a calibration histogram
 # (which, against which): said to be better only where the paired interval is clear of zero.
@@ -27,8 +28,9 @@ COMPARISONS = (
 )
 COMPARED = ("mse", "delta_pearson")
 
+NUMBERS = dict.fromkeys(("value", "low", "high"), float)   # also where a column has none: null is NaN there
+
 Predictions = Mapping[str, list[Prediction]]   # predictor to one prediction, or one per training seed
-TrueChange = Callable[[Scene], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,7 @@ class Result:
 
 def principal_axes(expression: np.ndarray) -> np.ndarray:
     """(G, D) leading principal directions of the training expression (N, G): the space of energy distances."""
-    centred = expression - expression.mean(axis=0, dtype=np.float64)
-    values, vectors = np.linalg.eigh((centred.T @ centred).astype(np.float64))
-    return vectors[:, ::-1][:, :COMPONENTS]
+    return PCA(min(COMPONENTS, *expression.shape), svd_solver="auto", random_state=0).fit(expression).components_.T.astype(np.float64)
 
 
 def evaluate_scene(
@@ -56,7 +56,7 @@ def evaluate_scene(
     """Everything there is to say of one split; `seeds` names the training seeds of each model's predictions."""
     resamples = Resamples(scene.condition, params.bootstrap, params.seed)
     errors = {name: sample_errors(scene, said) for name, said in predictions.items() if usable(said)}
-    truths = truths_of(scene, resamples, axes, errors, true_change)
+    truths = Truths(scene, resamples, axes, errors, true_change)
     measured = {name: [measure(one, truths) for one in said] for name, said in predictions.items()}
     about = {"split": scene.name}
     return Result(
@@ -64,9 +64,9 @@ def evaluate_scene(
             about | {"predictor": name, "metric": metric} | _columns(score([one[metric] for one in found], resamples))
             for name, found in measured.items()
             for metric in metrics.METRICS
-        ),
+        ).astype(NUMBERS),
         seeds=_seed_table(scene.name, measured, seeds),
-        comparisons=_comparisons(scene, predictions, params),
+        comparisons=_comparisons(scene, predictions, truths, params),
         conditions=_condition_table(scene, predictions, truths),
         calibration=_calibration_table(scene, predictions),
         regret=regret(scene, predictions, resamples),
@@ -100,50 +100,46 @@ def _seed_table(split: str, measured: Mapping[str, list[dict[str, Measured]]], s
 # --- paired differences -------------------------------------------------------------------------------------------------
 
 
-def _comparisons(scene: Scene, predictions: Predictions, params: Evaluate) -> pd.DataFrame:
+def _comparisons(scene: Scene, predictions: Predictions, truths: Truths, params: Evaluate) -> pd.DataFrame:
     """Paired differences, resampled over the held-out entities: what would hold for other pairs, drugs, studies. Positive is better."""
-    found = []
-    errors = {name: sample_errors(scene, said) for name, said in predictions.items() if usable(said)}
-    entities = Resamples(scene.entity, params.bootstrap, params.seed)
-    deltas, entity_of = _entity_deltas(scene, predictions, params)
-    of_deltas = Resamples(entity_of, params.bootstrap, params.seed) if len(entity_of) else None
+    deltas, entity = _entity_deltas(scene, predictions, truths)
+    errors, found = truths.errors, []
     for better, worse in COMPARISONS:
         if better in errors and worse in errors:
-            gain = entities.score(entities.mean(errors[worse] - errors[better]))
-            found.append(_difference(scene, better, worse, "mse", gain, entities.number))
+            found.append(_difference(scene, better, worse, "mse", errors[worse] - errors[better], scene.entity, params))
         if better in deltas and worse in deltas:
-            gain = of_deltas.score(of_deltas.mean(deltas[better] - deltas[worse]))
-            found.append(_difference(scene, better, worse, "delta_pearson", gain, of_deltas.number))
+            found.append(_difference(scene, better, worse, "delta_pearson", deltas[better] - deltas[worse], entity, params))
     columns = ["split", "predictor", "against", "metric", "value", "low", "high", "number", "of", "verdict"]
-    return pd.DataFrame(found, columns=columns)
+    return pd.DataFrame(found, columns=columns).astype(NUMBERS)
 
 
-def _entity_deltas(scene: Scene, predictions: Predictions, params: Evaluate) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _entity_deltas(scene: Scene, predictions: Predictions, truths: Truths) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """(predictor to (T,) delta_pearson, (T,) entity) of each treated condition within each entity: a drug may come in several studies."""
-    within = pd.factorize(pd.Series(list(zip(scene.condition, scene.entity, strict=True))))[0]
-    resamples = Resamples(within, 20, params.seed)
-    truths = truths_of(replace(scene, condition=within), resamples, np.zeros((scene.observed.shape[1], 1)), {}, _no_change)
-    deltas = {}
-    for name, said in predictions.items():
-        pairs = [changes(one, truths) for one in said] if usable(said) else []
-        if pairs and all(pair is not None for pair in pairs):
-            values = np.mean([delta_values(*pair) for pair in pairs], axis=0)
-            if np.isfinite(values).all():
-                deltas[name] = values
-    if not len(truths.conditions):
-        return {}, np.zeros(0, dtype=np.int64)
-    first = np.array([rows[0] for rows in truths.groups()])
-    return deltas, pd.factorize(scene.entity[first])[0]
+    within = np.unique(np.stack([scene.condition, scene.entity]), axis=1, return_inverse=True)[1].reshape(-1)
+    truths = replace(truths, scene=replace(scene, condition=within), resamples=Resamples(within, 0, 0))
+    compared = {name for pair in COMPARISONS for name in pair}
+    deltas = {name: seed_deltas(said, truths) for name, said in predictions.items() if name in compared and usable(said)}
+    return {name: values for name, values in deltas.items() if values is not None}, scene.entity[[rows[0] for rows in truths.groups]]
 
 
-def _no_change(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Stands for the truth where nobody asks for it."""
-    return np.zeros(scene.observed.shape, dtype=bool), np.zeros(scene.observed.shape)
+def seed_deltas(said: list[Prediction], truths: Truths) -> np.ndarray | None:
+    """(T,) delta_pearson of the treated conditions, mean over training seeds; None where there are no controls to take a change from."""
+    pairs = [changes(one, truths) for one in said]
+    return None if any(pair is None for pair in pairs) else np.mean([delta_values(*pair) for pair in pairs], axis=0)
 
 
-def _difference(scene: Scene, better: str, worse: str, metric: str, gain: Score, number: int) -> dict[str, object]:
+def _difference(
+    scene: Scene, better: str, worse: str, metric: str, gain: np.ndarray, entity: np.ndarray, params: Evaluate
+) -> dict[str, object]:
+    """From gains (N,) of samples or conditions, NaN where one has none, that belong to entities (N,)."""
+    known = np.isfinite(gain)
+    resamples = Resamples(np.unique(entity[known], return_inverse=True)[1], params.bootstrap, params.seed)
+    found = resamples.score(resamples.mean(gain[known])) if known.any() else Score.null("no condition has both")
     about = {"split": scene.name, "predictor": better, "against": worse, "metric": metric}
-    return about | {"value": gain.value, "low": gain.low, "high": gain.high, "number": number, "of": scene.entity_kind, "verdict": _verdict(gain)}
+    return about | {
+        "value": found.value, "low": found.low, "high": found.high,
+        "number": resamples.number, "of": scene.entity_kind, "verdict": _verdict(found),
+    }
 
 
 def _verdict(gain: Score) -> str:
@@ -160,16 +156,14 @@ def _condition_table(scene: Scene, predictions: Predictions, truths: Truths) -> 
     columns = ["split", "predictor", "condition", "samples", "mse", "delta_pearson"]
     if not len(truths.conditions):
         return pd.DataFrame(columns=columns)
-    members = truths.groups()
-    names = scene.condition_name[[rows[0] for rows in members]]
+    names = scene.condition_name[[rows[0] for rows in truths.groups]]
+    samples = [len(rows) for rows in truths.groups]
     tables = []
-    for name in (*MODELS, "ridge", CEILING):
-        if name in predictions and usable(predictions[name]):
-            pairs = [changes(one, truths) for one in predictions[name]]
-            known = all(pair is not None for pair in pairs)
-            deltas = np.mean([delta_values(*pair) for pair in pairs], axis=0) if known else np.nan
-            errors = truths.mean(sample_errors(scene, predictions[name])[:, None])[:, 0]
-            found = {"condition": names, "samples": [len(rows) for rows in members], "mse": errors, "delta_pearson": deltas}
+    for name in (*MODELS, BASELINE, CEILING):
+        if name in truths.errors:
+            deltas = seed_deltas(predictions[name], truths)
+            errors = [truths.errors[name][rows].mean() for rows in truths.groups]
+            found = {"condition": names, "samples": samples, "mse": errors, "delta_pearson": np.nan if deltas is None else deltas}
             tables.append(pd.DataFrame({"split": scene.name, "predictor": name} | found))
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
 

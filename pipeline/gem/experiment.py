@@ -12,9 +12,10 @@ from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import GROUPS, Params
 from pipeline.gem.errors import InputError
 from pipeline.gem.progress import duration
+from pipeline.gem.seeds import fit_seeds
 from pipeline.gem.storage import sha256, write_json
 from pipeline.gem.trained import GEM
-from pipeline.gem.training import Epoch, Fit, TrainingData, fit
+from pipeline.gem.training import Epoch, Fit, TrainingData
 
 COHORT = Path("data/cohort")
 MODEL_PARAMETERS = ("model", "train")  # the sections that describe a fit, with the same names in every run
@@ -26,15 +27,18 @@ def log_context(run: tracking.Run, params: Params, cohort: Cohort) -> None:
     run.dataset("cohort", tracking.data_digest(str(COHORT), cohort.visible_sha256), "training")
 
 
-def reporter(run: tracking.Run, epochs: int, label: str) -> Callable[[Epoch], None]:
-    """Says and records every epoch: losses, the choice score, time left."""
+def reporter(run: tracking.Run, params: Params, label: str) -> Callable[[int, Epoch], None]:
+    """Says every epoch of every seed (losses, the choice score, time left), and records those of the first."""
+    epochs, several = params.train.epochs, len(params.train.seeds) > 1
 
-    def report(epoch: Epoch) -> None:
-        run.metrics(epoch.metrics(), step=epoch.epoch)
+    def report(seed: int, epoch: Epoch) -> None:
+        if seed == params.train.seeds[0]:
+            run.metrics(epoch.metrics(), step=epoch.epoch)
         score = epoch.validation_predictive_log_likelihood
         shown = "no validation split" if score is None else f"validation log-likelihood {score:9.1f} nats, mse {epoch.validation_mse:.4f}"
         left = duration((epochs - epoch.epoch) * epoch.seconds)
-        print(f"{label}: epoch {epoch.epoch:3d}/{epochs}  loss {epoch.loss:9.1f}  {shown}  {left} left", flush=True)
+        who = f"{label}, seed {seed}" if several else label
+        print(f"{who}: epoch {epoch.epoch:3d}/{epochs}  loss {epoch.loss:9.1f}  {shown}  {left} left", flush=True)
 
     return report
 
@@ -43,10 +47,7 @@ def train_into(directory: Path, data: TrainingData, params: Params, cohort: Coho
     """Fits one model per seed, writes the model directory, and completes its run."""
     if data.choice_split is None:
         print(f"{label}: this cohort has no validation split: all {params.train.epochs} epochs are trained, none is chosen")
-    fits = []
-    for seed in params.train.seeds:
-        report = reporter(run, params.train.epochs, label) if not fits else lambda epoch: None
-        fits.append(fit(data, params, seed, report))
+    fits = fit_seeds(data, params, cohort.folder, reporter(run, params, label))
     write_model_directory(directory, fits, params)
     run.tags({tracking.MODEL_TAG: sha256(directory / "model.pt"), "choice_split": data.choice_split or "none"})
     run.metrics(best_metrics(fits[0]))

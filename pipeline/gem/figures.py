@@ -81,7 +81,7 @@ def _predictor_style(name: str) -> tuple[str, str]:
 
 @plt.rc_context(_STYLE)
 def split_scores(scores: pd.DataFrame, metric: str, unit: str, better: str, path: Path, lowest: float | None = None) -> None:
-    """Every predictor on one axis per split, with 95 % intervals, from floor to ceiling.
+    """Every predictor on one axis per split, with 95 % intervals, from floor to ceiling; `better` says which way is better.
 
     Values below `lowest` are drawn at the edge with their number: far floors would flatten what one came to see.
     """
@@ -101,7 +101,7 @@ def split_scores(scores: pd.DataFrame, metric: str, unit: str, better: str, path
         axis.set(title=split, xlabel=unit)
     axes[0][0].set_yticks(range(len(order)), order)
     axes[0][0].invert_yaxis()
-    figure.suptitle(f"{metric} ({better} is better): dotted ridge, dashed ideal", x=0.01, ha="left", fontsize=10, color=MUTED)
+    figure.suptitle(f"{metric} ({better}): dotted ridge, dashed ideal", x=0.01, ha="left", fontsize=10, color=MUTED)
     figure.tight_layout()
     _save(figure, path)
 

@@ -3,12 +3,10 @@
 N samples, L latent dimensions. Labels are integers, -1 where missing; a sample without a label counts nowhere.
 """
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -19,7 +17,7 @@ ACTIVE_VARIANCE = 0.01
 PROBE_SAMPLES = 2000   # a probe of 20 dimensions learns nothing from more, and stays under half a second
 PROBE_FOLDS = 3
 PROBE_CLASS_SAMPLES = 5   # fewer, and a fold would test a class on one sample
-PROBE_ITERATIONS = 100
+PROBE_SHRINKAGE = 0.001   # of the covariance towards a diagonal one: a collapsed latent has none
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,10 @@ def active_units(means: np.ndarray) -> int:
 def leakage(latents: np.ndarray, labels: np.ndarray, seed: int) -> Leakage:
     """Balanced accuracy with which a linear probe reads labels (N,) from latents (N, L) of a group that should not have them.
 
-    Multinomial logistic regression on standardised latents, classes balanced, cross-validated, on at most PROBE_SAMPLES
-    samples drawn by `seed`, of the classes with at least PROBE_CLASS_SAMPLES of those. Null where there are fewer than two.
+    Linear discriminant analysis of standardised latents, classes as likely as one another, cross-validated, on at most
+    PROBE_SAMPLES samples drawn by `seed`, of the classes with at least PROBE_CLASS_SAMPLES of those; null where there are
+    fewer than two. In closed form: a fiftieth of a second where logistic regression takes one, and as much is read (within
+    0.07 for every covariate and group of a default cohort, in both directions).
     """
     rng = np.random.default_rng(seed)
     known = np.flatnonzero(labels >= 0)
@@ -70,10 +70,8 @@ def leakage(latents: np.ndarray, labels: np.ndarray, seed: int) -> Leakage:
     if len(kept) < 2:
         return Leakage(None, reason=f"{len(kept)} of {len(classes)} classes have {PROBE_CLASS_SAMPLES} samples or more; a probe needs two")
     chosen = chosen[np.isin(labels[chosen], kept)]
-    probe = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=PROBE_ITERATIONS, tol=1e-3))
+    even = np.full(len(kept), 1 / len(kept))
+    probe = make_pipeline(StandardScaler(), LinearDiscriminantAnalysis(solver="lsqr", shrinkage=PROBE_SHRINKAGE, priors=even))
     folds = StratifiedKFold(PROBE_FOLDS, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        # The iterations are bounded for speed: what a probe cannot read by then does not lie open.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        predicted = cross_val_predict(probe, latents[chosen].astype(np.float64), labels[chosen], cv=folds)
+    predicted = cross_val_predict(probe, latents[chosen].astype(np.float64), labels[chosen], cv=folds)
     return Leakage(balanced_accuracy(labels[chosen], predicted), 1 / len(kept), len(kept))

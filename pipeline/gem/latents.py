@@ -10,8 +10,8 @@ import pandas as pd
 import torch
 
 from pipeline.gem.config import GROUPS
+from pipeline.gem.labels import label_texts
 from pipeline.gem.latent_scores import active_units, balanced_accuracy, leakage, majority_accuracy
-from pipeline.gem.metadata import label_texts
 from pipeline.gem.trained import GEM
 
 COLUMNS = ["predictor", "measure", "group", "covariate", "covariate_group", "value", "chance", "reason"]

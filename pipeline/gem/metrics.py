@@ -87,15 +87,16 @@ def sample_pearson(observed: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 def gene_pearson(observed: np.ndarray, predicted: np.ndarray, resamples: Resamples) -> np.ndarray:
     """(R + 1,) correlation per gene over samples, averaged with the gene's observed variance as weight.
 
-    A gene predicted constant counts as 0; NaN where every gene is. Centred sums in float64.
+    A gene predicted constant counts as 0; NaN where every gene is, or where a resample draws no sample. Centred sums in float64.
     """
     observed = observed - observed.mean(axis=0, dtype=np.float64)
     predicted = predicted - predicted.mean(axis=0, dtype=np.float64)
     number = resamples.sums(np.ones(len(observed)))[:, None]
-    mean_o, mean_p = resamples.sums(observed) / number, resamples.sums(predicted) / number
-    variance_o = resamples.sums(observed**2) / number - mean_o**2
-    variance_p = resamples.sums(predicted**2) / number - mean_p**2
-    covariance = resamples.sums(observed * predicted) / number - mean_o * mean_p
+    weight = np.divide(1, number, out=np.zeros_like(number), where=number > 0)
+    mean_o, mean_p = resamples.sums(observed) * weight, resamples.sums(predicted) * weight
+    variance_o = resamples.sums(observed**2) * weight - mean_o**2
+    variance_p = resamples.sums(predicted**2) * weight - mean_p**2
+    covariance = resamples.sums(observed * predicted) * weight - mean_o * mean_p
     varies = variance_p > 1e-12 * np.maximum(variance_o, 1e-12)
     with np.errstate(divide="ignore", invalid="ignore"):
         correlation = np.where(varies & (variance_o > 0), covariance / np.sqrt(variance_o * variance_p), 0.0)

@@ -16,7 +16,7 @@ from pipeline.gem.config import GROUPS, Model, Train
 from pipeline.gem.likelihood import LOG_VARIANCE_RANGE, kl_normal, normal_log_likelihood, sample_normal
 
 # How a sample's latents came about decides how noisy its decoded expression is: each way has variances of its own.
-RECONSTRUCTED, PREDICTED, CONDITIONED = range(3)
+RECONSTRUCTED, PREDICTED, CONDITIONED, NEW_STUDY = range(4)
 INPUT_EPSILON = 1.0  # of the normalisation in front of the encoder
 
 
@@ -46,6 +46,51 @@ class MLP(nn.Sequential):
         )
 
 
+class Additive(nn.Linear):
+    """A linear map of sparse one-hot rows; the gain makes up for how seldom each of its weights has a gradient."""
+
+    GAIN = 4.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.GAIN * x)
+
+
+class Interaction(nn.Module):
+    """Programs whose strength the biology decides: W ((1 + U z_biological) * (V z_perturbation)), K programs.
+
+    A pathway responds only where it is expressed: effects of a perturbation differ between contexts by factors.
+    """
+
+    def __init__(self, biological: int, perturbation: int, programs: int, genes: int):
+        super().__init__()
+        self.response = nn.Linear(biological, programs)
+        self.loading = nn.Linear(perturbation, programs, bias=False)
+        self.program = nn.Linear(programs, genes, bias=False)
+        nn.init.ones_(self.response.bias)
+
+    def forward(self, biological: Tensor, perturbation: Tensor) -> Tensor:
+        return self.program(self.response(biological) * self.loading(perturbation))
+
+
+class OwnTarget(nn.Module):
+    """What a genetic perturbation does to its own target gene: one number from its type, dose and time (knock-down lowers)."""
+
+    WIDTH = 16
+
+    def __init__(self, columns: Tensor):
+        """`columns` (D,) bool: those of the encoded perturbation that say how it is done, not which it is."""
+        super().__init__()
+        self.register_buffer("columns", columns.float(), persistent=False)
+        self.widen, self.narrow = nn.Linear(max(len(columns), 1), self.WIDTH), nn.Linear(self.WIDTH, 1)
+        nn.init.zeros_(self.narrow.weight)
+        nn.init.zeros_(self.narrow.bias)
+
+    def forward(self, metadata: Tensor) -> Tensor:
+        """(U,) log-CPM to add to the target gene, for metadata rows (U, D)."""
+        told = metadata * self.columns if metadata.shape[1] else metadata.new_zeros(len(metadata), 1)
+        return self.narrow(F.relu(self.widen(told))).squeeze(1)
+
+
 class Gaussian(NamedTuple):
     """A diagonal Normal over the latents of all groups: both (B, L)."""
 
@@ -62,16 +107,22 @@ class Batch:
 
     expression: Tensor                # (B, G) log-CPM
     reference: Tensor                 # (R, G) log-CPM of references of the first R samples; R = 0 leaves that term out
+    shift: Tensor                     # (R, G) effect of a virtual study on those samples and their references
     metadata: Mapping[str, Tensor]
     index: Mapping[str, Tensor]
+    target: Tensor                    # (B,) position of the gene that the perturbation itself hits, -1 without
+    new_study: Tensor                 # (U, D) the technical rows with the study hidden; no rows leave that term out
     labels: Tensor                    # (B, heads) class index, -1 missing
 
 
 class Network(nn.Module):
     """The networks of GEM and the terms of its objective."""
 
-    def __init__(self, genes: int, metadata_sizes: Mapping[str, int], heads: Mapping[str, tuple[str, int]], params: Model):
-        """`heads`: name to (group, classes). Weights are drawn from torch's current random state."""
+    def __init__(
+        self, genes: int, metadata_sizes: Mapping[str, int], heads: Mapping[str, tuple[str, int]], manner: tuple[bool, ...], params: Model
+    ):
+        """`heads`: name to (group, classes); `manner` (D,): columns of the encoded perturbation that say how it is done, not
+        which it is. Weights are drawn from torch's current random state."""
         super().__init__()
         self.sizes = params.latent.model_dump()
         self.min_log_variance = torch.tensor(params.min_variance).log().item()
@@ -79,13 +130,23 @@ class Network(nn.Module):
         self.priors = nn.ModuleDict(
             {group: MLP(max(metadata_sizes[group], 1), 2 * size, params.prior_blocks, params) for group, size in self.sizes.items()}
         )
+        if params.additive_technical:
+            # Levels add up from metadata to genes: what is said of a new study is the sum of its known levels.
+            self.priors["technical"] = Additive(max(metadata_sizes["technical"], 1), 2 * self.sizes["technical"])
         self.encoder = MLP(genes, 2 * total, params.blocks, params)
-        self.decoder = MLP(total, genes, params.blocks, params)
-        self.linear_decoder = nn.Linear(total, genes, bias=False) if params.linear_decoder else None
+        # Effects of library and platform multiply counts: they add up on the log scale, whatever the biology.
+        self.bent_from = self.sizes["technical"] if params.additive_technical else 0
+        self.decoder = MLP(total - self.bent_from, genes, params.blocks, params)
+        self.linear_decoder = nn.Linear(total, genes, bias=False) if params.linear_decoder or params.additive_technical else None
+        self.own_target = OwnTarget(torch.tensor(manner, dtype=torch.bool))
+        places = (self.sizes["biological"], self.sizes["perturbation"])
+        self.interaction = Interaction(*places, params.interactions, genes) if params.interactions else None
         if self.linear_decoder is not None:
             # Beside a decoder that is linear first and bends later: its last layer starts at zero.
             nn.init.zeros_(self.decoder[-1].weight)
-        self.log_variances = nn.Parameter(torch.zeros(3, genes))
+        self.log_variances = nn.Parameter(torch.zeros(4, genes))
+        # Logit of the share of a reference's residual that is carried over: at no surprise, and its slope.
+        self.carried_share = nn.Parameter(torch.tensor([[-2.0], [0.0]]).expand(2, genes).clone())
         self.head_groups = {name: group for name, (group, _) in heads.items()}
         self.heads = nn.ModuleDict({name: nn.Linear(self.sizes[group], classes) for name, (group, classes) in heads.items()})
 
@@ -126,8 +187,13 @@ class Network(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, G) log-CPM of latents (B, L)."""
-        decoded = self.decoder(latents)
-        return decoded if self.linear_decoder is None else decoded + self.linear_decoder(latents)
+        decoded = self.decoder(latents[:, self.bent_from :])
+        if self.linear_decoder is not None:
+            decoded = decoded + self.linear_decoder(latents)
+        if self.interaction is not None:
+            places = self.slices()
+            decoded = decoded + self.interaction(latents[:, places["biological"]], latents[:, places["perturbation"]])
+        return decoded
 
     def log_variance(self, way: int) -> Tensor:
         """(G,) log variance of log-CPM around the decoded mean: RECONSTRUCTED, PREDICTED or CONDITIONED.
@@ -136,6 +202,23 @@ class Network(nn.Module):
         """
         floor = self.log_variances.new_tensor(self.min_log_variance)
         return torch.logaddexp(self.log_variances[way], floor).clamp(max=LOG_VARIANCE_RANGE[1])
+
+    @staticmethod
+    def hit(decoded: Tensor, target: Tensor, change: Tensor) -> Tensor:
+        """Decoded (B, G) with a change (B,) added to each sample's target gene (B,), where it has one."""
+        there = target >= 0
+        return decoded.scatter_add(1, target.clamp_min(0)[:, None], torch.where(there, change, 0.0)[:, None])
+
+    def carried(self, reference: Tensor, posterior: Gaussian) -> Tensor:
+        """(B, G) log-CPM to add to what is decoded for a query with a reference (B, G), `posterior` being q(z | reference).
+
+        Latents cannot hold what no training study showed: the dense effect of a new study. It stays in the residual of the
+        reference, beside its donor and its count noise. A learnt share per gene is carried over, as in the best linear
+        unbiased prediction of a random effect: the more, the larger the residual is against what training leaves.
+        """
+        residual = reference - self.decode(posterior.mean)
+        surprise = (residual.square() @ torch.exp(-self.log_variance(RECONSTRUCTED)) / residual.shape[1]).clamp_min(1e-6).log()
+        return torch.sigmoid(self.carried_share[0] + self.carried_share[1] * surprise[:, None]) * residual
 
     def classify(self, latents: Tensor) -> dict[str, Tensor]:
         """Logits (B, K) per head from latents (B, L)."""
@@ -153,28 +236,51 @@ class Network(nn.Module):
         """The terms of the objective, each in nats per sample: summed over genes and latents, averaged over the batch once.
 
         nll_reconstruction: x decoded from its posterior. nll_predictive: from the prior of its metadata.
-        nll_conditioned: technical and biological latents from a reference's posterior, perturbation from the prior.
+        nll_conditioned: technical and biological latents from a reference's posterior, perturbation from the prior, and
+        what is carried of the reference's residual; both in the same virtual study.
         kl_<group>: KL(posterior | prior) per latent dimension (L_g,). classification: cross entropy summed over heads.
         """
         x, size, referred = batch.expression, len(batch.expression), len(batch.reference)
         prior = self.joint_prior(batch.metadata, batch.index)
-        encoded = self.posterior(torch.cat([x, batch.reference]))
+        shifted = batch.reference + batch.shift
+        encoded = self.posterior(torch.cat([x, shifted]))
         posterior = Gaussian(encoded.mean[:size], encoded.log_variance[:size])
         latents = [sample_normal(*posterior, generator), sample_normal(*prior, generator)]
         if referred:
             reference = Gaussian(encoded.mean[size:], encoded.log_variance[size:])
             of_query = Gaussian(prior.mean[:referred], prior.log_variance[:referred])
             latents.append(sample_normal(*self.conditioned(of_query, reference, GROUPS[:2]), generator))
-        decoded = self.decode(torch.cat(latents)).split([len(part) for part in latents])
+        change = self.own_target(batch.metadata["perturbation"])[batch.index["perturbation"]]
+        decoded = [
+            self.hit(part, batch.target[: len(part)], change[: len(part)])
+            for part in self.decode(torch.cat(latents)).split([len(part) for part in latents])
+        ]
+        if referred:
+            decoded[CONDITIONED] = decoded[CONDITIONED] + self.carried(shifted, reference) - batch.shift
         ways = ("nll_reconstruction", "nll_predictive", "nll_conditioned")
         terms = {
             name: -normal_log_likelihood(x[: len(mean)], mean, self.log_variance(way)).mean()
             for way, (name, mean) in enumerate(zip(ways, decoded, strict=False))
         }
+        if len(batch.new_study):
+            terms["nll_new_study"] = self._new_study(x, decoded[PREDICTED], latents[PREDICTED], batch, generator)
         divergence = kl_normal(*posterior, *prior).mean(dim=0)
         terms |= {f"kl_{group}": divergence[place] for group, place in self.slices().items()}
         terms["classification"] = self._classification(latents[0], batch.labels)
         return terms
+
+    def _new_study(self, x: Tensor, decoded: Tensor, latents: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Negative log likelihood of the predicted samples with the technical latents of a study that nobody knows.
+
+        Only the technical part has a gradient: if biology had one, it would learn to tell studies apart by age and disease,
+        and be wrong where the study is new.
+        """
+        technical = self.slices()["technical"]
+        unknown = self.prior("technical", batch.new_study).rows(batch.index["technical"])
+        weight = self.linear_decoder.weight[:, technical]
+        known = F.linear(latents[:, technical], weight)
+        moved = (decoded - known).detach() + F.linear(sample_normal(*unknown, generator), weight)
+        return -normal_log_likelihood(x, moved, self.log_variance(NEW_STUDY)).mean()
 
     def _classification(self, latents: Tensor, labels: Tensor) -> Tensor:
         losses = [
@@ -189,6 +295,8 @@ def objective(terms: Mapping[str, Tensor], params: Train, warmup: float) -> Tens
     loss = terms["nll_reconstruction"] + params.predictive_weight * terms["nll_predictive"]
     if "nll_conditioned" in terms:
         loss = loss + params.conditioned_weight * terms["nll_conditioned"]
+    if "nll_new_study" in terms:
+        loss = loss + params.new_study_weight * terms["nll_new_study"]
     for group in GROUPS:
         weight = warmup * getattr(params.kl_weight, group)
         loss = loss + weight * terms[f"kl_{group}"].clamp_min(params.free_bits).sum()

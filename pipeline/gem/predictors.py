@@ -4,7 +4,7 @@ N samples of a scene, G genes. Expression is log-CPM.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -14,15 +14,14 @@ from pipeline.gem.baselines import Additive, AdditiveNearest, MatchedMean, Pertu
 from pipeline.gem.bilinear import Bilinear
 from pipeline.gem.expression import log_cpm
 from pipeline.gem.metadata import MetadataEncoder
-from pipeline.gem.metrics import rank_pit, randomised_pit
-from pipeline.gem.model import CONDITIONED, PREDICTED
+from pipeline.gem.metrics import randomised_pit, rank_pit
 from pipeline.gem.oracle import MetadataOracle, OmniscientOracle, ReferenceOracle, true_effects, truly_changed
 from pipeline.gem.predictive import predictive
 from pipeline.gem.replicate import replicate
 from pipeline.gem.scenes import Scene, Scenes
 from pipeline.gem.simulator import Truth, log_fractions
 from pipeline.gem.splits import is_control
-from pipeline.gem.trained import GEM
+from pipeline.gem.trained import GEM, Query
 from pipeline.gem.training import CHOICE_SPLITS
 
 FLOORS = ("no_change", "training_mean", "perturbed_mean", "matched_mean", "additive", "additive_nearest", "ridge", "bilinear")
@@ -30,6 +29,7 @@ MODELS = ("gem", "gem_reference", "gem_tuned", "gem_tuned_reference")
 CEILINGS = ("oracle_metadata", "oracle_reference", "oracle_omniscient")
 PREDICTORS = (*FLOORS, "replicate", *MODELS, *CEILINGS)
 REFERENCE_SUFFIX = "_reference"
+NO_REFERENCE = "a sample has no control of its context to start from"
 _RANK_DRAWS = 9   # of an oracle: the observation's rank among them falls into one of ten bins
 
 
@@ -114,20 +114,17 @@ def _replicate(scenes: Scenes) -> Predictor:
 
 
 def _from_metadata(seeds: list[GEM], draws: int, seed: int, scene: Scene) -> list[Prediction]:
-    return [_said(gem, gem.prior(scene.samples, unknown="missing"), PREDICTED, scene, draws, seed) for gem in seeds]
+    return [_said(gem, gem.query(scene.samples, unknown="missing"), scene, draws, seed) for gem in seeds]
 
 
 def _from_reference(seeds: list[GEM], draws: int, seed: int, scene: Scene) -> list[Prediction]:
     if scene.reference is None:
-        return [Prediction(None, reason="a sample has no control of its context to start from")]
-    return [
-        _said(gem, gem.latents_of(scene.samples, scene.reference, unknown="missing"), CONDITIONED, scene, draws, seed, sees_study=True)
-        for gem in seeds
-    ]
+        return [Prediction(None, reason=NO_REFERENCE)] * len(seeds)
+    return [_said(gem, gem.query(scene.samples, scene.reference, unknown="missing"), scene, draws, seed, sees_study=True) for gem in seeds]
 
 
-def _said(gem: GEM, latents, way: int, scene: Scene, draws: int, seed: int, sees_study: bool = False) -> Prediction:
-    found = predictive(gem, latents, way, scene.counts, scene.totals, draws, seed)
+def _said(gem: GEM, query: Query, scene: Scene, draws: int, seed: int, sees_study: bool = False) -> Prediction:
+    found = predictive(gem, query, scene.counts, scene.totals, draws, seed)
     pit = randomised_pit(found.lower, found.upper, np.random.default_rng(seed))
     return Prediction(found.mean, found.draw, pit.clip(0, 1), sees_study=sees_study)
 
@@ -140,9 +137,11 @@ class _Oracles:
         self.truth, self.seed = Truth.load(folder), scenes.params.seed
         self.kept = pd.Index(self.truth.gene_id).get_indexer(scenes.cohort.genes)
         self.causes = pd.read_parquet(folder / "samples.parquet").set_index("sample_id")
-        self.metadata = MetadataOracle(self.truth, set(scenes.train["study"].dropna()), set(scenes.train["perturbation"].dropna()))
+        self.studies = set(scenes.train["study"].dropna())
+        self.metadata = MetadataOracle(self.truth, self.studies, set(scenes.train["perturbation"].dropna()))
         self.reference = ReferenceOracle(self.metadata)
         self.omniscient = OmniscientOracle(self.metadata.tables)
+        self.latest: tuple[Scene, Prediction] | None = None   # what the metadata oracle said last
 
     def by_name(self) -> dict[str, Predictor]:
         return {"oracle_metadata": self._by_metadata, "oracle_reference": self._by_reference, "oracle_omniscient": self._by_everything}
@@ -154,11 +153,15 @@ class _Oracles:
 
     def _by_metadata(self, scene: Scene) -> list[Prediction]:
         known = (scene.samples, scene.totals)
-        return [self._said(scene, self.metadata.predict(*known), partial(self.metadata.draw, *known))]
+        self.latest = scene, self._said(scene, self.metadata.predict(*known), partial(self.metadata.draw, *known))
+        return [self.latest[1]]
 
     def _by_reference(self, scene: Scene) -> list[Prediction]:
         if scene.reference_samples is None:
-            return [Prediction(None, reason="a sample has no control of its context to start from")]
+            return [Prediction(None, reason=NO_REFERENCE)]
+        if self.latest is not None and self.latest[0] is scene and scene.samples["study"].isin(self.studies).all():
+            # Of a study that training has seen, a reference tells nothing new: the same numbers, drawn once.
+            return [replace(self.latest[1], sees_study=True)]
         causes = self.causes.loc[scene.reference_samples["sample_id"]]
         known = (scene.samples, scene.totals, scene.reference_samples, causes["stratum"].to_numpy(), causes["donor"].to_numpy())
         return [self._said(scene, self.reference.predict(*known), partial(self.reference.draw, *known), sees_study=True)]

@@ -8,15 +8,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline.gem.cohort import DECLARED, FORMAT_VERSION
+from pipeline.gem.audit import audit_entities, audit_replicates, fingerprints
+from pipeline.gem.cohort import FORMAT_VERSION, TARGETS, embedding_file
 from pipeline.gem.config import Control, Data, Splits
 from pipeline.gem.embedding import Features
 from pipeline.gem.errors import InputError, did_you_mean, examples
-from pipeline.gem.metadata import clean_samples, label_texts, labels_of, list_cells
+from pipeline.gem.knowledge import declared_in_cohort, read_knowledge, write_knowledge
+from pipeline.gem.labels import label_texts, list_cells
+from pipeline.gem.metadata import clean_samples
 from pipeline.gem.progress import Progress
 from pipeline.gem.shards import ShardWriter, read_shard
 from pipeline.gem.sources import Source, check_counts, check_unique
-from pipeline.gem.splits import ROLES, TRAIN, assign_splits, audit, role_of, unreadable_dates
+from pipeline.gem.splits import ROLES, TRAIN, assign_splits, role_of, sizes, unreadable_dates
 from pipeline.gem.storage import sha256, sha256_of, write_json
 
 SHUFFLE_VALUES = 2**27   # counts shuffled in memory at a time: 512 MB
@@ -30,20 +33,21 @@ class Census:
     totals: np.ndarray                # (N,) over all genes of the source
     counted: np.ndarray               # (G,) training samples with any count of the gene
     highest: dict[str, np.ndarray]    # role to (G,) largest count
+    fingerprints: np.ndarray          # (N,) the same for the same counts
 
 
 def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> dict:
     """Validates a source and writes the cohort; gives the manifest. InputError or IntegrityError where it cannot."""
-    samples = validate_tables(source, data)
-    features, targets = read_knowledge(source, data)
+    samples, features, targets = validate_tables(source, data)
     split, notes = assign_splits(samples, data, params)
-    audit(samples, split, data)
+    audit_entities(samples, split, data)
     census = take_census(source, split.map(role_of).to_numpy(), data)
+    audit_replicates(samples["sample_id"].to_numpy(), split, census.fingerprints)
     samples.insert(len(samples.columns), "total", census.totals)
     kept = census.totals > 0
     if not kept.all():
         notes.append(_empty_samples(samples["sample_id"][~kept], data))
-        audit(samples[kept], split[kept], data)
+        audit_entities(samples[kept], split[kept], data)
     genes, notes_on_genes = _keep_genes(census, int(((split == TRAIN) & kept).sum()), data)
     notes += notes_on_genes
 
@@ -55,16 +59,17 @@ def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> di
     samples[kept].to_parquet(folder / "samples.parquet", index=False)
     source.genes[genes].to_parquet(folder / "genes.parquet", index=False)
     pd.DataFrame({"sample_id": samples["sample_id"], "split": split})[kept].to_parquet(folder / "splits.parquet", index=False)
+    sizes(samples[kept], split[kept], data).to_csv(folder / "sizes.csv", index=False)
     notes += write_knowledge(features, targets, samples[kept], data, folder)
     _copy_truth(Path(data.source) / "truth", folder / "truth")
-    tables = ["samples.parquet", "genes.parquet", "splits.parquet", "targets.parquet", *(f"embeddings/{name}.parquet" for name in features)]
+    tables = ["samples.parquet", "genes.parquet", "splits.parquet", TARGETS, *map(embedding_file, features)]
     manifest = {
         "format_version": FORMAT_VERSION,
         "samples": int(kept.sum()),
         "genes": int(genes.sum()),
         "gene_list_sha256": sha256_of(source.genes["gene_id"][genes].tolist()),
         "integer_type": {role: dtype.name for role, dtype in dtypes.items()},
-        "declared": data.model_dump(mode="json", include=set(DECLARED)),
+        "declared": declared_in_cohort(data),
         "splits": {name: int(number) for name, number in split[kept].value_counts().sort_index().items()},
         "missing": {name: int(samples[name][kept].isna().sum()) for name in data.covariates.all()},
         "notes": notes,
@@ -84,63 +89,8 @@ def _empty_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def read_knowledge(source: Source, data: Data) -> tuple[dict[str, Features], pd.DataFrame]:
-    """What tables tell of labels: (features of each embedding, perturbation and gene_id of its target). InputError lists every problem."""
-    features, problems = {}, []
-    for name, path in data.covariates.embeddings().items():
-        try:
-            features[name] = Features.read(path)
-        except InputError as error:
-            problems += error.problems
-    try:
-        targets = read_targets(data, source.genes["gene_id"])
-    except InputError as error:
-        problems += error.problems
-    if problems:
-        raise InputError(*problems)
-    return features, targets
-
-
-def read_targets(data: Data, genes: pd.Series) -> pd.DataFrame:
-    """perturbation, gene_id; empty where `data.target_gene` is null. InputError where the table is not that."""
-    if data.target_gene is None:
-        return pd.DataFrame({"perturbation": pd.Series(dtype=str), "gene_id": pd.Series(dtype=str)})
-    path = Path(data.target_gene)
-    if not path.exists():
-        raise InputError(f"{path}: absent; data.target_gene names it")
-    try:
-        table = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a Parquet table ({str(error).splitlines()[0]})") from None
-    absent = [name for name in ("perturbation", "gene_id") if name not in table]
-    if absent:
-        raise InputError(f"{path}: no column {', '.join(absent)}; expected perturbation and gene_id, found {examples(table.columns)}")
-    table = pd.DataFrame({name: label_texts(table[name]) for name in ("perturbation", "gene_id")}).dropna()
-    twice = sorted(table["perturbation"][table["perturbation"].duplicated()].unique())
-    problems = [f"{path}: perturbations {examples(twice)} stand twice; expected one target gene each"] if twice else []
-    strange = sorted(set(table["gene_id"]) - set(genes.astype(str)))
-    if strange:
-        problems.append(f"{path}: genes {examples(strange)} are not in {data.source}")
-    if problems:
-        raise InputError(*problems)
-    return table.reset_index(drop=True)
-
-
-def write_knowledge(features: dict[str, Features], targets: pd.DataFrame, samples: pd.DataFrame, data: Data, folder: Path) -> list[str]:
-    """Copies the tables into the cohort; gives a note where labels of the samples have no features."""
-    notes = []
-    for name, table in features.items():
-        table.write(folder / "embeddings" / f"{name}.parquet")
-        bare = {label for text in label_texts(samples[name]).dropna() for label in labels_of(text)} - set(table.labels)
-        bare -= {data.control.value} if data.control else set()
-        if bare:
-            notes.append(f"{name}: no features for {examples(sorted(bare))}: only their identity is known")
-    targets.to_parquet(folder / "targets.parquet", index=False)
-    return notes
-
-
-def validate_tables(source: Source, data: Data) -> pd.DataFrame:
-    """The samples with cleaned covariates; InputError lists everything wrong with the tables at once."""
+def validate_tables(source: Source, data: Data) -> tuple[pd.DataFrame, dict[str, Features], pd.DataFrame]:
+    """(samples with cleaned covariates, features of each embedding, targets); InputError lists everything wrong with the tables at once."""
     where = data.source
     problems = [f"{where}: no {what}; expected one at least" for what, table in (("samples", source.samples), ("genes", source.genes)) if not len(table)]
     problems += check_unique(source.samples, "sample_id", f"{where}: samples") + check_unique(source.genes, "gene_id", f"{where}: genes")
@@ -151,10 +101,14 @@ def validate_tables(source: Source, data: Data) -> pd.DataFrame:
     try:
         samples = clean_samples(source.samples, data.covariates, where)
     except InputError as error:
-        raise InputError(*problems, *error.problems) from None
+        problems += error.problems
+    try:
+        features, targets = read_knowledge(source, data)
+    except InputError as error:
+        problems += error.problems
     if problems:
         raise InputError(*problems)
-    return samples
+    return samples, features, targets
 
 
 def _named_column_problems(samples: pd.DataFrame, data: Data, where: str) -> list[str]:
@@ -189,15 +143,16 @@ def take_census(source: Source, roles: np.ndarray, data: Data) -> Census:
     samples, genes = source.samples["sample_id"].to_numpy(), source.genes["gene_id"].to_numpy()
     totals, counted = np.zeros(len(samples), dtype=np.int64), np.zeros(len(genes), dtype=np.int64)
     highest = {role: np.zeros(len(genes), dtype=np.int64) for role in ROLES}
+    found = np.empty(len(samples), dtype="S16")
     progress = Progress("prepare: checking", len(samples), "samples")
     for rows, stored in source.chunks():
         counts = check_counts(stored, samples[rows], genes, data.source)
-        totals[rows] = counts.sum(axis=1)
+        totals[rows], found[rows] = counts.sum(axis=1), fingerprints(counts)
         counted += (counts[roles[rows] == TRAIN] > 0).sum(axis=0)
         for role in ROLES:
             highest[role] = np.maximum(highest[role], counts[roles[rows] == role].max(axis=0, initial=0))
         progress.advance(len(rows))
-    return Census(totals, counted, highest)
+    return Census(totals, counted, highest, found)
 
 
 def _empty_samples(names: pd.Series, data: Data) -> str:

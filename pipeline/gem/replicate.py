@@ -7,49 +7,43 @@ import numpy as np
 import pandas as pd
 
 from pipeline.gem.config import Data
-from pipeline.gem.metadata import label_texts
+from pipeline.gem.labels import label_texts
 from pipeline.gem.splits import contexts, joined
 
 
 def replicate(samples: pd.DataFrame, expression: np.ndarray, declared: Data, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """((N, G) mean of the other half, (N, G) one sample of the other half) of each sample's condition.
+    """((N, G) mean of the speaking half, (N, G) one sample of it) for the samples of the other half of each condition.
 
-    A condition (context, perturbation, dose, time) is split at random into two halves: within the sample's study where
-    that has two samples of it or more, else over all studies. A sample is in one half and only the other speaks for it.
-    NaN rows where there is no other half. By `sample_id` and seed, whatever the order of the rows.
+    The samples of a condition (context, perturbation, dose, time) in a study are split at random into a half that speaks
+    and a half that is spoken for; so are, as one group, those without another of their condition in their study. Rows of
+    the speaking half are NaN, as are samples without a replicate. If both halves spoke for each other, the mean of a
+    condition's predictions would be the mean of its observations: a perturbation without effect would score 1 in
+    `delta_pearson`, and everything else above what a second experiment can reach.
+
+    No sample speaks twice as the one sample, whose spread within a condition is then that of measurements.
+    By `sample_id` and seed, whatever the order of the rows.
     """
     order = np.argsort(samples["sample_id"].to_numpy(dtype=str), kind="stable")
-    ordered, values = samples.iloc[order], expression[order]
-    rng = np.random.default_rng(seed)
+    group, values = _groups(samples.iloc[order], declared), expression[order]
+    shuffled = np.lexsort((np.random.default_rng(seed).random(len(group)), group))
+    place = np.arange(len(group)) - np.searchsorted(group[shuffled], group[shuffled], side="left")
+    heard = np.flatnonzero(place % 2 == 1)             # every second of a group; the one before it speaks for it
+    speaking, spoken_for = shuffled[place % 2 == 0], shuffled[heard]
+    means = pd.DataFrame(values[speaking], dtype=np.float64).groupby(group[speaking]).mean()
     mean, drawn = np.full((2, *expression.shape), np.nan)
-    for group in _groups(ordered, declared):
-        half = _halves(group, rng)
-        members = np.argsort(half, kind="stable")
-        start = np.searchsorted(half[members], half ^ 1, side="left")
-        number = np.searchsorted(half[members], half ^ 1, side="right") - start   # samples of the other half
-        chosen = start + np.floor(rng.random(len(half)) * number).astype(np.int64)
-        open_ = np.isnan(mean[:, :1]).all(axis=1) & (number > 0)
-        drawn[open_] = values[members[chosen[open_]]]
-        mean[open_] = pd.DataFrame(values, dtype=np.float64).groupby(half).mean().reindex(half[open_] ^ 1)
-    back = np.argsort(order)
-    return mean[back], drawn[back]
+    mean[order[spoken_for]] = means.reindex(group[spoken_for])
+    drawn[order[spoken_for]] = values[shuffled[heard - 1]]
+    return mean, drawn
 
 
-def _groups(samples: pd.DataFrame, declared: Data) -> list[np.ndarray]:
-    """(N,) indices of each sample's condition in its study, then of its condition over studies."""
+def _groups(samples: pd.DataFrame, declared: Data) -> np.ndarray:
+    """(N,) index of each sample's condition and study; of the condition alone for those that no other shares a study with."""
     condition = joined([contexts(samples, declared), *(samples[name] for name in declared.covariates.perturbation if name in samples)])
-    groups = [pd.factorize(condition)[0]]
-    if declared.study_column is not None:
-        study = label_texts(samples[declared.study_column])
-        within = pd.factorize(joined([condition, study]))[0]
-        # Two samples of unknown study are not known to share one: each is alone.
-        groups.insert(0, np.where(study.notna(), within, len(samples) + np.arange(len(samples))))
-    return groups
-
-
-def _halves(group: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(N,) twice the group, plus 0 or 1 by turns in a random order: the other half of h is h ^ 1."""
-    shuffled = np.lexsort((rng.random(len(group)), group))
-    place = np.empty(len(group), dtype=np.int64)
-    place[shuffled] = np.arange(len(group)) - np.searchsorted(group[shuffled], group[shuffled], side="left")
-    return 2 * group + place % 2
+    group = pd.factorize(condition)[0]
+    if declared.study_column is None:
+        return group
+    study = label_texts(samples[declared.study_column])
+    within = pd.factorize(joined([condition, study]))[0]
+    # Two samples of unknown study are not known to share one.
+    alone = study.isna().to_numpy() | (np.bincount(within)[within] < 2)
+    return np.where(alone, group, len(samples) + within)

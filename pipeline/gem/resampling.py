@@ -3,6 +3,7 @@
 N samples, C conditions, R resamples. Conditions, not samples, are drawn: samples of a condition share their errors.
 """
 
+import math
 from copy import copy
 from dataclasses import dataclass
 
@@ -82,4 +83,5 @@ def condition_sums(values: np.ndarray, condition: np.ndarray, number: int) -> np
     samples = len(condition)
     # A sparse product: ten times as fast as np.add.at.
     member = csr_matrix((np.ones(samples), (condition, np.arange(samples))), shape=(number, samples))
-    return (member @ values.reshape(samples, -1).astype(np.float64, copy=False)).reshape(number, *values.shape[1:])
+    flat = values.reshape(samples, math.prod(values.shape[1:])).astype(np.float64, copy=False)
+    return (member @ flat).reshape(number, *values.shape[1:])

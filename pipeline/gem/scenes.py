@@ -18,7 +18,16 @@ from pipeline.gem.splits import TEST_CONTROL, TESTS, TRAIN, Entities, contexts, 
 # What a split holds out as a whole: errors within one are not independent.
 HELD_OUT = {"test_combination": "pair", "test_perturbation": "perturbation", "test_study": "study"}
 
-RESIDUALS = 50   # controls of a context at most that stand for its spread
+
+@dataclass(frozen=True)
+class Controls:
+    """Untreated samples that stand for those of a scene: of the same context and study where there are any, else of the context."""
+
+    mean: np.ndarray                   # (N, G); NaN rows where a sample has none
+    number: np.ndarray                 # (N,) of how many; NaN where none
+    group: np.ndarray                  # (N,) index: the same for samples with the same controls
+    deviation: dict[str, np.ndarray]   # by context, (G,) standard deviation of controls around the mean of their context and study
+    freedom: dict[str, int]            # by context, its degrees of freedom; contexts without any are left out
 
 
 @dataclass(frozen=True)
@@ -31,11 +40,9 @@ class Scene:
     observed: np.ndarray                  # (N, G)
     reference: np.ndarray | None          # (N, G) log-CPM of each sample's reference
     reference_samples: pd.DataFrame | None  # (N, ...) and its metadata
-    observed_control: np.ndarray | None   # (N, G) matched controls that no predictor saw
-    predicted_control: np.ndarray | None  # (N, G) matched controls of training, disjoint from those
-    reference_control: np.ndarray | None  # (N, G) the same for predictors that see a reference: with a new study's own
-    observed_residuals: dict[str, np.ndarray]   # by context, controls (m, G) around their matched mean: what no treatment looks like
-    predicted_residuals: dict[str, np.ndarray]  # the same of training
+    observed_control: Controls | None     # that no predictor saw; None where no sample has any
+    predicted_control: Controls | None    # of training, disjoint from those
+    reference_control: Controls | None    # of training, and those of a new study that may be references
     context: np.ndarray                   # (N,) names of what each sample belongs to; "" for none
     study: np.ndarray
     perturbation: np.ndarray
@@ -72,14 +79,16 @@ class Scenes:
         """A test split by name."""
         samples, expression = self.cohort.rows([name]), self.cohort.expression([name])
         control = is_control(samples, self.declared).to_numpy()
-        given = self._given(name, control)
+        given = np.zeros(len(samples), dtype=bool)
+        if name == "test_study":
+            given[control] = self._second_halves(samples[control])
         scored = ~given
         rows = samples[scored]
         shown, shown_expression = pd.concat([self.train, samples[given]]), np.concatenate([self.train_expression, expression[given]])
         hidden, hidden_expression = self._hidden_controls(name, samples, expression, control & scored)
         chosen = choose_references(rows, shown, self.declared, self.params.seed)
         conditions = condition_names(rows, self.cohort)
-        condition = pd.factorize(conditions)[0]
+        condition = pd.factorize(conditions, sort=True)[0]   # by name: resamples do not depend on the order of samples
         entities = Entities.of(rows, self.declared)
         held_out = getattr(entities, HELD_OUT[name]).fillna("control") if name in HELD_OUT else None
         return Scene(
@@ -89,58 +98,57 @@ class Scenes:
             observed=expression[scored],
             reference=None if chosen is None else shown_expression[chosen],
             reference_samples=None if chosen is None else shown.iloc[chosen],
-            observed_control=self._matched(rows, hidden, hidden_expression),
-            predicted_control=self._matched(rows, *self._controls(self.train, self.train_expression)),
-            reference_control=self._matched(rows, *self._controls(shown, shown_expression)),
-            observed_residuals=self._residuals(hidden, hidden_expression),
-            predicted_residuals=self._residuals(*self._controls(self.train, self.train_expression)),
+            observed_control=self._controls(rows, hidden, hidden_expression),
+            predicted_control=self._controls(rows, self.train, self.train_expression),
+            reference_control=self._controls(rows, shown, shown_expression),
             **{kind: getattr(entities, kind).fillna("").to_numpy(dtype=object) for kind in ("context", "study", "perturbation", "pair")},
             condition_name=conditions.to_numpy(),
             perturbed_centre=None if self._centres is None else self._centres.lookup(self._places(rows)),
             target=self.cohort.target_positions(rows),
             condition=condition,
-            entity=condition if held_out is None else pd.factorize(held_out)[0],
+            entity=condition if held_out is None else pd.factorize(held_out, sort=True)[0],
             entity_kind="condition" if held_out is None else HELD_OUT[name],
             treated=~control[scored],
         )
 
-    def _given(self, name: str, control: np.ndarray) -> np.ndarray:
-        """(N,) which samples a predictor may see: half of the controls that a new study brings; the others are the observed side."""
-        if name != "test_study":
-            return np.zeros(len(control), dtype=bool)
-        rng = np.random.default_rng(self.params.seed)
-        return control & (rng.random(len(control)) < 0.5)
+    def _second_halves(self, controls: pd.DataFrame) -> np.ndarray:
+        """(N,) every second control of a context and study, in random order by `sample_id` and seed.
+
+        Of a new study's controls this half may be seen, as references; the other is the observed side.
+        """
+        order = np.argsort(controls["sample_id"].to_numpy(dtype=str), kind="stable")
+        shuffled = np.random.default_rng(self.params.seed).permutation(order)
+        key = matching_keys(controls, self.declared)[1].to_numpy()[shuffled]
+        second = np.empty(len(controls), dtype=bool)
+        second[shuffled] = pd.Series(key).groupby(key).cumcount() % 2 == 1
+        return second
 
     def _hidden_controls(self, name: str, samples: pd.DataFrame, expression: np.ndarray, own: np.ndarray) -> tuple[pd.DataFrame, np.ndarray]:
         if name == "test_study":
             return samples[own], expression[own]
         return self.cohort.rows([TEST_CONTROL]), self.cohort.expression([TEST_CONTROL])
 
-    def _controls(self, samples: pd.DataFrame, expression: np.ndarray) -> tuple[pd.DataFrame, np.ndarray]:
-        control = is_control(samples, self.declared)
-        return samples[control], expression[control]
-
-    def _matched(self, rows: pd.DataFrame, controls: pd.DataFrame, expression: np.ndarray) -> np.ndarray | None:
-        """(N, G) mean of the controls of each row's context and study, else context; None where some row has none."""
+    def _controls(self, rows: pd.DataFrame, pool: pd.DataFrame, expression: np.ndarray) -> Controls | None:
+        """The controls of a pool of samples that match those of a scene; None where no sample has any."""
+        chosen = is_control(pool, self.declared).to_numpy()
+        controls, values = pool[chosen], expression[chosen]
         if not len(controls):
             return None
-        means = Means.fit(matching_keys(controls, self.declared)[1:], expression).lookup(matching_keys(rows, self.declared)[1:])
-        return None if np.isnan(means).any() else means
+        keys, wanted = (matching_keys(samples, self.declared)[1:] for samples in (controls, rows))
+        mean = Means.fit(keys, values).lookup(wanted)
+        if np.isnan(mean).all():
+            return None
+        numbers = [of_rows.map(of_controls.value_counts()) for of_rows, of_controls in zip(wanted, keys, strict=True)]
+        group = np.where(numbers[0].notna(), "study: " + wanted[0], "context: " + wanted[1])
+        return Controls(mean, numbers[0].fillna(numbers[1]).to_numpy(), pd.factorize(group)[0], *self._spread(controls, keys[0], values))
 
-    def _residuals(self, controls: pd.DataFrame, expression: np.ndarray) -> dict[str, np.ndarray]:
-        """By context, controls less the mean of those of their study and context, at most RESIDUALS of them."""
-        if not len(controls):
-            return {}
-        key = matching_keys(controls, self.declared)[1].to_numpy()
-        frame = pd.DataFrame(expression)
-        grouped = frame.groupby(key)
-        number = grouped[0].transform("size").to_numpy()
-        # A mean of n takes a share of the spread with it: what is left is scaled up to it.
-        scale = np.sqrt(number / np.maximum(number - 1, 1))[:, None]
-        residuals = (frame - grouped.transform("mean")).to_numpy() * scale
-        usable = number > 1
-        context = contexts(controls, self.declared).to_numpy()
-        return {name: residuals[usable & (context == name)][:RESIDUALS] for name in np.unique(context)}
+    def _spread(self, controls: pd.DataFrame, key: pd.Series, values: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+        """(standard deviation (G,), degrees of freedom) by context, of controls around the mean of their context and study."""
+        frame, context = pd.DataFrame(values, dtype=np.float64), contexts(controls, self.declared).to_numpy()
+        squares = (frame - frame.groupby(key.to_numpy()).transform("mean")).pow(2).groupby(context).sum()
+        of_context = key.groupby(context)
+        freedom = (of_context.size() - of_context.nunique()).loc[lambda number: number > 0]
+        return {name: np.sqrt(squares.loc[name].to_numpy() / number) for name, number in freedom.items()}, freedom.to_dict()
 
     def _perturbed_centres(self) -> Means | None:
         """Per context, else over all: every training perturbation counts once, however many samples it has."""

@@ -5,21 +5,26 @@ N samples, G genes, C conditions, R resamples. Expression is log-CPM.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from pipeline.gem import metrics
-from pipeline.gem.differential import de_direction, de_jaccard, differential_genes
+from pipeline.gem.differential import changed_genes, de_direction, de_jaccard
 from pipeline.gem.predictors import Prediction
-from pipeline.gem.resampling import Resamples, Score
-from pipeline.gem.scenes import Scene
+from pipeline.gem.resampling import Resamples, Score, condition_sums
+from pipeline.gem.scenes import Controls, Scene
 
 BASELINE, CEILING, REPLICATE = "ridge", "oracle_metadata", "replicate"
 COMPONENTS = 50   # of the training expression, for energy distances
-TESTABLE = 4      # treated samples at least: Welch's test of two or three against many controls finds small variances, not genes
+TESTABLE = 4      # samples at least on either side: Welch's test of two or three against many controls finds small variances, not genes
+
+TrueChange = Callable[[Scene], tuple[np.ndarray, np.ndarray]]   # (N, G) bool which genes each sample's perturbation changes, and by how much
 
 NO_DISTRIBUTION = "predicts a mean, not a distribution"
 NO_CONTROLS = "no two disjoint sets of controls of the same context"
+NOTHING_SAID = "nothing is said of any treated sample"
+UNTESTED = f"no condition and its controls have {TESTABLE} samples each: differential genes cannot be found"
 
 
 @dataclass(frozen=True)
@@ -41,23 +46,50 @@ class Truths:
 
     scene: Scene
     resamples: Resamples
-    conditions: np.ndarray                # (T,) indices of the treated conditions
-    condition: np.ndarray                 # (n,) position of each treated sample among them
-    observed: np.ndarray                  # (T, G) mean expression
-    differential: np.ndarray | None       # (T, G) bool: genes that really change (known truth), or that Welch's test finds
-    changed: np.ndarray | None            # (T, G) by how much
     axes: np.ndarray                      # (G, D) principal axes of the training expression
     errors: Mapping[str, np.ndarray]      # predictor to (N,) squared error, mean over genes and over seeds
+    true_change: TrueChange | None        # where the truth is known
 
-    def mean(self, values: np.ndarray) -> np.ndarray:
-        """(T, G) of per-sample values (N, G), over the treated samples of each condition."""
-        return metrics.condition_means(values[self.scene.treated], self.condition)
+    @cached_property
+    def conditions(self) -> np.ndarray:
+        """(T,) indices of the treated conditions."""
+        return np.unique(self.scene.condition[self.scene.treated])
 
+    @cached_property
+    def condition(self) -> np.ndarray:
+        """(n,) position of each treated sample among them."""
+        return np.searchsorted(self.conditions, self.scene.condition[self.scene.treated])
+
+    @cached_property
+    def effects(self) -> tuple[list[np.ndarray | None], np.ndarray] | None:
+        """((T) of (G,) bool which genes change, (T, G) by how much): in truth, else as Welch's test finds. None without controls.
+
+        A set is None where there are too few samples to find it.
+        """
+        everything, control = np.ones(len(self.scene.treated), dtype=bool), self.scene.observed_control
+        if self.true_change is not None:
+            changed, change = (self.mean(values, everything) for values in self.true_change(self.scene))
+            return list(changed >= 0.5), change
+        if control is None:
+            return None
+        change = self.scene.observed - control.mean
+        return differential(self.scene.observed, control, self), self.mean(change, np.isfinite(change[:, 0]))
+
+    def mean(self, values: np.ndarray, given: np.ndarray) -> np.ndarray:
+        """(T, G) of per-sample values (N, G), over the samples of each treated condition that are given (N,); NaN rows without one."""
+        number = len(self.conditions)
+        rows = given[self.scene.treated]
+        kept, condition = values[self.scene.treated][rows], self.condition[rows]
+        counts = np.bincount(condition, minlength=number)[:, None]
+        return np.divide(condition_sums(kept, condition, number), counts, out=np.full((number, values.shape[1]), np.nan), where=counts > 0)
+
+    @cached_property
     def groups(self) -> list[np.ndarray]:
         """Rows of each treated condition."""
         rows = np.flatnonzero(self.scene.treated)
         order = np.argsort(self.condition, kind="stable")
-        return np.split(rows[order], np.cumsum(np.bincount(self.condition, minlength=len(self.conditions)))[:-1])
+        ends = np.cumsum(np.bincount(self.condition, minlength=len(self.conditions)))
+        return [rows[order[start:end]] for start, end in zip([0, *ends], ends, strict=False)]
 
     def over_treated(self, values: np.ndarray) -> Measured:
         """From values (T,) of the treated conditions, NaN where one has none."""
@@ -77,18 +109,20 @@ def measure(said: Prediction, truths: Truths) -> dict[str, Measured]:
     """Every metric of METRICS, in its order."""
     if said.values is None:
         return {name: Measured.null(said.reason) for name in metrics.METRICS}
+    if np.isnan(said.values[:, 0]).all():
+        return {name: Measured.null("nothing is said of any sample") for name in metrics.METRICS}
     found = _levels(said, truths) | _changes(said, truths) | _distributions(said, truths)
     found["target_bias"] = _target_bias(said, truths)
     return {name: found[name] for name in metrics.METRICS}
 
 
 def score(measured: list[Measured], resamples: Resamples) -> Score:
-    """The mean over training seeds, with the interval over conditions."""
-    usable = [one for one in measured if one.values is not None]
-    if len(usable) < len(measured) or not usable:
-        return Score.null(next(one.reason for one in measured if one.values is None))
-    found = resamples.score(np.mean([one.values for one in usable], axis=0), usable[0].conditions)
-    return replace(found, reason=found.reason or usable[0].reason)
+    """The mean over training seeds, with the interval over conditions; null where it is for one of them."""
+    missing = [one.reason for one in measured if one.values is None]
+    if missing:
+        return Score.null(missing[0] if len(missing) == len(measured) else f"of {len(missing)} of {len(measured)} training seeds: {missing[0]}")
+    found = resamples.score(np.mean([one.values for one in measured], axis=0), min(one.conditions for one in measured))
+    return replace(found, reason=found.reason or measured[0].reason)
 
 
 # --- levels -----------------------------------------------------------------------------------------------------------
@@ -113,14 +147,15 @@ def _levels(said: Prediction, truths: Truths) -> dict[str, Measured]:
 def _skill(error: np.ndarray, ideal: str, said: Prediction, truths: Truths) -> Measured:
     """Null where there is no ideal, or where it is not clearly better than the baseline: a share of nothing says nothing."""
     if ideal not in truths.errors:
-        return Measured.null("the truth of this cohort is not known: there is no oracle" if ideal == CEILING else "no condition has two samples")
+        return Measured.null("the truth of this cohort is not known: there is no oracle" if ideal == CEILING else "no condition has a replicate")
+    # All three on the samples that all three predict.
     rows = np.isfinite(error) & np.isfinite(truths.errors[ideal])
     if not rows.any():
         return Measured.null("no sample is predicted by both")
     means = [truths.over_samples(np.where(rows, one, np.nan)) for one in (error, truths.errors[BASELINE], truths.errors[ideal])]
     gap = truths.resamples.score(means[1].values - means[2].values, means[1].conditions)
     if gap.low is None or gap.low <= 0:
-        return Measured.null(f"{BASELINE} and {ideal} do not differ clearly on these samples")
+        return Measured.null(f"{ideal} is not clearly better than {BASELINE} on these samples")
     reason = "1 is the ideal predictor from metadata; a sample of the same study can tell more" if said.sees_study and ideal == CEILING else ""
     return Measured(metrics.skill(*(one.values for one in means)), means[0].conditions, reason)
 
@@ -144,45 +179,39 @@ def _gene_pearson(observed: np.ndarray, predicted: np.ndarray, covered: np.ndarr
 # --- changes ----------------------------------------------------------------------------------------------------------
 
 
-def own_control(said: Prediction, scene: Scene) -> np.ndarray | None:
-    """(N, G) A change is from controls that the predictor knew: one without the new study's effect would else carry its negative."""
+def own_control(said: Prediction, scene: Scene) -> Controls | None:
+    """A change is from controls that the predictor knew: one without the new study's effect would else carry its negative."""
     return scene.reference_control if said.sees_study else scene.predicted_control
 
 
 def changes(said: Prediction, truths: Truths) -> tuple[np.ndarray, np.ndarray] | None:
-    """((T, G) observed, (T, G) predicted) change from control of the treated conditions; NaN rows where nothing is said of one."""
-    control = own_control(said, truths.scene)
-    if not len(truths.conditions) or truths.scene.observed_control is None or control is None:
+    """((T, G) observed, (T, G) predicted) change from control of the treated conditions, over the samples that are predicted.
+
+    NaN rows where nothing is said of a condition, or a side has no control for it; None where that is so of all.
+    """
+    observed, own = truths.scene.observed_control, own_control(said, truths.scene)
+    if not len(truths.conditions) or observed is None or own is None:
         return None
-    given = np.isfinite(said.values[:, :1])
-    return (
-        _masked_mean(truths.scene.observed - truths.scene.observed_control, given, truths),
-        _masked_mean(np.where(given, said.values - control, 0.0), given, truths),
-    )
-
-
-def _masked_mean(values: np.ndarray, given: np.ndarray, truths: Truths) -> np.ndarray:
-    """(T, G) mean over the samples that a predictor says something of."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return truths.mean(np.where(given, values, 0.0)) / truths.mean(given.astype(float))
+    sides = truths.scene.observed - observed.mean, said.values - own.mean
+    given = np.isfinite(sides[0][:, 0]) & np.isfinite(sides[1][:, 0])
+    return tuple(truths.mean(side, given) for side in sides) if given[truths.scene.treated].any() else None
 
 
 def _changes(said: Prediction, truths: Truths) -> dict[str, Measured]:
     names = ("delta_pearson", "delta_pearson_systema", "discrimination", "de_direction", "de_jaccard")
-    if not len(truths.conditions):
+    treated = truths.scene.treated
+    if not treated.any():
         return dict.fromkeys(names, Measured.null("no treated sample in this split"))
+    if np.isnan(said.values[treated, 0]).all():
+        return dict.fromkeys(names, Measured.null(NOTHING_SAID))
     pair = changes(said, truths)
-    if pair is None:
-        return dict.fromkeys(names, Measured.null(NO_CONTROLS))
-    observed, predicted = pair
-    found = {
-        "delta_pearson": _delta(observed, predicted, truths),
+    return {
+        "delta_pearson": Measured.null(NO_CONTROLS) if pair is None else _delta(*pair, truths),
         "delta_pearson_systema": _systema(said, truths),
-        "discrimination": _discrimination(observed, predicted, truths),
-        "de_direction": _direction(predicted, truths),
+        "discrimination": Measured.null(NO_CONTROLS) if pair is None else _discrimination(*pair, truths),
+        "de_direction": _direction(said, truths),
         "de_jaccard": _jaccard(said, truths),
     }
-    return found
 
 
 def delta_values(observed: np.ndarray, predicted: np.ndarray) -> np.ndarray:
@@ -192,7 +221,7 @@ def delta_values(observed: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
 
 def _delta(observed: np.ndarray, predicted: np.ndarray, truths: Truths) -> Measured:
-    if not (np.nanmax(np.abs(predicted), initial=0) > metrics.ROUNDING):
+    if np.nanmax(np.abs(predicted)) <= metrics.ROUNDING:
         return Measured.null("no change is predicted in any condition")
     return truths.over_treated(delta_values(observed, predicted))
 
@@ -200,10 +229,9 @@ def _delta(observed: np.ndarray, predicted: np.ndarray, truths: Truths) -> Measu
 def _systema(said: Prediction, truths: Truths) -> Measured:
     centre = truths.scene.perturbed_centre
     if centre is None:
-        return Measured.null("training has no perturbation")
-    given = np.isfinite(said.values[:, :1])
-    observed = _masked_mean(truths.scene.observed - centre, given, truths)
-    return truths.over_treated(delta_values(observed, _masked_mean(np.where(given, said.values - centre, 0.0), given, truths)))
+        return Measured.null("training has no perturbation, or no control is declared that tells which samples are perturbed")
+    given = np.isfinite(said.values[:, 0])
+    return truths.over_treated(delta_values(*(truths.mean(side - centre, given) for side in (truths.scene.observed, said.values))))
 
 
 def _discrimination(observed: np.ndarray, predicted: np.ndarray, truths: Truths) -> Measured:
@@ -215,36 +243,48 @@ def _discrimination(observed: np.ndarray, predicted: np.ndarray, truths: Truths)
     return truths.over_treated(values)
 
 
-def _direction(predicted: np.ndarray, truths: Truths) -> Measured:
-    if truths.differential is None:
-        return Measured.null("too few samples of any condition and its controls to find differential genes")
+def _direction(said: Prediction, truths: Truths) -> Measured:
+    own = own_control(said, truths.scene)
+    if own is None or truths.effects is None:
+        return Measured.null(NO_CONTROLS)
+    change = said.values - own.mean
+    predicted = truths.mean(change, np.isfinite(change[:, 0]))
     values = [
-        de_direction(genes, change, row) if np.isfinite(row[0]) else np.nan
-        for genes, change, row in zip(truths.differential, truths.changed, predicted, strict=True)
+        np.nan if genes is None or np.isnan(row[0]) else de_direction(genes, true, row)
+        for genes, true, row in zip(*truths.effects, predicted, strict=True)
     ]
-    return _or_null(np.array(values), truths, "no condition has a differential gene")
+    return _of_sets(values, truths, "no condition has a differential gene")
 
 
 def _jaccard(said: Prediction, truths: Truths) -> Measured:
     if said.drawn is None:
         return Measured.null(NO_DISTRIBUTION)
-    if truths.differential is None:
-        return Measured.null("too few samples of any condition and its controls to find differential genes")
-    found = differential(said.drawn - own_control(said, truths.scene), truths, truths.scene.predicted_residuals)
-    values = [np.nan if genes is None else de_jaccard(real, genes) for real, genes in zip(truths.differential, found, strict=True)]
-    return _or_null(np.array(values, dtype=float), truths, f"no condition has {TESTABLE} samples and a differential gene")
+    own = own_control(said, truths.scene)
+    if own is None or truths.effects is None:
+        return Measured.null(NO_CONTROLS)
+    pairs = zip(truths.effects[0], differential(said.drawn, own, truths), strict=True)
+    values = [np.nan if real is None or found is None else de_jaccard(real, found) for real, found in pairs]
+    return _of_sets(values, truths, f"no condition of which {TESTABLE} samples are drawn has a differential gene, true or found")
 
 
-def differential(change: np.ndarray, truths: Truths, residuals: Mapping[str, np.ndarray]) -> list[np.ndarray | None]:
-    """For each treated condition the genes (G,) bool that Welch's test finds, of changes (N, G) from matched control means
-    against the residuals of controls of the same context; None with too few samples on a side."""
+def differential(values: np.ndarray, control: Controls, truths: Truths) -> list[np.ndarray | None]:
+    """For each treated condition the genes (G,) bool that Welch's test finds to differ between its samples, of values (N, G),
+    and their controls; None with fewer than TESTABLE samples on a side."""
     found: list[np.ndarray | None] = []
-    for rows in truths.groups():
-        rows = rows[np.isfinite(change[rows, 0])]
-        control = residuals.get(truths.scene.context[rows[0]], ()) if len(rows) else ()
-        enough = len(rows) >= TESTABLE and len(control) >= TESTABLE
-        found.append(differential_genes(change[rows], control)[0] if enough else None)
+    for rows in truths.groups:
+        rows = rows[np.isfinite(values[rows, 0]) & np.isfinite(control.mean[rows, 0])]
+        freedom = control.freedom.get(truths.scene.context[rows[0]], 0) if len(rows) else 0
+        if len(rows) < TESTABLE or freedom < TESTABLE - 1:
+            found.append(None)
+            continue
+        _, first, members = np.unique(control.group[rows], return_index=True, return_counts=True)
+        share = np.sum((members / len(rows)) ** 2 / control.number[rows[first]])
+        found.append(changed_genes(values[rows] - control.mean[rows], control.deviation[truths.scene.context[rows[0]]], freedom, share))
     return found
+
+
+def _of_sets(values: list[float], truths: Truths, reason: str) -> Measured:
+    return _or_null(np.array(values, dtype=float), truths, UNTESTED if all(genes is None for genes in truths.effects[0]) else reason)
 
 
 def _or_null(values: np.ndarray, truths: Truths, reason: str) -> Measured:
@@ -257,13 +297,14 @@ def _or_null(values: np.ndarray, truths: Truths, reason: str) -> Measured:
 def _distributions(said: Prediction, truths: Truths) -> dict[str, Measured]:
     scene = truths.scene
     spoken = said.values if said.drawn is None else said.drawn
-    projected = [values @ truths.axes for values in (scene.observed, np.nan_to_num(spoken))]
     given = np.isfinite(spoken[:, 0])
-    distance = [metrics.e_distance(projected[1][rows[given[rows]]], projected[0][rows]) for rows in truths.groups()]
-    alone = "no treated condition has two samples"
+    groups = [rows[given[rows]] for rows in truths.groups]   # both sides of the samples that are predicted
+    observed, predicted = scene.observed @ truths.axes, np.where(given[:, None], spoken, 0) @ truths.axes
+    distance = [metrics.e_distance(predicted[rows], observed[rows]) for rows in groups]
+    alone = "no treated condition has two samples that are predicted"
     spread = Measured.null(NO_DISTRIBUTION)
     if said.drawn is not None:
-        values = [metrics.spread_pearson(scene.observed[rows], said.drawn[rows[given[rows]]]) for rows in truths.groups()]
+        values = [metrics.spread_pearson(scene.observed[rows], said.drawn[rows]) for rows in groups]
         spread = _or_null(np.array(values, dtype=float), truths, alone)
     calibration = Measured.null(NO_DISTRIBUTION)
     if said.pit is not None:
@@ -277,31 +318,3 @@ def _target_bias(said: Prediction, truths: Truths) -> Measured:
         return Measured.null("no sample's perturbation has a known target gene")
     values = metrics.target_bias(truths.scene.observed, said.values, truths.scene.target)
     return truths.over_samples(values) if np.isfinite(values).any() else Measured.null("nothing is said of the samples with a target gene")
-
-
-# --- what is true -----------------------------------------------------------------------------------------------------
-
-
-def truths_of(
-    scene: Scene,
-    resamples: Resamples,
-    axes: np.ndarray,
-    errors: Mapping[str, np.ndarray],
-    true_change: Callable[[Scene], tuple[np.ndarray, np.ndarray]] | None,
-) -> Truths:
-    """`true_change` gives (changed (N, G) bool, change (N, G)) where the truth is known; else Welch's test says what changes."""
-    conditions, condition = np.unique(scene.condition[scene.treated], return_inverse=True)
-    rows = np.flatnonzero(scene.treated)
-    found = Truths(scene, resamples, conditions, condition, np.zeros((0, 0)), None, None, axes, errors)
-    if not len(rows):
-        return found
-    observed = found.mean(scene.observed)
-    if true_change is not None:
-        changed, change = true_change(scene)
-        return replace(found, observed=observed, differential=found.mean(changed.astype(float)) >= 0.5, changed=found.mean(change))
-    if scene.observed_control is None:
-        return replace(found, observed=observed)
-    change = scene.observed - scene.observed_control
-    tested = differential(change, found, scene.observed_residuals)
-    genes = np.stack([np.zeros(observed.shape[1], dtype=bool) if one is None else one for one in tested])
-    return replace(found, observed=observed, differential=genes if genes.any() else None, changed=found.mean(change))

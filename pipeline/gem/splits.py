@@ -1,9 +1,10 @@
-"""Named splits of a cohort: what is held out, and the audit that nothing leaks.
+"""Named splits of a cohort: what is held out.
 
 Whole entities first (latest studies, perturbations, pairs of context and perturbation), the tests before the
 validations, then samples at random. A split that a cohort cannot have is absent, and the reason is said.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 
@@ -11,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from pipeline.gem.config import Data, Splits
-from pipeline.gem.errors import IntegrityError, examples
-from pipeline.gem.metadata import label_texts
+from pipeline.gem.errors import examples
+from pipeline.gem.labels import label_texts, labels_of
 
 TRAIN = "train"
 VALIDATIONS = ("validation", "validation_combination", "validation_perturbation", "validation_study")
@@ -72,19 +73,30 @@ class Entities:
     perturbation: pd.Series   # None for controls
     pair: pd.Series           # context and perturbation
     control: pd.Series        # bool
+    several: bool             # whether "a|b" is both of two perturbations, or the name of one
 
     @classmethod
     def of(cls, samples: pd.DataFrame, data: Data) -> "Entities":
         nothing = pd.Series(None, index=samples.index, dtype=object)
         context, control = contexts(samples, data), is_control(samples, data)
         perturbation = label_texts(samples[data.control.column]).where(~control, None) if data.control else nothing
+        kind = data.covariates.all().get(data.control.column) if data.control else None
         return cls(
             study=label_texts(samples[data.study_column]) if data.study_column else nothing,
             context=context,
             perturbation=perturbation,
             pair=(context + " / " + perturbation).where(perturbation.notna(), None),
             control=control,
+            several=kind is not None and kind.kind in ("multilabel", "embedding"),
         )
+
+    def shows(self, names: Iterable[str]) -> pd.Series:
+        """Whether a sample shows a perturbation of these names: where one value holds several, "a|b" shows "a"."""
+        if not self.several:
+            return self.perturbation.isin(list(names))
+        wanted = [set(labels_of(name)) for name in names]
+        values = self.perturbation.dropna().unique()
+        return self.perturbation.isin([value for value in values if any(one <= set(labels_of(value)) for one in wanted)])
 
 
 def assign_splits(samples: pd.DataFrame, data: Data, params: Splits) -> tuple[pd.Series, list[str]]:
@@ -112,18 +124,18 @@ def _hold_out_entities(
     perturbations = list(rng.permutation(np.array(sorted(entities.perturbation.dropna().unique()), dtype=object)))
     test_studies, validation_studies = _test_and_validation(studies[::-1], params.study)
     test_perturbations, validation_perturbations = _test_and_validation(perturbations, params.perturbation)
-    held = entities.study.isin(test_studies + validation_studies) | entities.perturbation.isin(test_perturbations + validation_perturbations)
+    held = entities.study.isin(test_studies + validation_studies) | entities.shows(test_perturbations + validation_perturbations)
     test_pairs, validation_pairs = _pairs_to_hold_out(entities, ~held, params.combination, rng)
     chosen = (
-        ("test_study", entities.study, test_studies),
-        ("test_perturbation", entities.perturbation, test_perturbations),
-        ("test_combination", entities.pair, test_pairs),
-        ("validation_study", entities.study, validation_studies),
-        ("validation_perturbation", entities.perturbation, validation_perturbations),
-        ("validation_combination", entities.pair, validation_pairs),
+        ("test_study", entities.study.isin(test_studies)),
+        ("test_perturbation", entities.shows(test_perturbations)),
+        ("test_combination", entities.pair.isin(test_pairs)),
+        ("validation_study", entities.study.isin(validation_studies)),
+        ("validation_perturbation", entities.shows(validation_perturbations)),
+        ("validation_combination", entities.pair.isin(validation_pairs)),
     )
-    for name, values, names in chosen:
-        rows = values.isin(names) & (split == "")
+    for name, wanted in chosen:
+        rows = wanted & (split == "")
         split[rows] = name
         if not rows.any():
             notes.append(f"{name} is absent: {_why_absent(name, entities, data, params)}")
@@ -208,23 +220,13 @@ def _pairs_to_hold_out(entities: Entities, free: pd.Series, share: float, rng: n
     return chosen[:half], chosen[half:]
 
 
-def audit(samples: pd.DataFrame, split: pd.Series, data: Data) -> None:
-    """Refuses a cohort whose held-out entity is also seen by training or by a choice, or whose held-out pair has a part that
-    training never sees. IntegrityError names the entities."""
+def sizes(samples: pd.DataFrame, split: pd.Series, data: Data) -> pd.DataFrame:
+    """A row per split that is there: its samples, and how many studies, contexts, perturbations, pairs and controls they hold."""
     entities = Entities.of(samples, data)
-    training, visible = split == TRAIN, split.map(role_of).isin(("train", "validation"))
-    problems = []
-    for kind, values in (("study", entities.study), ("perturbation", entities.perturbation), ("combination", entities.pair)):
-        for name, seen_by, who in ((f"test_{kind}", visible, "training or validation"), (f"validation_{kind}", training, "training")):
-            leaked = set(values[split == name].dropna()) & set(values[seen_by].dropna())
-            if leaked:
-                problems.append(f"{name} leaks: {examples(sorted(leaked))} also in {who}")
-    for name in ("test_combination", "validation_combination"):
-        for part, values in (("perturbation", entities.perturbation), ("context", entities.context)):
-            unseen = set(values[split == name].dropna()) - set(values[training].dropna())
-            if unseen:
-                problems.append(f"{name} holds out pairs of the {part} {examples(sorted(unseen))}, which training never sees")
-    if not training.any():
-        problems.append("no sample is left for training; lower the shares in splits")
-    if problems:
-        raise IntegrityError(*problems)
+    rows = []
+    for name in (name for names in ROLES.values() for name in names):
+        inside = split == name
+        if inside.any():
+            distinct = {f"{kind}s": getattr(entities, kind)[inside].nunique() for kind in ("study", "context", "perturbation", "pair")}
+            rows.append({"split": name, "samples": int(inside.sum()), **distinct, "controls": int(entities.control[inside].sum())})
+    return pd.DataFrame(rows).rename(columns={"studys": "studies"})

@@ -5,44 +5,45 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.gem.metrics import METRICS
+from pipeline.gem.predictors import MODELS
+from pipeline.gem.verdicts import DIRECTION, ROLES, axis_of, condensed, ordered
 
-_SHOWN = ("mse", "skill", "delta_pearson")
-_MEANING = {
-    "no_change": "floor",
-    "training_mean": "floor",
-    "additive": "baseline",
-    "ridge": "baseline",
-    "oracle_metadata": "ideal",
-    "oracle_omniscient": "omniscient",
-}
+SHOWN = ("mse", "skill", "delta_pearson", "discrimination", "calibration")
+_WITH_INTERVAL = ("mse", "skill", "skill_replicate", "delta_pearson")
+_STYLE = {"floor": "dim", "baseline": "", "model": "bold", "ceiling": "green"}
 
 
 def show_results(scores: pd.DataFrame, comparisons: pd.DataFrame) -> None:
-    """A table per split, from floor to ceiling, then what is better than what."""
-    console = Console(width=None if Console().is_terminal else 120)
+    """A table per split, from floor to ceiling, then what is better than what: a line per split and model."""
+    console = Console(width=None if Console().is_terminal else 140)
+    shown = tuple(axis_of(scores) if name == "skill" else name for name in SHOWN)
     for split, rows in scores.groupby("split", sort=False):
-        table = Table(title=str(split), title_justify="left", title_style="bold", header_style="bold")
-        table.add_column("predictor")
-        for metric in _SHOWN:
-            table.add_column(f"{metric} ({'lower' if METRICS[metric].direction == 'lower' else 'higher'} is better)", justify="right")
-        for predictor, of_predictor in rows.groupby("predictor", sort=False):
-            cells = of_predictor.set_index("metric")
-            label = f"{predictor} [dim]({_MEANING[predictor]})[/dim]" if predictor in _MEANING else f"[bold]{predictor}[/bold]"
-            table.add_row(label, *(_cell(cells.loc[metric]) for metric in _SHOWN))
-        console.print(table)
-    for row in comparisons.itertuples():
-        if row.verdict == "no clear difference":
-            console.print(f"{row.split}: no clear difference between {row.predictor} and {row.against}", highlight=False)
-        else:
-            low, high = sorted((abs(row.low), abs(row.high)))
-            moved = "lower" if row.verdict == "better" else "higher"
-            verdict = f"{row.predictor} is [bold]{row.verdict}[/bold] than {row.against}"
-            over = f"(interval over {row.number} x {row.of})"
-            console.print(f"{row.split}: {verdict}: mse {moved} by {low:.4f} to {high:.4f} {over}", highlight=False)
+        console.print(_table(str(split), rows, shown))
+    for split in scores["split"].unique():
+        for model in (name for name in MODELS if (scores["predictor"] == name).any()):
+            console.print(f"[bold]{split}[/bold]  {model}: {condensed(split, model, comparisons)}", highlight=False, soft_wrap=True)
 
 
-def _cell(row: pd.Series) -> str:
+def _table(split: str, rows: pd.DataFrame, shown: tuple[str, ...]) -> Table:
+    table = Table(title=split, title_justify="left", title_style="bold", header_style="bold")
+    table.add_column("role", no_wrap=True)
+    table.add_column("predictor", no_wrap=True)
+    for metric in shown:
+        table.add_column(f"{metric}\n[dim]{DIRECTION[METRICS[metric].direction]}[/dim]", justify="right", no_wrap=True)
+    previous = None
+    for predictor in ordered(rows["predictor"]):
+        cells, role = rows[rows["predictor"] == predictor].set_index("metric"), ROLES.get(predictor, "")
+        if previous is not None and role != previous:
+            table.add_section()
+        table.add_row("" if role == previous else role, predictor, *(_cell(cells.loc[metric], metric) for metric in shown), style=_STYLE.get(role, ""))
+        previous = role
+    return table
+
+
+def _cell(row: pd.Series, metric: str) -> str:
     if pd.isna(row["value"]):
         return "-"
-    interval = "" if pd.isna(row["low"]) else f" [dim]({row['low']:.3f} to {row['high']:.3f})[/dim]"
-    return f"{row['value']:.3f}{interval}" if abs(row["value"]) < 10 else f"{row['value']:.1f}"
+    digits = 3 if METRICS[metric].unit.startswith("log-CPM") or metric == "calibration" else 2
+    shown = metric in _WITH_INTERVAL and pd.notna(row["low"])
+    interval = f" [dim]({row['low']:.{digits}f} to {row['high']:.{digits}f})[/dim]" if shown else ""
+    return f"{row['value']:.{digits}f}{interval}"

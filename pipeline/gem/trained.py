@@ -5,19 +5,23 @@ N samples, G genes. Expression is log-CPM.
 
 import io
 import pickle
+import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import GROUPS, Model
 from pipeline.gem.errors import InputError, IntegrityError
 from pipeline.gem.expression import counts_from_log_cpm
+from pipeline.gem.labels import label_texts
 from pipeline.gem.likelihood import normal_log_likelihood, sample_normal
 from pipeline.gem.metadata import MetadataEncoder
 from pipeline.gem.model import CONDITIONED, PREDICTED, Gaussian, Network
@@ -29,29 +33,74 @@ _ROWS = 4096  # decoded at a time
 
 
 @dataclass(frozen=True)
+class Targets:
+    """Which gene a perturbation itself hits, and the column that names the perturbation."""
+
+    column: str | None
+    genes: dict[str, int]    # perturbation to position among the genes
+
+    @classmethod
+    def of(cls, cohort: Cohort) -> "Targets":
+        if cohort.declared.control is None:
+            return cls(None, {})
+        positions = {gene: position for position, gene in enumerate(cohort.genes)}
+        return cls(cohort.declared.control.column, {name: positions[gene] for name, gene in cohort.targets.items() if gene in positions})
+
+    def __call__(self, samples: pd.DataFrame) -> np.ndarray:
+        """(N,) int64 position of each sample's target gene, -1 without."""
+        if self.column is None or self.column not in samples:
+            return np.full(len(samples), -1)
+        return label_texts(samples[self.column]).map(self.genes).fillna(-1).to_numpy(dtype=np.int64)
+
+
+class Query(NamedTuple):
+    """What the decoder needs to know of N samples."""
+
+    latents: Gaussian             # (N, L)
+    target: Tensor                # (N,) position of the gene that the perturbation itself hits, -1 without
+    change: Tensor                # (N,) what that does to it, log-CPM
+    carried: Tensor | None = None # (N, G) what is carried over of a reference's residual, log-CPM
+    way: int = PREDICTED
+
+    def rows(self, chosen: slice) -> "Query":
+        carried = None if self.carried is None else self.carried[chosen]
+        return Query(self.latents.rows(chosen), self.target[chosen], self.change[chosen], carried, self.way)
+
+
+def decode(network: Network, query: Query, latents: Tensor) -> Tensor:
+    """(N, G) log-CPM of latents (N, L) drawn for a query."""
+    decoded = network.hit(network.decode(latents), query.target, query.change)
+    return decoded if query.carried is None else decoded + query.carried
+
+
+@dataclass(frozen=True)
 class GEM:
     """Predicts expression from metadata, and from a reference sample; encodes samples."""
 
     network: Network
     metadata: MetadataEncoder
     genes: np.ndarray        # (G,) gene ids, in the order of every expression matrix
+    targets: Targets
     params: Model
 
     @classmethod
-    def build(cls, genes: np.ndarray, metadata: MetadataEncoder, params: Model) -> "GEM":
+    def build(cls, genes: np.ndarray, metadata: MetadataEncoder, targets: Targets, params: Model) -> "GEM":
         """An untrained GEM; weights from torch's current random state."""
         heads = {field.name: (metadata.group_of(field.name), len(field.levels)) for field in metadata.heads()}
-        return cls(Network(len(genes), metadata.sizes, heads, params), metadata, genes, params)
+        fields = metadata.groups["perturbation"]
+        manner = tuple(field.name != targets.column and field.features is None for field in fields for _ in range(field.size))
+        return cls(Network(len(genes), metadata.sizes, heads, manner, params), metadata, genes, targets, params)
 
     def to_bytes(self) -> bytes:
         """The content of model.pt: tensors and plain values only. The same model gives the same bytes."""
-        content = {
+        described = {
             "format_version": FORMAT_VERSION,
             "genes": [str(gene) for gene in self.genes],
-            "metadata": _with_tensors(self.metadata.state()),
+            "metadata": self.metadata.state(),
+            "targets": {"column": self.targets.column, "genes": self.targets.genes},
             "model": self.params.model_dump(mode="json"),
-            "weights": {name: value.detach().cpu() for name, value in self.network.state_dict().items()},
         }
+        content = _plain(described | {"weights": {name: value.detach().cpu() for name, value in self.network.state_dict().items()}})
         # Through a buffer: torch.save writes the name of the file it is given into the bytes.
         buffer = io.BytesIO()
         torch.save(content, buffer)
@@ -80,7 +129,8 @@ class GEM:
         if version != FORMAT_VERSION:
             raise IntegrityError(f"{path}: format version {version}, expected {FORMAT_VERSION}; train the model again")
         with torch.random.fork_rng(devices=[]):
-            gem = cls.build(np.array(content["genes"]), MetadataEncoder.from_state(content["metadata"]), Model.model_validate(content["model"]))
+            encoder, params = MetadataEncoder.from_state(content["metadata"]), Model.model_validate(content["model"])
+            gem = cls.build(np.array(content["genes"]), encoder, Targets(**content["targets"]), params)
         try:
             gem.network.load_state_dict(content["weights"])
         except RuntimeError as error:
@@ -103,35 +153,37 @@ class GEM:
         return next(self.network.parameters()).device
 
     @torch.no_grad()
-    def prior(self, samples: pd.DataFrame, unknown: str = "refuse") -> Gaussian:
-        """p(z | metadata) for N rows; unknown values as in MetadataEncoder.encode."""
-        encoded = self.metadata.encode(samples, unknown)
-        metadata, index = {}, {}
-        for group in GROUPS:
-            rows, inverse = distinct_rows(encoded[group])
-            metadata[group], index[group] = torch.from_numpy(rows).to(self.device), torch.from_numpy(inverse).to(self.device)
-        return self.network.joint_prior(metadata, index)
-
-    @torch.no_grad()
     def posterior(self, expression: np.ndarray) -> Gaussian:
         """q(z | x) for log-CPM (N, G)."""
         parts = [self.network.posterior(block.to(self.device)) for block in torch.from_numpy(expression).split(_ROWS)]
         return Gaussian(torch.cat([part.mean for part in parts]), torch.cat([part.log_variance for part in parts]))
 
-    def latents_of(
+    @torch.no_grad()
+    def query(
         self, samples: pd.DataFrame, reference: np.ndarray | None = None, conditioning: tuple[str, ...] = CONDITIONING, unknown: str = "refuse"
-    ) -> Gaussian:
-        """Latents of a query: from the metadata, or for the groups in `conditioning` from reference expression (N, G).
+    ) -> Query:
+        """N rows of metadata as the decoder sees them; for the groups in `conditioning` from reference expression (N, G).
 
-        InputError for a group in `conditioning` that does not exist.
+        `unknown` as in MetadataEncoder.encode. InputError for a group in `conditioning` that does not exist.
         """
         strange = [group for group in conditioning if group not in GROUPS]
         if strange:
             raise InputError(f"conditioning: unknown groups {strange}; known: {', '.join(GROUPS)}")
-        prior = self.prior(samples, unknown)
+        encoded = self.metadata.encode(samples, unknown)
+        metadata, index = {}, {}
+        for group in GROUPS:
+            rows, inverse = distinct_rows(encoded[group])
+            metadata[group], index[group] = torch.from_numpy(rows).to(self.device), torch.from_numpy(inverse).to(self.device)
+        prior = self.network.joint_prior(metadata, index)
+        change = self.network.own_target(metadata["perturbation"])[index["perturbation"]]
+        target = torch.from_numpy(self.targets(samples)).to(self.device)
         if reference is None:
-            return prior
-        return self.network.conditioned(prior, self.posterior(reference), conditioning)
+            return Query(prior, target, change)
+        posterior, expression = self.posterior(reference), torch.from_numpy(reference).to(self.device)
+        carried = torch.cat(
+            [self.network.carried(expression[rows], posterior.rows(rows)) for rows in _blocks(len(samples))] or [expression]
+        )
+        return Query(self.network.conditioned(prior, posterior, conditioning), target, change, carried, CONDITIONED)
 
     @torch.no_grad()
     def generate(
@@ -151,12 +203,12 @@ class GEM:
         """
         if (draw_latents or draw_observations) and generator is None:
             raise ValueError("draws need a torch.Generator")
-        latents = self.latents_of(samples, reference, conditioning, unknown)
+        query = self.query(samples, reference, conditioning, unknown)
         result = np.empty((len(samples), len(self.genes)), dtype=np.float32)
-        noise = self.network.log_variance(PREDICTED if reference is None else CONDITIONED)
+        noise = self.network.log_variance(query.way)
         for rows in _blocks(len(samples)):
-            part = Gaussian(latents.mean[rows], latents.log_variance[rows])
-            decoded = self.network.decode(sample_normal(*part, generator) if draw_latents else part.mean)
+            part = query.rows(rows)
+            decoded = decode(self.network, part, sample_normal(*part.latents, generator) if draw_latents else part.latents.mean)
             if draw_observations:
                 decoded = sample_normal(decoded, noise.expand_as(decoded), generator)
             result[rows] = decoded.cpu().numpy()
@@ -167,39 +219,41 @@ class GEM:
         return counts_from_log_cpm(self.generate(samples, reference, **how), totals)
 
     @torch.no_grad()
-    def expect(self, latents: Gaussian, draws: int, seed: int) -> np.ndarray:
+    def expect(self, query: Query, draws: int, seed: int) -> np.ndarray:
         """(N, G) log-CPM averaged over `draws` of the latents: the mean prediction."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        result = np.empty((len(latents.mean), len(self.genes)), dtype=np.float32)
-        for rows in _blocks(len(latents.mean)):
-            part = Gaussian(latents.mean[rows], latents.log_variance[rows])
-            total = sum(self.network.decode(sample_normal(*part, generator)) for _ in range(draws))
+        result = np.empty((len(query.target), len(self.genes)), dtype=np.float32)
+        for rows in _blocks(len(query.target)):
+            part = query.rows(rows)
+            total = sum(decode(self.network, part, sample_normal(*part.latents, generator)) for _ in range(draws))
             result[rows] = (total / draws).cpu().numpy()
         return result
 
 
 @torch.no_grad()
-def predictive_log_likelihood(network: Network, expression: Tensor, prior: Gaussian, draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def predictive_log_likelihood(network: Network, expression: Tensor, query: Query, draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """((N,) nats, (N, G) mean prediction): log mean_k p(x | z_k) over draws z_k of the prior.
 
-    The mean of the likelihoods, not of their logarithms: that would reward a prior without spread.
+    Draws z_k are those of the query's latents. The mean of the likelihoods, not of their logarithms: that would reward a prior without spread.
     """
-    log_variance = network.log_variance(PREDICTED)
+    log_variance = network.log_variance(query.way)
     log_likelihoods, total = [], torch.zeros_like(expression)
     for _ in range(draws):
-        decoded = network.decode(sample_normal(*prior, generator))
+        decoded = decode(network, query, sample_normal(*query.latents, generator))
         log_likelihoods.append(normal_log_likelihood(expression, decoded, log_variance))
         total += decoded
     stacked = torch.stack(log_likelihoods)
     return stacked.logsumexp(dim=0) - torch.tensor(float(draws)).log(), total / draws
 
 
-def _with_tensors(value: object) -> object:
-    """Arrays as tensors: what torch loads with weights_only."""
+def _plain(value: object) -> object:
+    """Arrays as tensors, which torch loads with weights_only; equal texts as one object: pickle writes a second one by reference."""
     if isinstance(value, dict):
-        return {name: _with_tensors(part) for name, part in value.items()}
+        return {_plain(name): _plain(part) for name, part in value.items()}
     if isinstance(value, list):
-        return [_with_tensors(part) for part in value]
+        return [_plain(part) for part in value]
+    if isinstance(value, str):
+        return sys.intern(str(value))
     return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from pipeline.gem.cohort import Cohort
-from pipeline.gem.config import GROUPS, Params, Train
+from pipeline.gem.config import GROUPS, Data, Params, Train
 from pipeline.gem.errors import DivergedError, InputError
+from pipeline.gem.labels import label_texts
 from pipeline.gem.metadata import MetadataEncoder
 from pipeline.gem.model import Batch, Network, objective
 from pipeline.gem.references import reference_lists
-from pipeline.gem.splits import TRAIN
-from pipeline.gem.trained import GEM, distinct_rows, predictive_log_likelihood
+from pipeline.gem.splits import TRAIN, contexts, is_control
+from pipeline.gem.trained import GEM, Query, Targets, distinct_rows, predictive_log_likelihood
 
 CHOICE_SPLITS = ("validation_combination", "validation")  # where early stopping looks: the first that exists
 _WARMUP_SHARE = 0.25      # of the one-cycle schedule: where the learning rate peaks
@@ -31,22 +32,25 @@ _VALIDATION_SEED = 0      # of the prior draws: the same in every epoch and ever
 
 @dataclass(frozen=True)
 class Encoded:
-    """Samples ready for the network: log-CPM (N, G), distinct metadata rows per group, labels (N, heads)."""
+    """Samples ready for the network: log-CPM (N, G), distinct metadata rows per group, labels (N, heads), target genes (N,)."""
 
     expression: Tensor
     metadata: dict[str, Tensor]
     index: dict[str, Tensor]
     labels: Tensor
+    target: Tensor
 
     @classmethod
-    def of(cls, expression: np.ndarray, samples: pd.DataFrame, encoder: MetadataEncoder, device: torch.device) -> "Encoded":
+    def of(cls, cohort: Cohort, split: str, encoder: MetadataEncoder, device: torch.device) -> "Encoded":
+        samples, expression = cohort.rows([split]), cohort.expression([split])
         metadata, index = {}, {}
         for group, matrix in encoder.encode(samples, unknown="missing").items():
             rows, inverse = distinct_rows(matrix)
             metadata[group], index[group] = torch.from_numpy(rows).to(device), torch.from_numpy(inverse).to(device)
         labels = list(encoder.labels(samples).values())
         stacked = np.stack(labels, axis=1) if labels else np.zeros((len(samples), 0), dtype=np.int64)
-        return cls(torch.from_numpy(expression).to(device), metadata, index, torch.from_numpy(stacked).to(device))
+        target = torch.from_numpy(cohort.target_positions(samples).astype(np.int64)).to(device)
+        return cls(torch.from_numpy(expression).to(device), metadata, index, torch.from_numpy(stacked).to(device), target)
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,11 @@ class TrainingData:
 
     encoder: MetadataEncoder
     genes: np.ndarray
+    targets: Targets
     train: Encoded
     references: "References"
+    study_spread: Tensor         # (G,) log-CPM: how much studies differ from each other in their controls of a context
+    study_column: str | None
     validation: Encoded | None
     choice_split: str | None     # where early stopping and every choice look
 
@@ -64,12 +71,30 @@ class TrainingData:
     def load(cls, cohort: Cohort, device: torch.device) -> "TrainingData":
         samples = cohort.rows([TRAIN])
         encoder = MetadataEncoder.fit(samples, cohort.declared.covariates, cohort.features)
-        train = Encoded.of(cohort.expression([TRAIN]), samples, encoder, device)
+        train = Encoded.of(cohort, TRAIN, encoder, device)
         choice = next((split for split in CHOICE_SPLITS if cohort.has(split)), None)
-        validation = None
-        if choice:
-            validation = Encoded.of(cohort.expression([choice]), cohort.rows([choice]), encoder, device)
-        return cls(encoder, cohort.genes, train, References.of(samples, cohort, device), validation, choice)
+        validation = Encoded.of(cohort, choice, encoder, device) if choice else None
+        targets = Targets.of(cohort)
+        spread = torch.from_numpy(study_spread(samples, train.expression.cpu().numpy(), cohort.declared)).to(device)
+        return cls(encoder, cohort.genes, targets, train, References.of(samples, cohort, device), spread, cohort.declared.study_column, validation, choice)
+
+
+def study_spread(samples: pd.DataFrame, expression: np.ndarray, data: Data) -> np.ndarray:
+    """(G,) float32 standard deviation between studies, within a context, of the means of their controls (N, G); log-CPM.
+
+    All samples stand for controls where there are none. Zero where no context has two studies.
+    """
+    control = is_control(samples, data).to_numpy()
+    rows = samples[control] if control.any() else samples
+    if data.study_column is None:
+        return np.zeros(expression.shape[1], dtype=np.float32)
+    keys = pd.MultiIndex.from_arrays([contexts(rows, data), label_texts(rows[data.study_column]).fillna("?")], names=["context", "study"])
+    means = pd.DataFrame(expression[control] if control.any() else expression, index=keys).groupby(level=["context", "study"]).mean()
+    within = means - means.groupby(level="context").transform("mean")
+    freedom = len(means) - means.index.get_level_values("context").nunique()
+    if freedom < 1:
+        return np.zeros(expression.shape[1], dtype=np.float32)
+    return np.sqrt((within**2).sum(axis=0).to_numpy() / freedom).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -106,6 +131,7 @@ class Epoch:
     nll_reconstruction: float
     nll_predictive: float
     nll_conditioned: float | None
+    nll_new_study: float | None
     kl_technical: float
     kl_biological: float
     kl_perturbation: float
@@ -179,7 +205,7 @@ def fit(data: TrainingData, params: Params, seed: int, on_epoch: Callable[[Epoch
     device = data.train.expression.device
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # weights and dropout; everything else draws from the generator below
-        gem = GEM.build(data.genes, data.encoder, params.model)
+        gem = GEM.build(data.genes, data.encoder, data.targets, params.model)
         gem.network.to(device)
         gem.network.start_from(data.train.expression.mean(0), data.train.expression.var(0))
         generator = torch.Generator(device).manual_seed(seed)
@@ -196,12 +222,20 @@ class _Loop:
         self.steps_per_epoch = -(-self.samples // params.batch_size)
         self.steps = params.epochs * self.steps_per_epoch
         self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=params.learning_rate, fused=True)
+        self.without_study = self._columns_without_study()
         self.blocks = {group: data.encoder.blocks(group) for group in GROUPS}
+
+    def _columns_without_study(self) -> Tensor:
+        """(1, D) 0 for the columns of the study, 1 for the others; no rows where there is no study to hide or no use for it."""
+        fields = self.data.encoder.groups["technical"]
+        columns = [float(field.name != self.data.study_column) for field in fields for _ in range(field.size)]
+        used = self.params.new_study_weight > 0 and self.gem.params.additive_technical and 0.0 in columns
+        return torch.tensor(columns, device=self.data.train.expression.device)[None][: int(used)]
 
     def _parameter_groups(self) -> list[dict]:
         """Decay shrinks weights, not biases, norms or variances; variances start far from their answer and move faster."""
-        variances = [self.network.log_variances]
-        matrices = [p for p in self.network.parameters() if p.ndim == 2 and p is not self.network.log_variances]
+        variances = [self.network.log_variances, self.network.carried_share]
+        matrices = [p for name, p in self.network.named_parameters() if p.ndim == 2 and name not in ("log_variances", "carried_share")]
         vectors = [p for p in self.network.parameters() if p.ndim != 2]
         return [
             {"params": matrices, "weight_decay": self.params.weight_decay, "scale": 1.0},
@@ -249,6 +283,7 @@ class _Loop:
             learning_rate=self.optimizer.param_groups[0]["lr"],
             loss=float((history * torch.tensor(weights, device=history.device)).sum() / self.samples),
             nll_conditioned=means.pop("nll_conditioned", None),
+            nll_new_study=means.pop("nll_new_study", None),
             **means,
             **validation,
             seconds=time.monotonic() - started,
@@ -268,7 +303,21 @@ class _Loop:
             # A share of the batch is enough: this term needs an encoding and a decoding of its own.
             referred = rows[: math.ceil(self.params.conditioned_share * len(rows))] if self.params.conditioned_weight else rows[:0]
             reference = train.expression[self.data.references.draw(referred, self.generator)]
-            yield Batch(train.expression[rows], reference, metadata, index, train.labels[rows])
+            shift = self._virtual_studies(len(referred))
+            yield Batch(
+                train.expression[rows], reference, shift, metadata, index, train.target[rows], self._new_study(metadata["technical"]), train.labels[rows]
+            )
+
+    def _new_study(self, technical: Tensor) -> Tensor:
+        return technical * self.without_study if len(self.without_study) else technical[:0]
+
+    def _virtual_studies(self, samples: int) -> Tensor:
+        """(R, G) log-CPM: for a share of the samples an effect as a new study would have, of random size; zero for the others."""
+        spread = self.data.study_spread
+        size = torch.rand(samples, 2, generator=self.generator, device=spread.device)
+        scale = torch.where(size[:, 0] < self.params.virtual_studies, 1.5 * size[:, 1], 0.0)
+        noise = torch.randn(samples, len(spread), generator=self.generator, device=spread.device)
+        return scale[:, None] * spread * noise
 
     def _step(self, batch: Batch, step: int) -> tuple[Tensor, list[Tensor]]:
         for group in self.optimizer.param_groups:
@@ -298,7 +347,8 @@ class _Loop:
         self.network.eval()
         generator = torch.Generator(data.expression.device).manual_seed(_VALIDATION_SEED)
         prior = self.network.joint_prior(data.metadata, data.index)
-        score, mean = predictive_log_likelihood(self.network, data.expression, prior, self.params.predictive_draws, generator)
+        query = Query(prior, data.target, self.network.own_target(data.metadata["perturbation"])[data.index["perturbation"]])
+        score, mean = predictive_log_likelihood(self.network, data.expression, query, self.params.predictive_draws, generator)
         figures = {
             "validation_predictive_log_likelihood": float(score.mean()),
             "validation_evidence_lower_bound": evidence_lower_bound(self.network, data, generator),
@@ -313,5 +363,5 @@ class _Loop:
 @torch.no_grad()
 def evidence_lower_bound(network: Network, data: Encoded, generator: torch.Generator) -> float:
     """The unweighted bound E_q[log p(x | z)] - KL, one posterior draw per sample, mean over samples."""
-    terms = network(Batch(data.expression, data.expression[:0], data.metadata, data.index, data.labels), generator)
+    terms = network(Batch(data.expression, data.expression[:0], data.expression[:0], data.metadata, data.index, data.target, data.metadata["technical"][:0], data.labels), generator)
     return float(-terms["nll_reconstruction"] - sum(terms[f"kl_{group}"].sum() for group in GROUPS))

@@ -1,0 +1,53 @@
+"""One fit per training seed: side by side in processes of their own where there are cores, one after another where not.
+
+Each fit has `train.threads` threads either way, so that where it ran does not change its bits.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from queue import Empty, Queue
+
+import torch
+
+from pipeline.gem.cohort import Cohort
+from pipeline.gem.config import Params
+from pipeline.gem.training import Epoch, Fit, TrainingData, fit
+
+_PATIENCE = 0.2  # seconds between two looks at whether a process has ended
+
+
+def fit_seeds(data: TrainingData, params: Params, folder: Path, report: Callable[[int, Epoch], None]) -> list[Fit]:
+    """The fits of `train.seeds` in their order; `report` sees (seed, epoch) as they come. DivergedError as in `fit`.
+
+    `data` is what `TrainingData.load` makes of the cohort in `folder`: other processes load it again.
+    """
+    seeds, device = params.train.seeds, data.train.expression.device
+    processes = min(len(seeds), max(1, (os.cpu_count() or 1) // params.train.threads))
+    if processes == 1 or device.type != "cpu":
+        return [fit(data, params, seed, lambda epoch, seed=seed: report(seed, epoch)) for seed in seeds]
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(processes, mp_context=context) as pool:
+        epochs = manager.Queue()
+        running = [pool.submit(_fit_elsewhere, folder, params, seed, epochs) for seed in seeds]
+        _relay(epochs, running, report)
+        return [one.result() for one in running]
+
+
+def _fit_elsewhere(folder: Path, params: Params, seed: int, epochs: Queue) -> Fit:
+    data = TrainingData.load(Cohort(folder), torch.device("cpu"))
+    return fit(data, params, seed, lambda epoch: epochs.put((seed, epoch)))
+
+
+def _relay(epochs: Queue, running: list[Future], report: Callable[[int, Epoch], None]) -> None:
+    """Reports until every process has ended, in the order in which epochs end."""
+    while True:
+        ended = all(one.done() for one in running)
+        try:
+            while True:
+                report(*epochs.get(timeout=0 if ended else _PATIENCE))
+        except Empty:
+            if ended:
+                return

@@ -39,7 +39,6 @@ def test_no_verb_imports_a_verb(verb):
         ("anndata", "sources"),
         ("rich", "tables"),
         ("jinja2", "report"),
-        ("sklearn", "latent_scores"),
     ],
 )
 def test_a_library_is_imported_in_one_place_only(library, home):

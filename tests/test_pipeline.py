@@ -11,7 +11,7 @@ from conftest import TINY
 from repository import Repository
 
 from pipeline.gem import yamlfile
-from pipeline.gem.evaluation import PREDICTORS
+from pipeline.gem.predictors import PREDICTORS
 from pipeline.gem.metrics import METRICS
 from pipeline.gem.storage import sha256
 

@@ -381,7 +381,7 @@ def test_genes_without_effect_are_rarely_called_however_few_controls_are_matched
         control = Controls(control.mean, control.number, control.group, {"x": others}, {"x": 40})
         scene = made_scene(rng.normal(0, 1, (8, 200)), np.repeat([0, 1], 4), observed_control=control, predicted_control=control)
         called += sum(int(genes.sum()) for genes in truths(scene).effects[0])
-    assert called / 60 < 2   # of 200 genes, and of a condition; with the mean of two controls taken as certain: 9
+    assert called / 60 < 2   # of 200 genes, and of a condition; with the mean of two controls taken as certain: 6
 
 
 def test_conditions_too_small_to_test_have_no_differential_genes_and_not_none_of_them(made):

@@ -15,7 +15,7 @@ _STYLE = {"floor": "dim", "baseline": "", "model": "bold", "ceiling": "green"}
 
 def show_results(scores: pd.DataFrame, comparisons: pd.DataFrame) -> None:
     """A table per split, from floor to ceiling, then what is better than what: a line per split and model."""
-    console = Console(width=None if Console().is_terminal else 140)
+    console = Console(width=None if Console().is_terminal else 160)
     shown = tuple(axis_of(scores) if name == "skill" else name for name in SHOWN)
     for split, rows in scores.groupby("split", sort=False):
         console.print(_table(str(split), rows, shown))

@@ -363,5 +363,6 @@ class _Loop:
 @torch.no_grad()
 def evidence_lower_bound(network: Network, data: Encoded, generator: torch.Generator) -> float:
     """The unweighted bound E_q[log p(x | z)] - KL, one posterior draw per sample, mean over samples."""
-    terms = network(Batch(data.expression, data.expression[:0], data.expression[:0], data.metadata, data.index, data.target, data.metadata["technical"][:0], data.labels), generator)
+    none, hidden = data.expression[:0], data.metadata["technical"][:0]
+    terms = network(Batch(data.expression, none, none, data.metadata, data.index, data.target, hidden, data.labels), generator)
     return float(-terms["nll_reconstruction"] - sum(terms[f"kl_{group}"].sum() for group in GROUPS))

@@ -177,7 +177,7 @@ class GEM:
         prior = self.network.joint_prior(metadata, index)
         change = self.network.own_target(metadata["perturbation"])[index["perturbation"]]
         target = torch.from_numpy(self.targets(samples)).to(self.device)
-        if reference is None:
+        if reference is None or not conditioning:
             return Query(prior, target, change)
         posterior, expression = self.posterior(reference), torch.from_numpy(reference).to(self.device)
         carried = torch.cat(

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from threadpoolctl import threadpool_limits
 
 from pipeline.gem import closeups, figures, tracking, yamlfile
 from pipeline.gem.cohort import Cohort
@@ -70,8 +71,11 @@ def main() -> None:
     models, seeds = ({name: one[part] for name, one in loaded.items()} for part in (0, 1))
     for model in (model for several in models.values() for model in several):
         model.require_genes(cohort.genes)
-    found = evaluate(cohort, models, seeds, params)
-    write_results(found, cohort, params)
+    # Threads that wait for one another are slow beside other work, and their number decides the last bits.
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        found = evaluate(cohort, models, seeds, params)
+        write_results(found, cohort, params)
     scores = found.tables["scores"]
     record(scores, directories, params, cohort)
     compared = f"{scores['split'].nunique()} splits, {scores['predictor'].nunique()} predictors"
@@ -177,7 +181,7 @@ def origin(cohort: Cohort, params: Params) -> dict[str, str]:
         "data, hash": tracking.data_digest(str(COHORT), cohort.visible_sha256),
         "code, commit": commit,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "threads, instruction set": f"{params.train.threads}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads, instruction set": f"{params.train.threads} in training, 1 in evaluation; {torch.backends.cpu.get_cpu_capability()}",
     }
 
 

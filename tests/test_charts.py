@@ -73,7 +73,7 @@ def test_bars_of_a_histogram_are_as_high_as_their_shares_and_cut_ones_say_so():
     svg = charts.histogram([0.1] * 8 + [0.05, 0.15], "gem", "x")
     heights = [float(value) for value in re.findall(r'height="([\d.]+)"/>', svg)]
     assert np.array(heights) / heights[0] == pytest.approx([1] * 8 + [0.5, 1.5], abs=0.01)
-    assert "50%" in charts.histogram([0.5] + [0.5 / 9] * 9, "gem", "x")
+    assert "50 %" in charts.histogram([0.5] + [0.5 / 9] * 9, "gem", "x")
 
 
 def test_stacked_parts_follow_one_another_and_negative_ones_take_no_room():

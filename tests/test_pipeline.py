@@ -11,8 +11,8 @@ from conftest import TINY
 from repository import Repository
 
 from pipeline.gem import yamlfile
-from pipeline.gem.predictors import PREDICTORS
 from pipeline.gem.metrics import METRICS
+from pipeline.gem.predictors import PREDICTORS
 from pipeline.gem.storage import sha256
 
 

@@ -196,7 +196,7 @@ def test_one_model_with_one_seed_is_compared_with_the_baselines_and_has_no_sprea
 
 
 def test_values_from_a_cohort_cannot_break_the_page(synthetic):
-    _, found, folder = synthetic
+    _, found, _ = synthetic
     strange = replace(found.conditions[0], name='<script>alert("x")</script>')
     contents = report.Contents(found.tables, found.seeds, [strange], [], [], {"summary": "<b>"}, {"commit": "a & b"}, {"model": {"x": "<i>"}}, "1 < 2", None)
     text = report.render(contents)

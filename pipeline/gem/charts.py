@@ -98,7 +98,8 @@ def histogram(shares: Sequence[float], kind: str, label: str) -> str:
         tall = min(share * scale, height - 4)
         bars.append(f'<rect class="fill {kind}" x="{index * step + 1:.1f}" y="{height - tall:.1f}" width="{step - 2:.1f}" height="{tall:.1f}"/>')
         if share * scale > height - 4:
-            bars.append(f'<text x="{(index + 0.5) * step:.1f}" y="12" text-anchor="middle">{100 * share:.0f}%</text>')
+            beside, anchor = (index * step + step + 2, "start") if index < len(shares) / 2 else (index * step - 2, "end")
+            bars.append(f'<text x="{beside:.1f}" y="13" text-anchor="{anchor}">{100 * share:.0f} %</text>')
     level = height - uniform * scale
     line = f'<line class="ideal" x1="0" x2="{width}" y1="{level:.1f}" y2="{level:.1f}"/><line class="axis" x1="0" x2="{width}" y1="{height}" y2="{height}"/>'
     return f'<svg class="histogram" viewBox="0 0 {width} {height + 1}" role="img" aria-label="{escape(label)}">{"".join(bars)}{line}</svg>'

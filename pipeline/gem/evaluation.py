@@ -3,7 +3,9 @@
 N samples of a split, G genes, R resamples. Expression is log-CPM.
 """
 
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,7 +59,9 @@ def evaluate_scene(
     resamples = Resamples(scene.condition, params.bootstrap, params.seed)
     errors = {name: sample_errors(scene, said) for name, said in predictions.items() if usable(said)}
     truths = Truths(scene, resamples, axes, errors, true_change)
-    measured = {name: [measure(one, truths) for one in said] for name, said in predictions.items()}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda said: [measure(one, truths) for one in said], predictions.values())
+        measured = dict(zip(predictions, found, strict=True))
     about = {"split": scene.name}
     return Result(
         scores=pd.DataFrame(

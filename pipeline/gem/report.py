@@ -183,7 +183,8 @@ def headline(splits: list[Split], models: list[str]) -> tuple[str, str]:
     tones = {tone: [split.name for split in splits if split.verdicts[models[0]].tone == tone] for tone in (BETTER, WORSE, UNCLEAR)}
     said = []
     if tones[WORSE]:
-        said.append(f"On {listing(tones[WORSE])} some baseline is clearly better, in mse or in delta_pearson.")
+        lost = dict.fromkeys(metric for split in splits for metric, tone in split.verdicts[models[0]].tones.items() if tone == WORSE)
+        said.append(f"On {listing(tones[WORSE])} some baseline is clearly better in {listing(lost).replace(' and ', ' or ')}.")
     if tones[UNCLEAR]:
         said.append(f"On {listing(tones[UNCLEAR])} no baseline is clearly better, but some do not differ clearly from it.")
     number = "every" if len(tones[BETTER]) == len(splits) else "no" if not tones[BETTER] else f"{len(tones[BETTER])} of {len(splits)}"

@@ -54,7 +54,12 @@ class Verdict:
     model: str
     place: str      # between ridge and the ideal
     against: str    # the baselines
-    tone: str       # better: than every baseline in all that is compared; worse: than one clearly; else no clear difference
+    tones: dict[str, str]   # metric to better: than every baseline; worse: than one clearly; else no clear difference
+
+    @property
+    def tone(self) -> str:
+        """Over all metrics that are compared."""
+        return tone_of(self.tones.values())
 
     @property
     def sentence(self) -> str:
@@ -70,9 +75,14 @@ def ordered(predictors: Iterable[str]) -> list[str]:
 def verdict(split: str, model: str, scores: pd.DataFrame, comparisons: pd.DataFrame) -> Verdict:
     """From the tables of an evaluation (any number of splits)."""
     rows = comparisons[(comparisons["split"] == split) & (comparisons["predictor"] == model) & comparisons["against"].isin(FLOORS)]
-    said = set(rows["verdict"])
-    tone = WORSE if WORSE in said else BETTER if said == {BETTER} else UNCLEAR
-    return Verdict(split, model, _place(split, model, scores), _against(rows), tone)
+    tones = {metric: tone_of(those["verdict"]) for metric, those in rows.groupby("metric", sort=False)}
+    return Verdict(split, model, _place(split, model, scores), _against(rows), tones)
+
+
+def tone_of(verdicts: Iterable[str]) -> str:
+    """Better where all are, worse where any is."""
+    said = set(verdicts)
+    return WORSE if WORSE in said else BETTER if said == {BETTER} else UNCLEAR
 
 
 def axis_of(scores: pd.DataFrame) -> str:

@@ -118,8 +118,8 @@ def latents(cohort: Cohort, models: dict[str, list[GEM]], params: Params) -> tup
 
 def write_results(found: Evaluation, cohort: Cohort, params: Params) -> None:
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    for stale in (*(OUTPUT / "figures").glob("*.png"), CREDIBILITY):
-        stale.unlink(missing_ok=True)
+    for stale in (OUTPUT / "figures").glob("*.png"):
+        stale.unlink()
     scores = found.tables["scores"]
     write_json(OUTPUT / "metrics.json", nested(scores))
     for name in TABLES:
@@ -130,10 +130,8 @@ def write_results(found: Evaluation, cohort: Cohort, params: Params) -> None:
     write_report(contents(found, cohort, params, credibility_of(cohort, params)), REPORT)
 
 
-def credibility_of(cohort: Cohort, params: Params) -> tuple[pd.DataFrame, Path] | None:
-    """The training split of a synthetic cohort beside real cohorts: (table, figure); None where nothing was simulated."""
-    if cohort.truth_folder is None:
-        return None
+def credibility_of(cohort: Cohort, params: Params) -> tuple[pd.DataFrame, Path]:
+    """(table, figure): the training split beside two real cohorts, so that one sees whether a simulated one could be real."""
     rows, targets = cohort.rows([TRAIN]), cohort.targets.rename_axis("perturbation").reset_index(name="gene_id")
     counts, totals = cohort.counts([TRAIN]), rows["total"].to_numpy()
     own = portrait(counts, totals, rows, cohort.genes, cohort.declared, targets, params.evaluate.seed)
@@ -144,9 +142,10 @@ def credibility_of(cohort: Cohort, params: Params) -> tuple[pd.DataFrame, Path] 
     return table, figure
 
 
-def contents(found: Evaluation, cohort: Cohort, params: Params, credible: tuple[pd.DataFrame, Path] | None) -> Contents:
+def contents(found: Evaluation, cohort: Cohort, params: Params, credible: tuple[pd.DataFrame, Path]) -> Contents:
     """The report's content: results, and where they come from."""
-    sections = (*(("synthesize",) if credible else ()), *SHOWN_SECTIONS)
+    simulated = cohort.truth_folder is not None
+    sections = (*(("synthesize",) if simulated else ()), *SHOWN_SECTIONS)
     split = "test_combination" if cohort.has("test_combination") else found.tables["scores"]["split"].iloc[0]
     return Contents(
         tables=found.tables,
@@ -158,7 +157,7 @@ def contents(found: Evaluation, cohort: Cohort, params: Params, credible: tuple[
         origin=origin(cohort, params),
         params={section: {name.removeprefix(f"{section}."): value for name, value in params.flat(section).items()} for section in sections},
         recompute=recompute(cohort.folder.as_posix(), OUTPUT.as_posix(), str(split), ("ridge", *found.seeds)),
-        credibility=credible,
+        credibility=credible if simulated else None,
     )
 
 
@@ -192,7 +191,7 @@ def record(scores: pd.DataFrame, directories: dict[str, Path], params: Params, c
     with tracking.run("evaluate", "evaluate") as parent:
         parent.params(params.flat("evaluate"))
         parent.dataset("cohort", digest, "evaluation")
-        parent.artifacts([REPORT, OUTPUT / "metrics.json", *(OUTPUT / name for name in FILE_OF.values()), *([CREDIBILITY] if CREDIBILITY.exists() else [])])
+        parent.artifacts([REPORT, OUTPUT / "metrics.json", *(OUTPUT / name for name in FILE_OF.values()), CREDIBILITY])
         parent.artifacts(sorted((OUTPUT / "figures").glob("*.png")), "figures")
         for predictor in scores["predictor"].unique():
             if not predictor.startswith("gem"):

@@ -183,7 +183,7 @@ def test_without_truth_a_replicate_is_the_ceiling_and_what_needs_the_truth_is_le
     assert "1 ideal" not in text
     known = found.tables["scores"].query("predictor == 'gem' and metric == 'skill_replicate'").set_index("split")["value"]
     for split, value in known.items():
-        place = re.search(rf'href="#{split}">{split}</a>.*?<p>(.*?)</p>', text, flags=re.DOTALL)[1]
+        place = re.search(rf'<h2><a href="#{split}">{split}</a>.*?<p>(.*?)</p>', text, flags=re.DOTALL)[1]
         assert ("cannot be given" in place) == pd.isna(value)
         assert "replicate" in place
 

@@ -102,7 +102,7 @@ def test_models_are_compared_with_one_another():
 
 
 def test_a_line_sums_up_a_model():
-    assert condensed("test_combination", "gem", WINS) == "beats 2 of 2 baselines in mse; beats 2 of 2 baselines in delta_pearson"
+    assert condensed("test_combination", "gem", WINS) == "beats 2 of 2 baselines in mse and delta_pearson"
     rows = comparisons_of(("gem", "additive", "mse", -0.05, -0.06, -0.04), ("gem", "ridge", "mse", 0.0, -0.1, 0.1), ("gem_tuned", "gem", "mse", 1.0, 0.5, 2.0))
     assert condensed("test_combination", "gem", rows) == "beats 0 of 2 baselines in mse (loses to additive; unclear: ridge)"
     assert condensed("test_combination", "gem_tuned", rows) == "better than gem in mse"

@@ -177,18 +177,18 @@ def between_models(split: str, comparisons: pd.DataFrame) -> list[str]:
 
 
 def condensed(split: str, model: str, comparisons: pd.DataFrame) -> str:
-    """One line: "beats 8 of 8 baselines in mse; 7 of 8 in delta_pearson (loses to bilinear; unclear: ridge)"."""
+    """One line: "beats 8 of 8 baselines in mse; beats 7 of 8 baselines in delta_pearson (loses to bilinear)"."""
     rows = comparisons[(comparisons["split"] == split) & (comparisons["predictor"] == model)]
-    parts = []
+    said: dict[tuple[str, str], list[str]] = {}   # (what, in which manner) to the metrics of which it is true
     for metric, those in rows[rows["against"].isin(FLOORS)].groupby("metric", sort=False):
         named = {kind: listing(those.loc[those["verdict"] == kind, "against"]) for kind in (WORSE, UNCLEAR)}
         notes = [f"{word} {named[kind]}" for kind, word in ((WORSE, "loses to"), (UNCLEAR, "unclear:")) if named[kind]]
         won = (those["verdict"] == BETTER).sum()
-        parts.append(f"beats {won} of {len(those)} baselines in {metric}" + (f" ({'; '.join(notes)})" if notes else ""))
+        said.setdefault((f"beats {won} of {len(those)} baselines", f" ({'; '.join(notes)})" if notes else ""), []).append(metric)
     for row in rows[rows["against"].isin(MODELS)].itertuples():
         if row.verdict != UNCLEAR:
-            parts.append(f"{row.verdict} than {row.against} in {row.metric}")
-    return "; ".join(parts) or "nothing to compare with"
+            said.setdefault((f"{row.verdict} than {row.against}", ""), []).append(row.metric)
+    return "; ".join(f"{what} in {listing(metrics)}{manner}" for (what, manner), metrics in said.items()) or "nothing to compare with"
 
 
 def label(predictor: str) -> str:

@@ -105,7 +105,7 @@ def test_only_keys_of_model_and_train_can_be_searched(problems, key):
         (r"technical: 1\.0", "technical: true", f"space.{KL}: the baseline True lies outside the space"),
         (r"metric: predictive_log_likelihood", "metric: loss", "objective.metric is 'loss'"),
         (r"direction: maximize", "direction: up", "objective.direction is 'up'"),
-        (r"epochs: 8 ", "epochs: 0 ", "epochs is 0"),
+        (r"epochs: 5 ", "epochs: 0 ", "epochs is 0"),
         (r"name: tpe", "name: grid", "sampler.name is 'grid'"),
         (r"seed: 5", "sed: 5, seed: 5", "sampler.sed is unknown; did you mean seed?"),
         (r"question: ", "qestion: x\nquestion: ", "qestion is unknown; did you mean question?"),

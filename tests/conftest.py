@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.gem.cohort import Cohort
-from pipeline.gem.config import Params, read_params
+from pipeline.gem.config import Covariates, Data, Params, read_params
 from pipeline.gem.preparation import write_cohort
 from pipeline.gem.sources import open_source
 
@@ -62,6 +62,17 @@ def _one_thread():
 def params() -> Params:
     """params.yaml with a tiny cohort and a tiny model."""
     return read_params(ROOT / "params.yaml").override(TINY)
+
+
+@pytest.fixture(scope="session")
+def dosed(params) -> Data:
+    """Declarations of a hand-made cohort: context is the tissue, and there is a dose."""
+    covariates = {
+        "technical": {"study": {"kind": "categorical"}},
+        "biological": {"tissue": {"kind": "categorical"}},
+        "perturbation": {"perturbation": {"kind": "categorical"}, "perturbation_dose": {"kind": "numeric", "scale": "log"}},
+    }
+    return params.data.model_copy(update={"covariates": Covariates.model_validate(covariates), "context_columns": ("tissue",)})
 
 
 @pytest.fixture(scope="session")

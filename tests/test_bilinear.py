@@ -8,21 +8,15 @@ import pytest
 
 from pipeline.gem.baselines import Additive
 from pipeline.gem.bilinear import COMPONENTS, PENALTIES, WITHOUT_CHOICE, Bilinear, leading_components, squared_errors
-from pipeline.gem.config import Covariates, Data
+from pipeline.gem.config import Data
 
 GENES = 7
 DOSE = {"100 nM": 0.1, "1 uM": 1.0, "10 uM": 10.0}
 
 
 @pytest.fixture(scope="module")
-def data(params) -> Data:
-    """Declarations of a hand-made cohort: context is the tissue, and there is a dose."""
-    covariates = {
-        "technical": {"study": {"kind": "categorical"}},
-        "biological": {"tissue": {"kind": "categorical"}},
-        "perturbation": {"perturbation": {"kind": "categorical"}, "perturbation_dose": {"kind": "numeric", "scale": "log"}},
-    }
-    return params.data.model_copy(update={"covariates": Covariates.model_validate(covariates), "context_columns": ("tissue",)})
+def data(dosed) -> Data:
+    return dosed
 
 
 def cohort(effect, perturbations: list[str], noise: float, seed: int, doses: list = (*DOSE, None)) -> tuple[pd.DataFrame, np.ndarray]:

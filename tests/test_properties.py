@@ -86,7 +86,7 @@ def test_ridge_beats_every_prediction_that_is_the_same_for_all(world):
         assert gap(world, "test_random", "ridge", floor).low > 0
 
 
-def same(first: pd.DataFrame, second: pd.DataFrame) -> None:
+def assert_same(first: pd.DataFrame, second: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(first, second, rtol=1e-6, atol=1e-9)
 
 
@@ -97,7 +97,7 @@ def test_nothing_depends_on_the_order_of_samples(tiny, split):
     moved, moved_said = rows_of(scene, said, order)
     first, second = tiny.result(split), tiny.result(split, moved_said, moved)
     for name in TABLES:
-        same(getattr(first, name), getattr(second, name))
+        assert_same(getattr(first, name), getattr(second, name))
 
 
 @pytest.mark.parametrize("split", ["test_random", "test_study"])
@@ -109,10 +109,10 @@ def test_no_score_depends_on_the_numbering_of_conditions(tiny, split):
     entity = other[scene.entity] if scene.entity_kind == "condition" else scene.entity
     first, second = tiny.result(split), tiny.result(split, said, replace(scene, condition=other[scene.condition], entity=entity))
     drawn = ["low", "high"]
-    same(first.scores.drop(columns=drawn), second.scores.drop(columns=drawn))
-    same(first.comparisons.drop(columns=[*drawn, "verdict"]), second.comparisons.drop(columns=[*drawn, "verdict"]))
+    assert_same(first.scores.drop(columns=drawn), second.scores.drop(columns=drawn))
+    assert_same(first.comparisons.drop(columns=[*drawn, "verdict"]), second.comparisons.drop(columns=[*drawn, "verdict"]))
     moved = [table.sort_values(["predictor", "condition"]).reset_index(drop=True) for table in (first.conditions, second.conditions)]
-    same(*moved)
+    assert_same(*moved)
     ends = [table.loc[table["metric"] == "mse", "high"] for table in (first.scores, second.scores)]
     np.testing.assert_allclose(*ends, rtol=0.5)
 
@@ -124,7 +124,7 @@ def test_the_same_model_again_as_another_seed_changes_nothing_but_the_table_of_s
     first = tiny.result("test_study", one, seeds={name: [1] for name in models})
     second = tiny.result("test_study", two, seeds={name: [1, 2] for name in models})
     for name in TABLES:
-        same(getattr(first, name), getattr(second, name))
+        assert_same(getattr(first, name), getattr(second, name))
     assert len(second.seeds) == 2 * len(first.seeds) > 0
     of_seeds = second.seeds.pivot(index=["predictor", "metric"], columns="seed", values="value")
     np.testing.assert_array_equal(of_seeds[1], of_seeds[2])

@@ -5,19 +5,14 @@ import pandas as pd
 import pytest
 from comparison import made_scene, rows_of, scores, world_of
 
-from pipeline.gem.config import Covariates, Data
+from pipeline.gem.config import Data
 from pipeline.gem.predictors import Prediction
 from pipeline.gem.replicate import replicate
 
 
 @pytest.fixture(scope="module")
-def data(params) -> Data:
-    covariates = {
-        "technical": {"study": {"kind": "categorical"}},
-        "biological": {"tissue": {"kind": "categorical"}},
-        "perturbation": {"perturbation": {"kind": "categorical"}, "perturbation_dose": {"kind": "numeric", "scale": "log"}},
-    }
-    return params.data.model_copy(update={"covariates": Covariates.model_validate(covariates), "context_columns": ("tissue",)})
+def data(dosed) -> Data:
+    return dosed
 
 
 @pytest.fixture(scope="module")

@@ -207,6 +207,11 @@ def test_perturbations_of_a_study_fit_into_the_perturbations(problems):
     assert len(found) == 1 and "synthesize: perturbations_per_study (61) is more than perturbations (60)" in found[0]
 
 
+def test_additive_technical_latents_need_the_linear_path(problems):
+    found = problems((r"linear_decoder: true", "linear_decoder: false"))
+    assert len(found) == 1 and "model: additive_technical decodes by the linear path: set linear_decoder to true" in found[0]
+
+
 def test_contexts_of_a_study_fit_into_the_contexts(problems):
     found = problems((r"contexts_per_study: \d+ ", "contexts_per_study: 13 "))
     assert len(found) == 1 and "contexts_per_study (13) is more than there are contexts (12)" in found[0]

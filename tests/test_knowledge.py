@@ -14,6 +14,7 @@ from pipeline.gem.config import Data
 from pipeline.gem.errors import InputError, IntegrityError
 from pipeline.gem.preparation import write_cohort
 from pipeline.gem.sources import open_source
+from pipeline.gem.trained import Targets
 
 TABLE = Path("embeddings") / "perturbation.parquet"
 
@@ -54,7 +55,7 @@ def test_a_cohort_has_the_features_and_targets_of_its_source(cohort, source_fold
 
 
 def test_the_target_of_a_sample_is_a_position_among_the_genes_of_the_cohort(cohort):
-    positions = cohort.target_positions(cohort.samples)
+    positions = Targets.of(cohort)(cohort.samples)
     hit = positions >= 0
     assert hit.any() and (cohort.samples["perturbation"][~hit] == "control").any()
     assert cohort.genes[positions[hit]].tolist() == cohort.targets[cohort.samples["perturbation"][hit]].tolist()
@@ -66,7 +67,7 @@ def test_a_target_whose_gene_was_left_out_has_no_position(prepare, source, cohor
     gene = pd.read_parquet(source / "genes.parquet")["gene_id"].iloc[0]
     change(source / "targets.parquet", lambda table: pd.DataFrame({"perturbation": [name], "gene_id": [gene]}))
     kept = prepare(source)
-    (position,) = set(kept.target_positions(kept.samples[kept.samples["perturbation"] == name]))
+    (position,) = set(Targets.of(kept)(kept.samples[kept.samples["perturbation"] == name]))
     assert position == (list(kept.genes).index(gene) if gene in kept.genes else -1)
 
 
@@ -75,9 +76,9 @@ def test_a_cohort_without_tables_is_a_cohort(prepare, source, params):
     (source / "targets.parquet").unlink()
     plain = prepare(source, covariates=plain_covariates(params), target_gene=None)
     assert plain.features == {} and plain.targets.empty and not (plain.folder / "embeddings").exists()
-    assert (plain.target_positions(plain.samples) == -1).all()
+    assert (Targets.of(plain)(plain.samples) == -1).all()
     nothing = prepare(source, "nothing", covariates=plain_covariates(params), target_gene=None, control=None)
-    assert (nothing.target_positions(nothing.samples) == -1).all()
+    assert (Targets.of(nothing)(nothing.samples) == -1).all()
 
 
 def test_where_the_tables_came_from_does_not_matter(prepare, source, cohort):

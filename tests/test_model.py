@@ -365,7 +365,7 @@ def test_free_bits_leave_dimensions_below_them_without_a_pull(params):
 @pytest.mark.parametrize("linear", [True, False])
 def test_the_decoder_starts_at_the_training_mean_and_the_noise_at_the_training_variance(small, linear):
     torch.manual_seed(0)
-    made = build(GENES, METADATA_SIZES, HEADS, small.model_copy(update={"linear_decoder": linear}))
+    made = build(GENES, METADATA_SIZES, HEADS, small.model_copy(update=PLAIN | {"linear_decoder": linear}))
     mean, variance = torch.linspace(0, 9, GENES), torch.linspace(0.05, 3, GENES)
     made.start_from(mean, variance)
     torch.testing.assert_close(made.decoder[-1].bias.detach(), mean)
@@ -509,7 +509,7 @@ def test_a_saved_model_predicts_the_same_and_has_the_same_bytes(gem, queries, re
 def test_a_model_file_holds_tensors_and_plain_values_only(gem, tmp_path):
     gem.save(tmp_path / "model.pt")
     content = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert set(content) == {"format_version", "genes", "metadata", "targets", "model", "weights"}
+    assert set(content) == {"format_version", "genes", "metadata", "targets", "model", "hidden_study", "weights"}
 
 
 def test_loading_leaves_the_global_random_state_alone(gem, tmp_path):

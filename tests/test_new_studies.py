@@ -3,15 +3,16 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from test_model import batch, network
 
 from pipeline.gem.likelihood import normal_log_likelihood
-from pipeline.gem.model import NEW_STUDY, RECONSTRUCTED, Gaussian, Interaction, OwnTarget
+from pipeline.gem.model import CONDITIONED, NEW_STUDY, PREDICTED, RECONSTRUCTED, Gaussian, Interaction, OwnTarget
 from pipeline.gem.splits import TRAIN
-from pipeline.gem.trained import GEM
-from pipeline.gem.training import TrainingData, _Loop, fit, study_spread
+from pipeline.gem.trained import GEM, Targets
+from pipeline.gem.training import TrainingData, _Loop, fit, hidden_study, study_spread
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def loop(data, params, **train) -> _Loop:
     chosen = params.override({f"train.{name}": value for name, value in train.items()})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        gem = GEM.build(data.genes, data.encoder, data.targets, chosen.model)
+        gem = GEM.build(data.genes, data.encoder, data.targets, chosen.model, hidden_study(data, chosen))
     return _Loop(data, chosen.train, gem, torch.Generator().manual_seed(0))
 
 
@@ -89,6 +90,24 @@ def test_training_hides_exactly_the_columns_of_the_study(data, params):
     assert len(loop(data, params, new_study_weight=0.0)._new_study(technical)) == 0
 
 
+def test_a_study_never_seen_has_the_noise_learnt_for_one_and_a_reference_its_own(data, params, cohort, tmp_path):
+    trained = fit(data, params.override({"train.epochs": 2}), seed=1).gem
+    trained.save(tmp_path / "model.pt")
+    gem = GEM.load(tmp_path / "model.pt")
+    known, new = cohort.rows([TRAIN]).iloc[:3], cohort.rows(["validation_study"]).iloc[:2]
+    asked = pd.concat([known, new, known.drop(columns="study")])
+    ways = [PREDICTED] * 3 + [NEW_STUDY] * 5
+    assert gem.query(asked, unknown="missing").way.tolist() == ways
+    noise = gem.network.log_variance(gem.query(asked, unknown="missing").way)
+    torch.testing.assert_close(noise, torch.stack([gem.network.log_variance(way) for way in ways]))
+    reference = np.repeat(cohort.expression([TRAIN])[:1], len(asked), axis=0)
+    assert set(gem.query(asked, reference, unknown="missing").way.tolist()) == {CONDITIONED}
+    # Where training never hid a study, nothing was learnt of one.
+    other = fit(data, params.override({"train.epochs": 1, "train.new_study_weight": 0.0}), seed=1).gem
+    assert other.hidden_study is None
+    assert set(other.query(asked, unknown="missing").way.tolist()) == {PREDICTED}
+
+
 # --- programs scaled by the biology -----------------------------------------------------------------------------------
 
 
@@ -133,7 +152,7 @@ def test_a_short_fit_learns_that_knock_down_lowers_and_over_expression_raises(da
     samples = cohort.rows([TRAIN])
     query = gem.query(samples)
     change, kind = query.change.numpy(), samples["perturbation_type"].to_numpy()
-    assert (query.target.numpy() == cohort.target_positions(samples)).all()
+    assert (query.target.numpy() == Targets.of(cohort)(samples)).all()
     for name, sign in (("crispri", -1), ("overexpression", 1)):
         if (kind == name).any():
             assert (sign * change[kind == name]).mean() > 0.3

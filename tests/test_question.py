@@ -233,7 +233,7 @@ def test_set_refuses_all_when_one_of_several_is_refused(call, repository):
         ("data.layer=raw", "data.layer", "raw"),
         ("data.layer='1e3'", "data.layer", "1e3"),
         ("data.date_column=null", "data.date_column", None),
-        ("model.linear_decoder=false", "model.linear_decoder", False),
+        ("model.additive_technical=false", "model.additive_technical", False),
     ],
 )
 def test_what_set_accepts_reads_back_as_given(call, repository, argument, name, value):

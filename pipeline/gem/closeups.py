@@ -11,9 +11,8 @@ import pandas as pd
 
 from pipeline.gem.config import GROUPS, Data
 from pipeline.gem.labels import label_texts
-from pipeline.gem.metrics import condition_sums
 from pipeline.gem.predictors import Prediction
-from pipeline.gem.resampling import Resamples
+from pipeline.gem.resampling import Resamples, condition_sums
 from pipeline.gem.scenes import Scene
 from pipeline.gem.scoring import Truths, changes
 from pipeline.gem.trained import GEM

@@ -119,13 +119,6 @@ class Cohort:
         folder = self.folder / "truth"
         return folder if (folder / "parameters.npz").exists() else None
 
-    def target_positions(self, samples: pd.DataFrame) -> np.ndarray:
-        """(N,) position among the genes of the gene that each sample's perturbation hits; -1 where none is known or kept."""
-        if self.declared.control is None:
-            return np.full(len(samples), -1)
-        genes = label_texts(samples[self.declared.control.column]).map(self.targets)
-        return pd.Index(self.genes).get_indexer(genes)
-
     def has(self, split: str) -> bool:
         return self.manifest["splits"].get(split, 0) > 0
 

@@ -173,6 +173,12 @@ class Model(Frozen):
     interactions: Annotated[int, Field(ge=0)]
     min_variance: Positive
 
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.additive_technical and not self.linear_decoder:
+            raise ValueError("additive_technical decodes by the linear path: set linear_decoder to true, or additive_technical to false")
+        return self
+
 
 class KLWeight(Frozen):
     technical: NonNegative

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from scipy.spatial.distance import cdist, pdist
 
-from pipeline.gem.resampling import Resamples, condition_sums
+from pipeline.gem.resampling import Resamples
 
 # Sums of squares, and differences of cosines, that are rounding of float64 and not signal.
 ROUNDING = 1e-12
@@ -102,12 +102,6 @@ def gene_pearson(observed: np.ndarray, predicted: np.ndarray, resamples: Resampl
         correlation = np.where(varies & (variance_o > 0), covariance / np.sqrt(variance_o * variance_p), 0.0)
         result = (correlation * variance_o).sum(axis=1) / variance_o.sum(axis=1)
     return np.where(varies.any(axis=1), result, np.nan)
-
-
-def condition_means(values: np.ndarray, condition: np.ndarray) -> np.ndarray:
-    """(C, G) float64 means of (N, G) by condition (N,), an index from 0 to C - 1, every one of which has a sample."""
-    number = int(condition.max()) + 1
-    return condition_sums(values, condition, number) / np.bincount(condition, minlength=number)[:, None]
 
 
 def delta_pearson(observed_change: np.ndarray, predicted_change: np.ndarray) -> np.ndarray:

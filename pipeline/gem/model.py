@@ -137,7 +137,7 @@ class Network(nn.Module):
         # Effects of library and platform multiply counts: they add up on the log scale, whatever the biology.
         self.bent_from = self.sizes["technical"] if params.additive_technical else 0
         self.decoder = MLP(total - self.bent_from, genes, params.blocks, params)
-        self.linear_decoder = nn.Linear(total, genes, bias=False) if params.linear_decoder or params.additive_technical else None
+        self.linear_decoder = nn.Linear(total, genes, bias=False) if params.linear_decoder else None
         self.own_target = OwnTarget(torch.tensor(manner, dtype=torch.bool))
         places = (self.sizes["biological"], self.sizes["perturbation"])
         self.interaction = Interaction(*places, params.interactions, genes) if params.interactions else None
@@ -195,8 +195,8 @@ class Network(nn.Module):
             decoded = decoded + self.interaction(latents[:, places["biological"]], latents[:, places["perturbation"]])
         return decoded
 
-    def log_variance(self, way: int) -> Tensor:
-        """(G,) log variance of log-CPM around the decoded mean: RECONSTRUCTED, PREDICTED or CONDITIONED.
+    def log_variance(self, way: int | Tensor) -> Tensor:
+        """(G,) log variance of log-CPM around the decoded mean, by how it came about; (N, G) for N ways.
 
         The floor is added, not clamped: a clamped parameter has no gradient and would never come back.
         """

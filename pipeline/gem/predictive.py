@@ -55,7 +55,7 @@ def _mixture(gem: GEM, query: Query, edges: tuple[Tensor, Tensor], draws: int, g
     for number in range(draws):
         decoded = decode(gem.network, query, sample_normal(*query.latents, generator))
         if number == 0:
-            drawn = sample_normal(decoded, noise.expand_as(decoded), generator)
+            drawn = sample_normal(decoded, noise, generator)
         mean += decoded / draws
         centre = decoded * scale
         for total, edge in zip((lower, upper), edges, strict=True):

@@ -14,6 +14,7 @@ from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import Evaluate
 from pipeline.gem.references import choose_references, matching_keys
 from pipeline.gem.splits import TEST_CONTROL, TESTS, TRAIN, Entities, contexts, is_control, joined
+from pipeline.gem.trained import Targets
 
 # What a split holds out as a whole: errors within one are not independent.
 HELD_OUT = {"test_combination": "pair", "test_perturbation": "perturbation", "test_study": "study"}
@@ -104,7 +105,7 @@ class Scenes:
             **{kind: getattr(entities, kind).fillna("").to_numpy(dtype=object) for kind in ("context", "study", "perturbation", "pair")},
             condition_name=conditions.to_numpy(),
             perturbed_centre=None if self._centres is None else self._centres.lookup(self._places(rows)),
-            target=self.cohort.target_positions(rows),
+            target=Targets.of(self.cohort)(rows),
             condition=condition,
             entity=condition if held_out is None else pd.factorize(held_out, sort=True)[0],
             entity_kind="condition" if held_out is None else HELD_OUT[name],

@@ -24,7 +24,7 @@ from pipeline.gem.expression import counts_from_log_cpm
 from pipeline.gem.labels import label_texts
 from pipeline.gem.likelihood import normal_log_likelihood, sample_normal
 from pipeline.gem.metadata import MetadataEncoder
-from pipeline.gem.model import CONDITIONED, PREDICTED, Gaussian, Network
+from pipeline.gem.model import CONDITIONED, NEW_STUDY, PREDICTED, Gaussian, Network
 from pipeline.gem.storage import write_atomically
 
 FORMAT_VERSION = 2
@@ -59,12 +59,12 @@ class Query(NamedTuple):
     latents: Gaussian             # (N, L)
     target: Tensor                # (N,) position of the gene that the perturbation itself hits, -1 without
     change: Tensor                # (N,) what that does to it, log-CPM
+    way: Tensor                   # (N,) how each is decoded, which decides its noise: PREDICTED, NEW_STUDY or CONDITIONED
     carried: Tensor | None = None # (N, G) what is carried over of a reference's residual, log-CPM
-    way: int = PREDICTED
 
     def rows(self, chosen: slice) -> "Query":
         carried = None if self.carried is None else self.carried[chosen]
-        return Query(self.latents.rows(chosen), self.target[chosen], self.change[chosen], carried, self.way)
+        return Query(self.latents.rows(chosen), self.target[chosen], self.change[chosen], self.way[chosen], carried)
 
 
 def decode(network: Network, query: Query, latents: Tensor) -> Tensor:
@@ -82,14 +82,15 @@ class GEM:
     genes: np.ndarray        # (G,) gene ids, in the order of every expression matrix
     targets: Targets
     params: Model
+    hidden_study: str | None   # the study's column, where training hid it and so knows the noise of a study never seen
 
     @classmethod
-    def build(cls, genes: np.ndarray, metadata: MetadataEncoder, targets: Targets, params: Model) -> "GEM":
+    def build(cls, genes: np.ndarray, metadata: MetadataEncoder, targets: Targets, params: Model, hidden_study: str | None = None) -> "GEM":
         """An untrained GEM; weights from torch's current random state."""
         heads = {field.name: (metadata.group_of(field.name), len(field.levels)) for field in metadata.heads()}
         fields = metadata.groups["perturbation"]
         manner = tuple(field.name != targets.column and field.features is None for field in fields for _ in range(field.size))
-        return cls(Network(len(genes), metadata.sizes, heads, manner, params), metadata, genes, targets, params)
+        return cls(Network(len(genes), metadata.sizes, heads, manner, params), metadata, genes, targets, params, hidden_study)
 
     def to_bytes(self) -> bytes:
         """The content of model.pt: tensors and plain values only. The same model gives the same bytes."""
@@ -99,6 +100,7 @@ class GEM:
             "metadata": self.metadata.state(),
             "targets": {"column": self.targets.column, "genes": self.targets.genes},
             "model": self.params.model_dump(mode="json"),
+            "hidden_study": self.hidden_study,
         }
         content = _plain(described | {"weights": {name: value.detach().cpu() for name, value in self.network.state_dict().items()}})
         # Through a buffer: torch.save writes the name of the file it is given into the bytes.
@@ -130,7 +132,7 @@ class GEM:
             raise IntegrityError(f"{path}: format version {version}, expected {FORMAT_VERSION}; train the model again")
         with torch.random.fork_rng(devices=[]):
             encoder, params = MetadataEncoder.from_state(content["metadata"]), Model.model_validate(content["model"])
-            gem = cls.build(np.array(content["genes"]), encoder, Targets(**content["targets"]), params)
+            gem = cls.build(np.array(content["genes"]), encoder, Targets(**content["targets"]), params, content["hidden_study"])
         try:
             gem.network.load_state_dict(content["weights"])
         except RuntimeError as error:
@@ -178,12 +180,18 @@ class GEM:
         change = self.network.own_target(metadata["perturbation"])[index["perturbation"]]
         target = torch.from_numpy(self.targets(samples)).to(self.device)
         if reference is None or not conditioning:
-            return Query(prior, target, change)
+            return Query(prior, target, change, self._ways(encoded["technical"]))
         posterior, expression = self.posterior(reference), torch.from_numpy(reference).to(self.device)
         carried = torch.cat(
             [self.network.carried(expression[rows], posterior.rows(rows)) for rows in _blocks(len(samples))] or [expression]
         )
-        return Query(self.network.conditioned(prior, posterior, conditioning), target, change, carried, CONDITIONED)
+        return Query(self.network.conditioned(prior, posterior, conditioning), target, change, torch.full_like(target, CONDITIONED), carried)
+
+    def _ways(self, technical: np.ndarray) -> Tensor:
+        """(N,) NEW_STUDY where training hid studies and the encoded technical metadata (N, D) tell none; else PREDICTED."""
+        columns = [field.name == self.hidden_study for field in self.metadata.groups["technical"] for _ in range(field.size)]
+        unknown = ~technical[:, np.array(columns, dtype=bool)].any(axis=1) & any(columns)
+        return torch.from_numpy(np.where(unknown, NEW_STUDY, PREDICTED)).to(self.device)
 
     @torch.no_grad()
     def generate(
@@ -205,12 +213,11 @@ class GEM:
             raise ValueError("draws need a torch.Generator")
         query = self.query(samples, reference, conditioning, unknown)
         result = np.empty((len(samples), len(self.genes)), dtype=np.float32)
-        noise = self.network.log_variance(query.way)
         for rows in _blocks(len(samples)):
             part = query.rows(rows)
             decoded = decode(self.network, part, sample_normal(*part.latents, generator) if draw_latents else part.latents.mean)
             if draw_observations:
-                decoded = sample_normal(decoded, noise.expand_as(decoded), generator)
+                decoded = sample_normal(decoded, self.network.log_variance(part.way), generator)
             result[rows] = decoded.cpu().numpy()
         return result
 
@@ -236,7 +243,7 @@ def predictive_log_likelihood(network: Network, expression: Tensor, query: Query
 
     Draws z_k are those of the query's latents. The mean of the likelihoods, not of their logarithms: that would reward a prior without spread.
     """
-    log_variance = network.log_variance(query.way)
+    log_variance = network.log_variance(PREDICTED)
     log_likelihoods, total = [], torch.zeros_like(expression)
     for _ in range(draws):
         decoded = decode(network, query, sample_normal(*query.latents, generator))

@@ -18,7 +18,7 @@ from pipeline.gem.config import GROUPS, Data, Params, Train
 from pipeline.gem.errors import DivergedError, InputError
 from pipeline.gem.labels import label_texts
 from pipeline.gem.metadata import MetadataEncoder
-from pipeline.gem.model import Batch, Network, objective
+from pipeline.gem.model import PREDICTED, Batch, Network, objective
 from pipeline.gem.references import reference_lists
 from pipeline.gem.splits import TRAIN, contexts, is_control
 from pipeline.gem.trained import GEM, Query, Targets, distinct_rows, predictive_log_likelihood
@@ -49,7 +49,7 @@ class Encoded:
             metadata[group], index[group] = torch.from_numpy(rows).to(device), torch.from_numpy(inverse).to(device)
         labels = list(encoder.labels(samples).values())
         stacked = np.stack(labels, axis=1) if labels else np.zeros((len(samples), 0), dtype=np.int64)
-        target = torch.from_numpy(cohort.target_positions(samples).astype(np.int64)).to(device)
+        target = torch.from_numpy(Targets.of(cohort)(samples)).to(device)
         return cls(torch.from_numpy(expression).to(device), metadata, index, torch.from_numpy(stacked).to(device), target)
 
 
@@ -205,11 +205,17 @@ def fit(data: TrainingData, params: Params, seed: int, on_epoch: Callable[[Epoch
     device = data.train.expression.device
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # weights and dropout; everything else draws from the generator below
-        gem = GEM.build(data.genes, data.encoder, data.targets, params.model)
+        gem = GEM.build(data.genes, data.encoder, data.targets, params.model, hidden_study(data, params))
         gem.network.to(device)
         gem.network.start_from(data.train.expression.mean(0), data.train.expression.var(0))
         generator = torch.Generator(device).manual_seed(seed)
         return _Loop(data, params.train, gem, generator).run(on_epoch)
+
+
+def hidden_study(data: TrainingData, params: Params) -> str | None:
+    """The technical covariate that names the study, where a term of the objective is to hide it."""
+    told = any(field.name == data.study_column for field in data.encoder.groups["technical"])
+    return data.study_column if told and params.train.new_study_weight > 0 and params.model.additive_technical else None
 
 
 class _Loop:
@@ -226,11 +232,9 @@ class _Loop:
         self.blocks = {group: data.encoder.blocks(group) for group in GROUPS}
 
     def _columns_without_study(self) -> Tensor:
-        """(1, D) 0 for the columns of the study, 1 for the others; no rows where there is no study to hide or no use for it."""
-        fields = self.data.encoder.groups["technical"]
-        columns = [float(field.name != self.data.study_column) for field in fields for _ in range(field.size)]
-        used = self.params.new_study_weight > 0 and self.gem.params.additive_technical and 0.0 in columns
-        return torch.tensor(columns, device=self.data.train.expression.device)[None][: int(used)]
+        """(1, D) 0 for the columns of the hidden study, 1 for the others; no rows where none is hidden."""
+        columns = [float(field.name != self.gem.hidden_study) for field in self.data.encoder.groups["technical"] for _ in range(field.size)]
+        return torch.tensor(columns, device=self.data.train.expression.device)[None][: int(self.gem.hidden_study is not None)]
 
     def _parameter_groups(self) -> list[dict]:
         """Decay shrinks weights, not biases, norms or variances; variances start far from their answer and move faster."""
@@ -347,7 +351,8 @@ class _Loop:
         self.network.eval()
         generator = torch.Generator(data.expression.device).manual_seed(_VALIDATION_SEED)
         prior = self.network.joint_prior(data.metadata, data.index)
-        query = Query(prior, data.target, self.network.own_target(data.metadata["perturbation"])[data.index["perturbation"]])
+        change = self.network.own_target(data.metadata["perturbation"])[data.index["perturbation"]]
+        query = Query(prior, data.target, change, torch.full_like(data.target, PREDICTED))
         score, mean = predictive_log_likelihood(self.network, data.expression, query, self.params.predictive_draws, generator)
         figures = {
             "validation_predictive_log_likelihood": float(score.mean()),

@@ -21,7 +21,7 @@ def main() -> None:
     params = read_params()
     device = choose_device(params.train)
     cohort = Cohort(COHORT)
-    data = TrainingData.load(cohort, device)
+    data = TrainingData.load(cohort, device, params.model.counted)
     print(f"train: {len(data.train.expression):,} samples x {len(data.genes):,} genes on {device}, judged on {data.choice_split or 'nothing'}")
     tracking.connect(params.tracking.experiment)
     with tracking.run("default", "train") as run:

@@ -30,7 +30,7 @@ def main() -> None:
     params = params.override(question.baseline_values)
     device = choose_device(params.train)
     cohort = Cohort(COHORT)
-    data = TrainingData.load(cohort, device)
+    data = TrainingData.load(cohort, device, params.model.counted)
     search = Search(study, question, params, cohort.visible_sha256)
     announce(study, search, params.tune.trials)
     tracking.connect(params.tracking.experiment)

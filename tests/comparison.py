@@ -68,7 +68,7 @@ def rows_of(scene: Scene, said: Said, rows: np.ndarray) -> tuple[Scene, Said]:
     changed = {field.name: moved(getattr(scene, field.name)) for field in fields(scene)}
     changed |= {name: np.unique(changed[name], return_inverse=True)[1] for name in ("condition", "entity")}
     parts = {
-        name: [replace(one, **{part: moved(getattr(one, part)) for part in ("values", "drawn", "pit")}) for one in several]
+        name: [replace(one, **{part: moved(getattr(one, part)) for part in ("values", "drawn", "pit", "log_likelihood")}) for one in several]
         for name, several in said.items()
     }
     return replace(scene, **changed), parts

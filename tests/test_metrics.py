@@ -121,6 +121,7 @@ def everything(scene: Scene, draws: int = 0) -> dict[str, np.ndarray]:
         "de_direction": resamples.condition_mean(direction),
         "de_jaccard": resamples.condition_mean(jaccard),
         "calibration": calibration(pit_histogram(scene.pit, scene.condition), resamples.weights),
+        "count_log_likelihood": resamples.mean(np.log(scene.pit).sum(axis=1)),   # any log probability of a sample
         "e_distance": resamples.condition_mean(per_condition(scene, e_distance)),
         "spread_pearson": resamples.condition_mean(per_condition(scene, spread_pearson)),
         "target_bias": resamples.sums(np.nan_to_num(bias)) / resamples.sums(with_target),
@@ -137,7 +138,8 @@ def test_every_metric_declares_unit_direction_best_value_and_meaning(scene):
         assert metric.unit, name
         assert metric.meaning, name
         assert metric.direction == ("lower" if name in lower else "zero" if name in zero else "higher"), name
-        assert metric.best == (0.0 if name in lower | zero else 1.0), name
+        # A probability of 1 has the logarithm 0.
+        assert metric.best == (0.0 if name in lower | zero | {"count_log_likelihood"} else 1.0), name
 
 
 # --- against independent computations -------------------------------------------------------------------------------
@@ -320,6 +322,7 @@ def test_a_perfect_prediction_has_the_best_value_of_every_metric(scene):
     perfect = replace(scene, predicted=scene.observed, ideal=scene.observed, predicted_control=scene.observed_control, pit=grid)
     scores = everything(perfect)
     del scores["e_distance"]   # best for other samples of the same distribution: see below
+    del scores["count_log_likelihood"]   # best for one that is certain, which is not calibrated
     for name, value in scores.items():
         assert value[0] == pytest.approx(METRICS[name].best, abs=1e-12), name
 

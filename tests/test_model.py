@@ -17,6 +17,7 @@ from pipeline.gem.errors import InputError, IntegrityError
 from pipeline.gem.likelihood import LOG_VARIANCE_RANGE, kl_normal, normal_log_likelihood
 from pipeline.gem.metadata import MetadataEncoder
 from pipeline.gem.model import CONDITIONED, INPUT_EPSILON, NEW_STUDY, PREDICTED, RECONSTRUCTED, Batch, Gaussian, Network, objective
+from pipeline.gem.observation import Observed
 from pipeline.gem.trained import GEM, Targets, decode, distinct_rows, predictive_log_likelihood
 
 REFERENCE = Path(__file__).parent / "fixtures" / "reference_forward.npz"
@@ -53,7 +54,7 @@ def network(model, genes=GENES, sizes=METADATA_SIZES, heads=HEADS, seed=0) -> Ne
 def batch(size=6, genes=GENES, sizes=METADATA_SIZES, heads=HEADS, seed=1) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     return Batch(
-        expression=5 * torch.rand(size, genes, generator=generator),
+        observed=Observed(5 * torch.rand(size, genes, generator=generator)),
         reference=5 * torch.rand(size, genes, generator=generator),
         shift=torch.randn(size, genes, generator=generator),
         target=torch.randint(-1, genes, (size,), generator=generator),
@@ -67,7 +68,7 @@ def batch(size=6, genes=GENES, sizes=METADATA_SIZES, heads=HEADS, seed=1) -> Bat
 
 
 def rows_of(whole: Batch, rows) -> Batch:
-    chosen = {name: getattr(whole, name)[rows] for name in ("expression", "reference", "shift", "target", "labels")}
+    chosen = {name: getattr(whole, name)[rows] for name in ("reference", "shift", "target", "labels")} | {"observed": whole.observed.rows(rows)}
     return replace(whole, **chosen, index={group: index[rows] for group, index in whole.index.items()})
 
 
@@ -112,7 +113,7 @@ def twin(params, reference) -> Network:
             for theirs, replacement in inside.items():
                 ours = ours.replace(theirs, replacement)
             state[ours] = value
-    state["log_variances"] = reference["weight/log_variance"].expand(len(made.log_variances), 12)
+    state["observation.log_variances"] = reference["weight/log_variance"].expand(len(made.observation.log_variances), 12)
     # The reference's encoder gives the means of all groups, then the log variances of all groups; ours gives both group after group.
     for name in ("encoder.4.weight", "encoder.4.bias"):
         means, log_variances = (half.split([2, 3, 2]) for half in state[name].chunk(2))
@@ -164,7 +165,7 @@ def test_the_references_decoded_samples_and_losses_are_reproduced(twin, referenc
         torch.testing.assert_close(divergence[place].sum(), reference[f"kl/{group}"], rtol=0, atol=1e-5)
     torch.testing.assert_close(divergence.sum(), reference["output/kl_loss"], rtol=0, atol=1e-5)
     # The reference's reconstruction is a mean over genes too; ours sums them.
-    summed = -normal_log_likelihood(reference["input/normalised"], decoded, twin.log_variance(RECONSTRUCTED)).mean()
+    summed = -normal_log_likelihood(reference["input/normalised"], decoded, twin.observation.log_variance(RECONSTRUCTED)).mean()
     torch.testing.assert_close(summed / 12, reference["output/recon_loss"], rtol=0, atol=1e-5)
     loss = summed / 12 + reference["input/beta"] * divergence.sum()
     torch.testing.assert_close(loss, reference["output/loss"], rtol=0, atol=1e-5)
@@ -206,7 +207,7 @@ def test_terms_are_sums_over_genes_and_latents_averaged_over_samples_once(small,
                 mean[data.target[row]] += made.own_target(of_row["perturbation"])[0]
             if name == "nll_conditioned":
                 mean = mean + made.carried((whole.reference + whole.shift)[row][None], control)[0] - whole.shift[row]
-            density = Normal(mean, torch.exp(0.5 * made.log_variance(WAYS[name])))
+            density = Normal(mean, torch.exp(0.5 * made.observation.log_variance(WAYS[name])))
             expected[name] -= float(density.log_prob(data.expression[row]).sum()) * (size / referred if name == "nll_conditioned" else 1)
         for head, logits in enumerate(made.classify(drawn["nll_reconstruction"]).values()):
             if data.labels[row, head] >= 0:
@@ -256,12 +257,13 @@ def test_repeating_every_gene_doubles_the_likelihood_terms_and_leaves_the_diverg
     for name, value in state.items():
         if value.shape[0] == GENES:
             state[name] = torch.cat([value, value])
-        elif name in ("log_variances", "carried_share"):
+        elif name in ("observation.log_variances", "carried_share"):
             state[name] = torch.cat([value, value], dim=1)
     # The normalised input repeats too, so half of each weight twice over encodes the same.
     state["encoder.0.weight"] = torch.cat([state["encoder.0.weight"]] * 2, dim=1) / 2
     double.load_state_dict(state)
-    twice = replace(data, **{name: torch.cat([getattr(data, name)] * 2, 1) for name in ("expression", "reference", "shift")})
+    twice = replace(data, **{name: torch.cat([getattr(data, name)] * 2, 1) for name in ("reference", "shift")})
+    twice = replace(twice, observed=Observed(torch.cat([data.expression] * 2, 1)))
     single, both = (net(rows, torch.Generator().manual_seed(2)) for net, rows in ((made, data), (double, twice)))
     for name in single:
         torch.testing.assert_close(both[name], (2 if name in WAYS else 1) * single[name], rtol=1e-4, atol=1e-4)
@@ -272,7 +274,7 @@ def test_the_decoders_noise_in_each_term_is_its_own(small, generator):
     for name, way in WAYS.items():
         made.zero_grad(set_to_none=True)
         made(data, generator)[name].backward()
-        moved = made.log_variances.grad.abs().sum(dim=1) > 0
+        moved = made.observation.log_variances.grad.abs().sum(dim=1) > 0
         assert moved.tolist() == [row == way or (row == RECONSTRUCTED and way == CONDITIONED) for row in range(4)]
 
 
@@ -367,13 +369,13 @@ def test_the_decoder_starts_at_the_training_mean_and_the_noise_at_the_training_v
     torch.manual_seed(0)
     made = build(GENES, METADATA_SIZES, HEADS, small.model_copy(update=PLAIN | {"linear_decoder": linear}))
     mean, variance = torch.linspace(0, 9, GENES), torch.linspace(0.05, 3, GENES)
-    made.start_from(mean, variance)
+    made.start_from(mean + variance.sqrt() * torch.tensor([-1.0, 0.0, 1.0])[:, None])
     torch.testing.assert_close(made.decoder[-1].bias.detach(), mean)
     if linear:
         # The nonlinear part starts silent: latents of zero decode to the mean exactly.
         torch.testing.assert_close(made.decode(torch.zeros(2, 7)).detach(), mean.expand(2, GENES))
     for way in WAYS.values():
-        torch.testing.assert_close(made.log_variance(way).detach().exp(), variance)
+        torch.testing.assert_close(made.observation.log_variance(way).detach().exp(), variance)
 
 
 def test_the_linear_path_adds_a_linear_map_of_the_latents(small, generator):
@@ -406,9 +408,9 @@ def test_latent_log_variances_are_clamped(small):
 def test_observation_variances_respect_their_floor(small):
     made = network(small.model_copy(update={"min_variance": 0.02}))
     with torch.no_grad():
-        made.log_variances.copy_(torch.linspace(-50, 50, GENES).expand(4, GENES))
+        made.observation.log_variances.copy_(torch.linspace(-50, 50, GENES).expand(4, GENES))
     for way in WAYS.values():
-        variance = made.log_variance(way).exp()
+        variance = made.observation.log_variance(way).exp()
         assert variance.min().item() == pytest.approx(0.02, rel=1e-5)
         assert variance.max().item() == pytest.approx(math.exp(LOG_VARIANCE_RANGE[1]), rel=1e-5)
 
@@ -416,11 +418,11 @@ def test_observation_variances_respect_their_floor(small):
 def test_a_variance_that_fell_below_the_floor_can_rise_again(small, generator):
     made, data = network(small), batch()
     with torch.no_grad():
-        made.log_variances.fill_(made.min_log_variance - 1.0)
+        made.observation.log_variances.fill_(made.observation.min_log_variance - 1.0)
     # The errors of this untrained network are far above the floor: descent must raise every variance.
     terms = made(data, generator)
     sum(terms[name] for name in WAYS).backward()
-    assert (made.log_variances.grad < 0).all()
+    assert (made.observation.log_variances.grad < 0).all()
 
 
 def test_the_posterior_does_not_depend_on_the_other_samples_of_the_batch(small):
@@ -641,7 +643,7 @@ def test_generation_never_touches_the_global_random_state(gem, queries, referenc
 def test_drawn_noise_has_the_variance_of_its_way_of_prediction(gem, queries, references, conditioned, way):
     table, reference = pd.concat([queries] * 400), np.concatenate([references] * 400) if conditioned else None
     noise = gem.generate(table, reference, draw_observations=True, generator=torch.Generator().manual_seed(0)) - gem.generate(table, reference)
-    expected = gem.network.log_variance(way).detach().exp().numpy()
+    expected = gem.network.observation.log_variance(way).detach().exp().numpy()
     ratio = noise.var(axis=0) / expected
     np.testing.assert_allclose(ratio, 1, atol=5 * math.sqrt(2 / len(table)))
     np.testing.assert_allclose(noise.mean(axis=0) / np.sqrt(expected), 0, atol=5 / math.sqrt(len(table)))
@@ -696,9 +698,9 @@ def test_unknown_metadata_is_refused_unless_asked_for(gem, queries):
 def test_the_predictive_log_likelihood_is_the_log_of_the_mean_likelihood_over_draws(gem, queries, references):
     expression, query, network_ = torch.from_numpy(references), gem.query(queries), gem.network
     draws = 6
-    found, mean = predictive_log_likelihood(network_, expression, query, draws, torch.Generator().manual_seed(1))
+    found, mean = predictive_log_likelihood(network_, Observed(expression), query, draws, torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(1)
-    deviation = torch.exp(0.5 * network_.log_variance(PREDICTED)).double()
+    deviation = torch.exp(0.5 * network_.observation.log_variance(PREDICTED)).double()
     per_draw, decoded_draws = [], []
     for _ in range(draws):
         prior = query.latents
@@ -717,8 +719,8 @@ def test_the_predictive_log_likelihood_is_the_log_of_the_mean_likelihood_over_dr
 @torch.no_grad()
 def test_the_predictive_log_likelihood_of_one_draw_is_the_normal_density(gem, queries, references):
     expression, query = torch.from_numpy(references), gem.query(queries)
-    found, mean = predictive_log_likelihood(gem.network, expression, query, 1, torch.Generator().manual_seed(1))
-    density = Normal(mean, torch.exp(0.5 * gem.network.log_variance(PREDICTED)))
+    found, mean = predictive_log_likelihood(gem.network, Observed(expression), query, 1, torch.Generator().manual_seed(1))
+    density = Normal(mean, torch.exp(0.5 * gem.network.observation.log_variance(PREDICTED)))
     torch.testing.assert_close(found, density.log_prob(expression).sum(dim=1), rtol=1e-5, atol=1e-3)
 
 
@@ -729,7 +731,7 @@ def test_more_draws_never_lower_the_predictive_log_likelihood_in_expectation(gem
 
     def score(draws):
         seeds = (torch.Generator().manual_seed(seed) for seed in range(20))
-        return float(torch.stack([predictive_log_likelihood(gem.network, expression, query, draws, seed)[0] for seed in seeds]).mean())
+        return float(torch.stack([predictive_log_likelihood(gem.network, Observed(expression), query, draws, seed)[0] for seed in seeds]).mean())
 
     scores = [score(draws) for draws in (1, 4, 16)]
     assert scores[0] < scores[1] < scores[2]

@@ -69,11 +69,11 @@ def test_the_new_study_term_is_the_likelihood_with_the_study_hidden_and_reaches_
     hidden = prior.clone()
     hidden[:, made.slices()["technical"]] = made.prior("technical", given.new_study).mean[given.index["technical"]]
     decoded = made.hit(made.decode(hidden), given.target, made.own_target(given.metadata["perturbation"])[given.index["perturbation"]])
-    expected = -normal_log_likelihood(given.expression, decoded, made.log_variance(NEW_STUDY)).mean()
+    expected = -normal_log_likelihood(given.expression, decoded, made.observation.log_variance(NEW_STUDY)).mean()
     assert terms["nll_new_study"].item() == pytest.approx(expected.item(), rel=2e-3)
     terms["nll_new_study"].backward()
     reached = {name for name, weight in made.named_parameters() if weight.grad is not None and weight.grad.abs().sum() > 0}
-    assert reached <= {"priors.technical.weight", "priors.technical.bias", "linear_decoder.weight", "log_variances"}
+    assert reached <= {"priors.technical.weight", "priors.technical.bias", "linear_decoder.weight", "observation.log_variances"}
     gene_side = made.linear_decoder.weight.grad
     assert gene_side[:, made.slices()["technical"]].abs().sum() > 0
     assert gene_side[:, 2:].abs().sum() == 0
@@ -98,8 +98,8 @@ def test_a_study_never_seen_has_the_noise_learnt_for_one_and_a_reference_its_own
     asked = pd.concat([known, new, known.drop(columns="study")])
     ways = [PREDICTED] * 3 + [NEW_STUDY] * 5
     assert gem.query(asked, unknown="missing").way.tolist() == ways
-    noise = gem.network.log_variance(gem.query(asked, unknown="missing").way)
-    torch.testing.assert_close(noise, torch.stack([gem.network.log_variance(way) for way in ways]))
+    noise = gem.network.observation.log_variance(gem.query(asked, unknown="missing").way)
+    torch.testing.assert_close(noise, torch.stack([gem.network.observation.log_variance(way) for way in ways]))
     reference = np.repeat(cohort.expression([TRAIN])[:1], len(asked), axis=0)
     assert set(gem.query(asked, reference, unknown="missing").way.tolist()) == {CONDITIONED}
     # Where training never hid a study, nothing was learnt of one.
@@ -168,7 +168,7 @@ def test_what_is_carried_is_a_share_of_the_residual_that_grows_with_surprise(sma
     reference = 5 * torch.rand(2, 9, generator=generator)
     posterior = made.posterior(reference)
     residual = reference - made.decode(posterior.mean)
-    surprise = torch.stack([(row**2 / made.log_variance(RECONSTRUCTED).exp()).mean().log() for row in residual])
+    surprise = torch.stack([(row**2 / made.observation.log_variance(RECONSTRUCTED).exp()).mean().log() for row in residual])
     expected = residual / (1 + torch.exp(1.0 - 2.0 * surprise))[:, None]
     torch.testing.assert_close(made.carried(reference, posterior), expected, rtol=1e-4, atol=1e-5)
 

@@ -12,6 +12,7 @@ from pipeline.gem.metrics import calibration, pit_histogram, randomised_pit
 from pipeline.gem.model import CONDITIONED, PREDICTED
 from pipeline.gem.predictive import predictive
 from pipeline.gem.trained import GEM, decode
+from pipeline.gem.training import TrainingData, fit
 
 DRAWS, SEED = 5, 3
 
@@ -35,7 +36,7 @@ def test_the_mixture_is_that_of_scipy_over_the_same_draws(gem, scene, way):
     query = gem.query(scene.samples, scene.reference if way == CONDITIONED else None, unknown="missing")
     latents, found = query.latents, predictive(gem, query, scene.counts, scene.totals, DRAWS, SEED)
     generator = torch.Generator().manual_seed(SEED)
-    noise = np.exp(0.5 * gem.network.log_variance(way).detach().numpy().astype(float))
+    noise = np.exp(0.5 * gem.network.observation.log_variance(way).detach().numpy().astype(float))
     decoded = []
     with torch.no_grad():
         for number in range(DRAWS):
@@ -81,7 +82,7 @@ def counts_from(gem: GEM, samples: pd.DataFrame, totals: np.ndarray, stretch: fl
     with torch.no_grad():
         deviation = torch.exp(0.5 * query.latents.log_variance)
         decoded = decode(gem.network, query, query.latents.mean + deviation * torch.randn(deviation.shape, generator=generator))
-        noise = torch.exp(0.5 * gem.network.log_variance(PREDICTED)) * torch.randn(decoded.shape, generator=generator)
+        noise = torch.exp(0.5 * gem.network.observation.log_variance(PREDICTED)) * torch.randn(decoded.shape, generator=generator)
     expression = (decoded + stretch * noise).numpy().astype(float)
     return np.round(np.expm1(expression.clip(0)) * totals[:, None] / 1e6).astype(np.int64)
 
@@ -98,3 +99,29 @@ def test_counts_that_the_model_made_have_uniform_transforms_and_are_calibrated_t
             # Genes of a sample share its latents: one gene each is independent.
             assert kstest(pit[np.arange(500), np.arange(500) % pit.shape[1]], "uniform").pvalue > 1e-3
     assert found[1.0] < 0.03 < 0.2 < found[2.0]
+
+
+@pytest.mark.parametrize("observation", ["negative_binomial", "multinomial"])
+def test_counts_that_a_model_of_counts_has_made_are_more_likely_to_it_than_to_others_and_calibrated(cohort, params, observation):
+    """Its own draws, judged by itself, by the other model of counts, and by one of another seed."""
+    names = {"negative_binomial", "multinomial"}
+    data = TrainingData.load(cohort, torch.device("cpu"), counted=True)
+    own, *others = (
+        fit(data, params.override({"train.epochs": 2, "model.observation": name}), seed).gem
+        for name, seed in ((observation, 1), (observation, 2), (*(names - {observation}), 1))
+    )
+    samples = cohort.rows(["train"])
+
+    def known(gem: GEM):
+        """A query whose latents are certain: many counts tell them apart from any other draw."""
+        query = gem.query(samples)
+        return query._replace(latents=query.latents._replace(log_variance=torch.full_like(query.latents.mean, -30.0)))
+
+    with torch.no_grad():
+        query = known(own)
+        decoded = decode(own.network, query, query.latents.mean)
+        counts = own.network.observation.draw_counts(decoded, np.full(len(samples), 2000), query.way, torch.Generator().manual_seed(5))
+    mine, *theirs = (predictive(gem, known(gem), counts, counts.sum(axis=1), 2, SEED) for gem in (own, *others))
+    assert all(mine.log_likelihood.mean() > one.log_likelihood.mean() for one in theirs)
+    pit = randomised_pit(mine.lower, mine.upper, np.random.default_rng(0))
+    assert calibration(pit_histogram(pit, np.zeros(len(pit), dtype=int)), np.ones((1, 1)))[0] < 0.1

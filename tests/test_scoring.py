@@ -142,6 +142,10 @@ class Loops:
         shares = [sum(edge / 10 <= value < (edge + 1) / 10 or (edge == 9 and value == 1) for value in values) / len(values) for edge in range(10)]
         return sum(abs(share - 0.1) for share in shares)
 
+    def count_log_likelihood(self, conditions) -> float:
+        given = self.said.log_likelihood
+        return math.nan if given is None else float(np.mean([given[row] for row in self.rows(conditions)]))
+
     def e_distance(self, conditions) -> float:
         spoken, found = self.said.values if self.said.drawn is None else self.said.drawn, []
         for _, rows in self.treated(conditions):
@@ -189,6 +193,7 @@ def test_every_metric_is_what_loops_over_samples_and_genes_give(world, split, pr
             assert found[name].conditions > 0
     null = {name for name in METRICS if found[name].values is None}
     may = {"calibration", "de_jaccard", "spread_pearson"} if said[predictor][0].drawn is None else set()
+    may |= set() if predictor.startswith("gem") else {"count_log_likelihood"}
     may |= {"skill_replicate", "target_bias", "de_jaccard"} | ({"delta_pearson"} if predictor == "no_change" else set())
     may |= {"gene_pearson"} if predictor == "training_mean" else {"calibration", "e_distance", "spread_pearson"} if predictor == "replicate" else set()
     assert null <= may
@@ -268,11 +273,11 @@ def made(rng) -> tuple[Scene, np.ndarray, np.ndarray]:
 def test_a_perfect_prediction_has_the_best_value_of_every_metric(made):
     scene, _, changed = made
     pit = np.broadcast_to((np.arange(40) + 0.5) / 40, scene.observed.shape)
-    perfect = Prediction(scene.observed, drawn=scene.observed, pit=pit)
+    perfect = Prediction(scene.observed, drawn=scene.observed, pit=pit, log_likelihood=np.zeros(len(pit)))
     worse = Prediction(scene.observed + 1)
     known = truths(scene, {"ridge": [worse], "oracle_metadata": [perfect], "replicate": [perfect]}, true_change=lambda _: changed)
     found = {name: one.values[0] for name, one in measure(perfect, known).items()}
-    for name in ("mse", "mae", "target_bias", "calibration"):
+    for name in ("mse", "mae", "target_bias", "calibration", "count_log_likelihood"):
         assert found[name] == pytest.approx(0, abs=1e-9)
     for name in ("skill", "skill_replicate", "sample_pearson", "gene_pearson", "spread_pearson", "discrimination", "delta_pearson_systema"):
         assert found[name] == pytest.approx(1, abs=1e-9)

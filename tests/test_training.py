@@ -9,6 +9,7 @@ import torch
 
 from pipeline.gem.errors import DivergedError, InputError
 from pipeline.gem.model import objective
+from pipeline.gem.observation import Observed
 from pipeline.gem.trained import predictive_log_likelihood
 from pipeline.gem.training import Encoded, TrainingData, choose_device, drop_fields, fit, kl_warmup, one_cycle
 
@@ -44,6 +45,21 @@ def test_prediction_from_metadata_beats_the_training_mean_by_half(trained, data)
     assert trained.best.validation_mse < 0.5 * floor
 
 
+@pytest.mark.parametrize("observation", ["negative_binomial", "multinomial"])
+def test_a_model_of_counts_learns_and_prediction_beats_the_training_mean_by_half(cohort, params, observation):
+    data = TrainingData.load(cohort, CPU, counted=True)
+    found = fit(data, params.override(SHORT | {"model.observation": observation}), seed=1)
+    scores = [epoch.validation_predictive_log_likelihood for epoch in found.history]
+    assert max(scores) > scores[0]
+    assert found.best.validation_mse < 0.5 * float((data.validation.expression - data.train.expression.mean(0)).square().mean())
+    assert min(found.best.kl_technical, found.best.kl_biological, found.best.kl_perturbation) > 0.1
+
+
+def test_a_model_of_counts_without_counts_is_a_mistake_of_the_caller(data, params):
+    with pytest.raises(ValueError, match="negative_binomial is one of counts"):
+        fit(data, params.override({"model.observation": "negative_binomial"}), seed=1)
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(data, params):
     def digest(seed: int) -> str:
         return hashlib.sha256(fit(data, params, seed).gem.to_bytes()).hexdigest()
@@ -69,7 +85,7 @@ def test_the_best_epoch_is_the_one_with_the_best_score_and_its_weights_are_kept(
     assert finished.best.epoch < len(scores), "a later epoch was worse"
     query = finished.gem.query(cohort.rows([data.choice_split]), unknown="missing")
     generator = torch.Generator().manual_seed(0)
-    again, _ = predictive_log_likelihood(finished.gem.network, data.validation.expression, query, params.train.predictive_draws, generator)
+    again, _ = predictive_log_likelihood(finished.gem.network, data.validation.observed, query, params.train.predictive_draws, generator)
     assert float(again.mean()) == pytest.approx(max(scores), rel=1e-6)
 
 
@@ -91,7 +107,7 @@ def test_divergence_names_the_step_and_the_term(data, params):
 
     expression = data.train.expression.clone()
     expression[5, 3] = float("nan")
-    broken = replace(data, train=replace(data.train, expression=expression))
+    broken = replace(data, train=replace(data.train, observed=Observed(expression)))
     with pytest.raises(DivergedError, match=r"step \d+ of \d+: .*nll_reconstruction.* not finite"):
         fit(broken, params, seed=1)
 

@@ -171,7 +171,13 @@ class Model(Frozen):
     linear_decoder: bool
     additive_technical: bool
     interactions: Annotated[int, Field(ge=0)]
+    observation: Literal["normal", "negative_binomial", "multinomial"]
     min_variance: Positive
+
+    @property
+    def counted(self) -> bool:
+        """Whether the observation model is one of counts."""
+        return self.observation != "normal"
 
     @model_validator(mode="after")
     def _fits(self):

@@ -40,6 +40,7 @@ METRICS = {
     "de_direction": Metric("share", "higher", 1.0, "share of the differential genes predicted with the right sign (chance 0.5)"),
     "de_jaccard": Metric("share", "higher", 1.0, "overlap of predicted and observed (or true) differential genes"),
     "calibration": Metric("share", "lower", 0.0, "deviation of the counts' predictive quantiles from uniform, summed over ten bins"),
+    "count_log_likelihood": Metric("nats a sample", "higher", 0.0, "log probability of all counts of a sample, given its total: one measure for all"),
     "e_distance": Metric("log-CPM", "lower", 0.0, "energy distance of predicted and observed samples of a condition, on principal components"),
     "spread_pearson": Metric("correlation", "higher", 1.0, "predicted against observed standard deviation within a condition over genes, averaged"),
     "target_bias": Metric("log-CPM", "zero", 0.0, "predicted minus observed expression of the perturbed gene itself"),

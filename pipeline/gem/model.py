@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.gem.config import GROUPS, Model, Train
-from pipeline.gem.likelihood import LOG_VARIANCE_RANGE, kl_normal, normal_log_likelihood, sample_normal
+from pipeline.gem.likelihood import LOG_VARIANCE_RANGE, kl_normal, sample_normal
+from pipeline.gem.observation import Observed, observation
 
-# How a sample's latents came about decides how noisy its decoded expression is: each way has variances of its own.
-RECONSTRUCTED, PREDICTED, CONDITIONED, NEW_STUDY = range(4)
+# How a sample's latents came about decides how noisy its decoded expression is: each way has a noise of its own.
+WAYS = RECONSTRUCTED, PREDICTED, CONDITIONED, NEW_STUDY = tuple(range(4))
 INPUT_EPSILON = 1.0  # of the normalisation in front of the encoder
 
 
@@ -105,7 +106,7 @@ class Gaussian(NamedTuple):
 class Batch:
     """B training samples. `metadata[g]` holds the distinct rows (U_g, D_g) and `index[g]` (B,) points into them."""
 
-    expression: Tensor                # (B, G) log-CPM
+    observed: Observed                # of B samples
     reference: Tensor                 # (R, G) log-CPM of references of the first R samples; R = 0 leaves that term out
     shift: Tensor                     # (R, G) effect of a virtual study on those samples and their references
     metadata: Mapping[str, Tensor]
@@ -113,6 +114,10 @@ class Batch:
     target: Tensor                    # (B,) position of the gene that the perturbation itself hits, -1 without
     new_study: Tensor                 # (U, D) the technical rows with the study hidden; no rows leave that term out
     labels: Tensor                    # (B, heads) class index, -1 missing
+
+    @property
+    def expression(self) -> Tensor:
+        return self.observed.expression
 
 
 class Network(nn.Module):
@@ -125,7 +130,6 @@ class Network(nn.Module):
         which it is. Weights are drawn from torch's current random state."""
         super().__init__()
         self.sizes = params.latent.model_dump()
-        self.min_log_variance = torch.tensor(params.min_variance).log().item()
         total = sum(self.sizes.values())
         self.priors = nn.ModuleDict(
             {group: MLP(max(metadata_sizes[group], 1), 2 * size, params.prior_blocks, params) for group, size in self.sizes.items()}
@@ -144,18 +148,16 @@ class Network(nn.Module):
         if self.linear_decoder is not None:
             # Beside a decoder that is linear first and bends later: its last layer starts at zero.
             nn.init.zeros_(self.decoder[-1].weight)
-        self.log_variances = nn.Parameter(torch.zeros(4, genes))
+        self.observation = observation(params.observation, len(WAYS), genes, params.min_variance)
         # Logit of the share of a reference's residual that is carried over: at no surprise, and its slope.
         self.carried_share = nn.Parameter(torch.tensor([[-2.0], [0.0]]).expand(2, genes).clone())
         self.head_groups = {name: group for name, (group, _) in heads.items()}
         self.heads = nn.ModuleDict({name: nn.Linear(self.sizes[group], classes) for name, (group, classes) in heads.items()})
 
-    def start_from(self, mean: Tensor, variance: Tensor) -> None:
-        """Starts the decoder at the training mean of every gene (G,), and the noise at its variance (G,)."""
+    def start_from(self, expression: Tensor) -> None:
+        """Starts the decoder at the training mean of every gene, and the noise at its spread; for training log-CPM (N, G)."""
         with torch.no_grad():
-            self.decoder[-1].bias.copy_(mean)
-            floor = torch.tensor(self.min_log_variance).exp()
-            self.log_variances.copy_((variance - floor).clamp_min(0.1 * floor).log().expand_as(self.log_variances))
+            self.decoder[-1].bias.copy_(self.observation.start(expression))
 
     def slices(self) -> dict[str, slice]:
         """Where each group stands among the L latent dimensions."""
@@ -186,7 +188,7 @@ class Network(nn.Module):
         return Gaussian(torch.cat(means, 1), torch.cat(log_variances, 1).clamp(*LOG_VARIANCE_RANGE))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, G) log-CPM of latents (B, L)."""
+        """(B, G) of latents (B, L), on the scale of the observation model: log-CPM, or logits of the genes' shares."""
         decoded = self.decoder(latents[:, self.bent_from :])
         if self.linear_decoder is not None:
             decoded = decoded + self.linear_decoder(latents)
@@ -195,14 +197,6 @@ class Network(nn.Module):
             decoded = decoded + self.interaction(latents[:, places["biological"]], latents[:, places["perturbation"]])
         return decoded
 
-    def log_variance(self, way: int | Tensor) -> Tensor:
-        """(G,) log variance of log-CPM around the decoded mean, by how it came about; (N, G) for N ways.
-
-        The floor is added, not clamped: a clamped parameter has no gradient and would never come back.
-        """
-        floor = self.log_variances.new_tensor(self.min_log_variance)
-        return torch.logaddexp(self.log_variances[way], floor).clamp(max=LOG_VARIANCE_RANGE[1])
-
     @staticmethod
     def hit(decoded: Tensor, target: Tensor, change: Tensor) -> Tensor:
         """Decoded (B, G) with a change (B,) added to each sample's target gene (B,), where it has one."""
@@ -210,14 +204,14 @@ class Network(nn.Module):
         return decoded.scatter_add(1, target.clamp_min(0)[:, None], torch.where(there, change, 0.0)[:, None])
 
     def carried(self, reference: Tensor, posterior: Gaussian) -> Tensor:
-        """(B, G) log-CPM to add to what is decoded for a query with a reference (B, G), `posterior` being q(z | reference).
+        """(B, G) to add to what is decoded for a query with a reference (B, G), `posterior` being q(z | reference).
 
         Latents cannot hold what no training study showed: the dense effect of a new study. It stays in the residual of the
         reference, beside its donor and its count noise. A learnt share per gene is carried over, as in the best linear
         unbiased prediction of a random effect: the more, the larger the residual is against what training leaves.
         """
-        residual = reference - self.decode(posterior.mean)
-        surprise = (residual.square() @ torch.exp(-self.log_variance(RECONSTRUCTED)) / residual.shape[1]).clamp_min(1e-6).log()
+        residual = reference - self.observation.log_cpm(self.decode(posterior.mean))
+        surprise = (residual.square() @ self.observation.precision() / residual.shape[1]).clamp_min(1e-6).log()
         return torch.sigmoid(self.carried_share[0] + self.carried_share[1] * surprise[:, None]) * residual
 
     def classify(self, latents: Tensor) -> dict[str, Tensor]:
@@ -240,10 +234,10 @@ class Network(nn.Module):
         what is carried of the reference's residual; both in the same virtual study.
         kl_<group>: KL(posterior | prior) per latent dimension (L_g,). classification: cross entropy summed over heads.
         """
-        x, size, referred = batch.expression, len(batch.expression), len(batch.reference)
+        observed, size, referred = batch.observed, len(batch.observed), len(batch.reference)
         prior = self.joint_prior(batch.metadata, batch.index)
         shifted = batch.reference + batch.shift
-        encoded = self.posterior(torch.cat([x, shifted]))
+        encoded = self.posterior(torch.cat([observed.expression, shifted]))
         posterior = Gaussian(encoded.mean[:size], encoded.log_variance[:size])
         latents = [sample_normal(*posterior, generator), sample_normal(*prior, generator)]
         if referred:
@@ -259,17 +253,17 @@ class Network(nn.Module):
             decoded[CONDITIONED] = decoded[CONDITIONED] + self.carried(shifted, reference) - batch.shift
         ways = ("nll_reconstruction", "nll_predictive", "nll_conditioned")
         terms = {
-            name: -normal_log_likelihood(x[: len(mean)], mean, self.log_variance(way)).mean()
-            for way, (name, mean) in enumerate(zip(ways, decoded, strict=False))
+            name: -self.observation.log_likelihood(observed.first(len(part)), part, way).mean()
+            for way, (name, part) in enumerate(zip(ways, decoded, strict=False))
         }
         if len(batch.new_study):
-            terms["nll_new_study"] = self._new_study(x, decoded[PREDICTED], latents[PREDICTED], batch, generator)
+            terms["nll_new_study"] = self._new_study(observed, decoded[PREDICTED], latents[PREDICTED], batch, generator)
         divergence = kl_normal(*posterior, *prior).mean(dim=0)
         terms |= {f"kl_{group}": divergence[place] for group, place in self.slices().items()}
         terms["classification"] = self._classification(latents[0], batch.labels)
         return terms
 
-    def _new_study(self, x: Tensor, decoded: Tensor, latents: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+    def _new_study(self, observed: Observed, decoded: Tensor, latents: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
         """Negative log likelihood of the predicted samples with the technical latents of a study that nobody knows.
 
         Only the technical part has a gradient: if biology had one, it would learn to tell studies apart by age and disease,
@@ -280,7 +274,7 @@ class Network(nn.Module):
         weight = self.linear_decoder.weight[:, technical]
         known = F.linear(latents[:, technical], weight)
         moved = (decoded - known).detach() + F.linear(sample_normal(*unknown, generator), weight)
-        return -normal_log_likelihood(x, moved, self.log_variance(NEW_STUDY)).mean()
+        return -self.observation.log_likelihood(observed, moved, NEW_STUDY).mean()
 
     def _classification(self, latents: Tensor, labels: Tensor) -> Tensor:
         losses = [

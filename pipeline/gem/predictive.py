@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.gem.expression import CPM
+from pipeline.gem.expression import log_cpm
 from pipeline.gem.likelihood import sample_normal
+from pipeline.gem.observation import Observed
 from pipeline.gem.trained import GEM, Query, decode
 
 _ROWS = 128  # at a time: arrays of 128 x G stay in the cache, seven times as fast as with 512
@@ -19,12 +20,13 @@ _ROWS = 128  # at a time: arrays of 128 x G stay in the cache, seven times as fa
 
 @dataclass(frozen=True)
 class Predictive:
-    """The mixture over K draws of the latents; all (N, G)."""
+    """The mixture over K draws of the latents; (N, G) where not said otherwise."""
 
-    mean: np.ndarray    # log-CPM
-    draw: np.ndarray    # log-CPM of one sample: latents and observation noise drawn
-    lower: np.ndarray   # probability of fewer counts than observed
-    upper: np.ndarray   # probability of at most the counts observed
+    mean: np.ndarray              # log-CPM
+    draw: np.ndarray              # log-CPM of one sample: latents and observation noise drawn
+    lower: np.ndarray             # probability of fewer counts than observed
+    upper: np.ndarray             # probability of at most the counts observed
+    log_likelihood: np.ndarray    # (N,) nats: of all counts of a sample together
 
 
 @torch.no_grad()
@@ -34,31 +36,24 @@ def predictive(gem: GEM, query: Query, counts: np.ndarray, totals: np.ndarray, d
     parts = []
     for start in range(0, len(counts), _ROWS):
         rows = slice(start, start + _ROWS)
-        edges = _edges(counts[rows], totals[rows], gem.device)
-        parts.append(_mixture(gem, query.rows(rows), edges, draws, generator))
+        observed = Observed(*(torch.from_numpy(one).to(gem.device) for one in (log_cpm(counts[rows], totals[rows]), counts[rows].astype(np.int64))))
+        parts.append(_mixture(gem, query.rows(rows), observed, torch.from_numpy(totals[rows]).to(gem.device), draws, generator))
     return Predictive(*(torch.cat(arrays).cpu().numpy() for arrays in zip(*parts, strict=True)))
 
 
-def _edges(counts: np.ndarray, totals: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Log-CPM between which a Normal rounds to the observed count; nothing lies below a count of zero."""
-    scale = (CPM / np.asarray(totals, dtype=np.float64))[:, None]
-    below = np.where(counts > 0, np.log1p(np.maximum(counts - 0.5, 0) * scale), -np.inf)
-    above = np.log1p((counts + 0.5) * scale)
-    return tuple(torch.from_numpy(edge.astype(np.float32)).to(device) for edge in (below, above))
-
-
-def _mixture(gem: GEM, query: Query, edges: tuple[Tensor, Tensor], draws: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    noise = gem.network.log_variance(query.way)
-    scale = torch.exp(-0.5 * noise) / math.sqrt(2)
-    edges = tuple(edge * scale for edge in edges)   # in the units of erf, which is the Normal's distribution function but for a half
-    mean, lower, upper, place = (torch.zeros_like(edges[1]) for _ in range(4))
+def _mixture(gem: GEM, query: Query, observed: Observed, totals: Tensor, draws: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    observation = gem.network.observation
+    judged = observation.judge(observed, totals, query.way)
+    mean, lower, upper = (torch.zeros_like(observed.expression) for _ in range(3))
+    nats = []
     for number in range(draws):
         decoded = decode(gem.network, query, sample_normal(*query.latents, generator))
         if number == 0:
-            drawn = sample_normal(decoded, noise, generator)
-        mean += decoded / draws
-        centre = decoded * scale
-        for total, edge in zip((lower, upper), edges, strict=True):
-            total += torch.sub(edge, centre, out=place).erf_()
-    lower, upper = ((total / draws + 1) / 2 for total in (lower, upper))
-    return mean, drawn.clamp_min(0), lower, torch.maximum(upper, lower)
+            drawn = observation.draw_log_cpm(decoded, totals, query.way, generator).clamp_min(0)
+        mean += observation.expected_log_cpm(decoded, totals, query.way)
+        fewer, at_most, log_likelihood = judged(decoded)
+        lower += fewer
+        upper += at_most
+        nats.append(log_likelihood)
+    log_likelihood = torch.stack(nats).logsumexp(dim=0) - math.log(draws)
+    return mean / draws, drawn, lower / draws, torch.maximum(upper, lower) / draws, log_likelihood

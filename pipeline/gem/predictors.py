@@ -42,6 +42,7 @@ class Prediction:
     values: np.ndarray | None            # (N, G) expected log-CPM; NaN rows where it says nothing of a sample
     drawn: np.ndarray | None = None      # (N, G) log-CPM, one sample each from its distribution, where it has one
     pit: np.ndarray | None = None        # (N, G) probability integral transform of the observed counts
+    log_likelihood: np.ndarray | None = None   # (N,) nats: log probability of the observed counts of a sample
     reason: str = ""
     sees_study: bool = False             # knows a control of the sample's study, also of a new one: a reference, or the truth
 
@@ -134,7 +135,7 @@ def _at_once(say: Callable[[GEM], Prediction], seeds: list[GEM]) -> list[Predict
 def _said(gem: GEM, query: Query, scene: Scene, draws: int, seed: int, sees_study: bool = False) -> Prediction:
     found = predictive(gem, query, scene.counts, scene.totals, draws, seed)
     pit = randomised_pit(found.lower, found.upper, np.random.default_rng(seed))
-    return Prediction(found.mean, found.draw, pit.clip(0, 1), sees_study=sees_study)
+    return Prediction(found.mean, found.draw, pit.clip(0, 1), found.log_likelihood, sees_study=sees_study)
 
 
 class _Oracles:

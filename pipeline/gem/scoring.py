@@ -22,6 +22,7 @@ TESTABLE = 4      # samples at least on either side: Welch's test of two or thre
 TrueChange = Callable[[Scene], tuple[np.ndarray, np.ndarray]]   # (N, G) bool which genes each sample's perturbation changes, and by how much
 
 NO_DISTRIBUTION = "predicts a mean, not a distribution"
+NO_PROBABILITY = "the probability of whole samples is not worked out for it"
 NO_CONTROLS = "no two disjoint sets of controls of the same context"
 NOTHING_SAID = "nothing is said of any treated sample"
 UNTESTED = f"no condition and its controls have {TESTABLE} samples each: differential genes cannot be found"
@@ -310,7 +311,11 @@ def _distributions(said: Prediction, truths: Truths) -> dict[str, Measured]:
     if said.pit is not None:
         histogram = metrics.pit_histogram(said.pit, scene.condition)
         calibration = Measured(metrics.calibration(histogram, truths.resamples.weights), truths.resamples.number)
-    return {"calibration": calibration, "e_distance": _or_null(np.array(distance, dtype=float), truths, alone), "spread_pearson": spread}
+    likelihood = Measured.null(NO_DISTRIBUTION if said.pit is None else NO_PROBABILITY)
+    if said.log_likelihood is not None:
+        likelihood = truths.over_samples(said.log_likelihood)
+    energy = _or_null(np.array(distance, dtype=float), truths, alone)
+    return {"calibration": calibration, "count_log_likelihood": likelihood, "e_distance": energy, "spread_pearson": spread}
 
 
 def _target_bias(said: Prediction, truths: Truths) -> Measured:

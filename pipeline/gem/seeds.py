@@ -37,7 +37,7 @@ def fit_seeds(data: TrainingData, params: Params, folder: Path, report: Callable
 
 
 def _fit_elsewhere(folder: Path, params: Params, seed: int, epochs: Queue) -> Fit:
-    data = TrainingData.load(Cohort(folder), torch.device("cpu"))
+    data = TrainingData.load(Cohort(folder), torch.device("cpu"), params.model.counted)
     return fit(data, params, seed, lambda epoch: epochs.put((seed, epoch)))
 
 

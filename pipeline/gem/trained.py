@@ -22,9 +22,10 @@ from pipeline.gem.config import GROUPS, Model
 from pipeline.gem.errors import InputError, IntegrityError
 from pipeline.gem.expression import counts_from_log_cpm
 from pipeline.gem.labels import label_texts
-from pipeline.gem.likelihood import normal_log_likelihood, sample_normal
+from pipeline.gem.likelihood import sample_normal
 from pipeline.gem.metadata import MetadataEncoder
 from pipeline.gem.model import CONDITIONED, NEW_STUDY, PREDICTED, Gaussian, Network
+from pipeline.gem.observation import Observed
 from pipeline.gem.storage import write_atomically
 
 FORMAT_VERSION = 2
@@ -202,28 +203,33 @@ class GEM:
         *,
         draw_latents: bool = False,
         draw_observations: bool = False,
+        totals: np.ndarray | None = None,
         generator: torch.Generator | None = None,
         unknown: str = "refuse",
     ) -> np.ndarray:
         """(N, G) log-CPM of a query, from metadata or from a reference: the mean, or draws of latents and of noise.
 
-        Draws need a `generator`; ValueError without one.
+        Draws need a `generator`, those of counts the `totals` (N,) of the samples; ValueError without one.
         """
         if (draw_latents or draw_observations) and generator is None:
             raise ValueError("draws need a torch.Generator")
+        if draw_observations and totals is None and self.params.counted:
+            raise ValueError("draws of counts need the total counts of the samples")
         query = self.query(samples, reference, conditioning, unknown)
         result = np.empty((len(samples), len(self.genes)), dtype=np.float32)
         for rows in _blocks(len(samples)):
             part = query.rows(rows)
             decoded = decode(self.network, part, sample_normal(*part.latents, generator) if draw_latents else part.latents.mean)
             if draw_observations:
-                decoded = sample_normal(decoded, self.network.log_variance(part.way), generator)
-            result[rows] = decoded.cpu().numpy()
+                said = self.network.observation.draw_log_cpm(decoded, None if totals is None else torch.from_numpy(totals[rows]), part.way, generator)
+            else:
+                said = self.network.observation.log_cpm(decoded)
+            result[rows] = said.cpu().numpy()
         return result
 
     def generate_counts(self, samples: pd.DataFrame, totals: np.ndarray, reference: np.ndarray | None = None, **how) -> np.ndarray:
         """(N, G) whole counts whose rows sum exactly to `totals` (N,); `how` as in `generate`."""
-        return counts_from_log_cpm(self.generate(samples, reference, **how), totals)
+        return counts_from_log_cpm(self.generate(samples, reference, totals=totals, **how), totals)
 
     @torch.no_grad()
     def expect(self, query: Query, draws: int, seed: int) -> np.ndarray:
@@ -232,22 +238,21 @@ class GEM:
         result = np.empty((len(query.target), len(self.genes)), dtype=np.float32)
         for rows in _blocks(len(query.target)):
             part = query.rows(rows)
-            total = sum(decode(self.network, part, sample_normal(*part.latents, generator)) for _ in range(draws))
+            total = sum(self.network.observation.log_cpm(decode(self.network, part, sample_normal(*part.latents, generator))) for _ in range(draws))
             result[rows] = (total / draws).cpu().numpy()
         return result
 
 
 @torch.no_grad()
-def predictive_log_likelihood(network: Network, expression: Tensor, query: Query, draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """((N,) nats, (N, G) mean prediction): log mean_k p(x | z_k) over draws z_k of the prior.
+def predictive_log_likelihood(network: Network, observed: Observed, query: Query, draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """((N,) nats, (N, G) mean of what is decoded): log mean_k p(x | z_k) over draws z_k of the prior.
 
     Draws z_k are those of the query's latents. The mean of the likelihoods, not of their logarithms: that would reward a prior without spread.
     """
-    log_variance = network.log_variance(PREDICTED)
-    log_likelihoods, total = [], torch.zeros_like(expression)
+    log_likelihoods, total = [], torch.zeros_like(observed.expression)
     for _ in range(draws):
         decoded = decode(network, query, sample_normal(*query.latents, generator))
-        log_likelihoods.append(normal_log_likelihood(expression, decoded, log_variance))
+        log_likelihoods.append(network.observation.log_likelihood(observed, decoded, PREDICTED))
         total += decoded
     stacked = torch.stack(log_likelihoods)
     return stacked.logsumexp(dim=0) - torch.tensor(float(draws)).log(), total / draws

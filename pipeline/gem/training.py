@@ -16,9 +16,11 @@ from torch import Tensor
 from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import GROUPS, Data, Params, Train
 from pipeline.gem.errors import DivergedError, InputError
+from pipeline.gem.expression import log_cpm
 from pipeline.gem.labels import label_texts
 from pipeline.gem.metadata import MetadataEncoder
 from pipeline.gem.model import PREDICTED, Batch, Network, objective
+from pipeline.gem.observation import Observed
 from pipeline.gem.references import reference_lists
 from pipeline.gem.splits import TRAIN, contexts, is_control
 from pipeline.gem.trained import GEM, Query, Targets, distinct_rows, predictive_log_likelihood
@@ -32,17 +34,25 @@ _VALIDATION_SEED = 0      # of the prior draws: the same in every epoch and ever
 
 @dataclass(frozen=True)
 class Encoded:
-    """Samples ready for the network: log-CPM (N, G), distinct metadata rows per group, labels (N, heads), target genes (N,)."""
+    """Samples ready for the network: log-CPM (N, G), distinct metadata rows per group, labels (N, heads), target genes and total counts (N,)."""
 
-    expression: Tensor
+    observed: Observed
     metadata: dict[str, Tensor]
     index: dict[str, Tensor]
     labels: Tensor
     target: Tensor
+    totals: Tensor
+
+    @property
+    def expression(self) -> Tensor:
+        return self.observed.expression
 
     @classmethod
-    def of(cls, cohort: Cohort, split: str, encoder: MetadataEncoder, device: torch.device) -> "Encoded":
-        samples, expression = cohort.rows([split]), cohort.expression([split])
+    def of(cls, cohort: Cohort, split: str, encoder: MetadataEncoder, device: torch.device, counted: bool = False) -> "Encoded":
+        """`counted`: with the counts themselves, which observation models of counts need."""
+        samples, counts = cohort.rows([split]), cohort.counts([split])
+        expression = torch.from_numpy(log_cpm(counts, samples["total"].to_numpy())).to(device)
+        observed = Observed(expression, torch.from_numpy(counts.astype(np.int32)).to(device) if counted else None)
         metadata, index = {}, {}
         for group, matrix in encoder.encode(samples, unknown="missing").items():
             rows, inverse = distinct_rows(matrix)
@@ -50,7 +60,8 @@ class Encoded:
         labels = list(encoder.labels(samples).values())
         stacked = np.stack(labels, axis=1) if labels else np.zeros((len(samples), 0), dtype=np.int64)
         target = torch.from_numpy(Targets.of(cohort)(samples)).to(device)
-        return cls(torch.from_numpy(expression).to(device), metadata, index, torch.from_numpy(stacked).to(device), target)
+        totals = torch.from_numpy(samples["total"].to_numpy()).to(device)
+        return cls(observed, metadata, index, torch.from_numpy(stacked).to(device), target, totals)
 
 
 @dataclass(frozen=True)
@@ -68,12 +79,13 @@ class TrainingData:
     choice_split: str | None     # where early stopping and every choice look
 
     @classmethod
-    def load(cls, cohort: Cohort, device: torch.device) -> "TrainingData":
+    def load(cls, cohort: Cohort, device: torch.device, counted: bool = False) -> "TrainingData":
+        """`counted` as in Encoded.of."""
         samples = cohort.rows([TRAIN])
         encoder = MetadataEncoder.fit(samples, cohort.declared.covariates, cohort.features)
-        train = Encoded.of(cohort, TRAIN, encoder, device)
+        train = Encoded.of(cohort, TRAIN, encoder, device, counted)
         choice = next((split for split in CHOICE_SPLITS if cohort.has(split)), None)
-        validation = Encoded.of(cohort, choice, encoder, device) if choice else None
+        validation = Encoded.of(cohort, choice, encoder, device, counted) if choice else None
         targets = Targets.of(cohort)
         spread = torch.from_numpy(study_spread(samples, train.expression.cpu().numpy(), cohort.declared)).to(device)
         return cls(encoder, cohort.genes, targets, train, References.of(samples, cohort, device), spread, cohort.declared.study_column, validation, choice)
@@ -201,13 +213,15 @@ def fit(data: TrainingData, params: Params, seed: int, on_epoch: Callable[[Epoch
 
     The same data, parameters, seed and threads give the same bits. DivergedError where a loss is not finite.
     """
+    if params.model.counted and data.train.observed.counts is None:
+        raise ValueError(f"model.observation {params.model.observation} is one of counts: load the data with them")
     torch.set_num_threads(params.train.threads)
     device = data.train.expression.device
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # weights and dropout; everything else draws from the generator below
         gem = GEM.build(data.genes, data.encoder, data.targets, params.model, hidden_study(data, params))
         gem.network.to(device)
-        gem.network.start_from(data.train.expression.mean(0), data.train.expression.var(0))
+        gem.network.start_from(data.train.expression)
         generator = torch.Generator(device).manual_seed(seed)
         return _Loop(data, params.train, gem, generator).run(on_epoch)
 
@@ -238,8 +252,9 @@ class _Loop:
 
     def _parameter_groups(self) -> list[dict]:
         """Decay shrinks weights, not biases, norms or variances; variances start far from their answer and move faster."""
-        variances = [self.network.log_variances, self.network.carried_share]
-        matrices = [p for name, p in self.network.named_parameters() if p.ndim == 2 and name not in ("log_variances", "carried_share")]
+        variances = [*self.network.observation.parameters(), self.network.carried_share]
+        noise = {id(parameter) for parameter in variances}
+        matrices = [p for p in self.network.parameters() if p.ndim == 2 and id(p) not in noise]
         vectors = [p for p in self.network.parameters() if p.ndim != 2]
         return [
             {"params": matrices, "weight_decay": self.params.weight_decay, "scale": 1.0},
@@ -274,9 +289,9 @@ class _Loop:
         for offset, batch in enumerate(self._batches()):
             loss, terms = self._step(batch, first + offset)
             values = torch.stack(terms)
-            sums = values * len(batch.expression) if sums is None else sums + values * len(batch.expression)
+            sums = values * len(batch.observed) if sums is None else sums + values * len(batch.observed)
             losses.append(loss)
-            weights.append(len(batch.expression))
+            weights.append(len(batch.observed))
         history = torch.stack(losses)
         if not torch.isfinite(history).all():
             self._explain_divergence(first + int((~torch.isfinite(history)).nonzero()[0]), sums)
@@ -309,7 +324,7 @@ class _Loop:
             reference = train.expression[self.data.references.draw(referred, self.generator)]
             shift = self._virtual_studies(len(referred))
             yield Batch(
-                train.expression[rows], reference, shift, metadata, index, train.target[rows], self._new_study(metadata["technical"]), train.labels[rows]
+                train.observed.rows(rows), reference, shift, metadata, index, train.target[rows], self._new_study(metadata["technical"]), train.labels[rows]
             )
 
     def _new_study(self, technical: Tensor) -> Tensor:
@@ -353,7 +368,8 @@ class _Loop:
         prior = self.network.joint_prior(data.metadata, data.index)
         change = self.network.own_target(data.metadata["perturbation"])[data.index["perturbation"]]
         query = Query(prior, data.target, change, torch.full_like(data.target, PREDICTED))
-        score, mean = predictive_log_likelihood(self.network, data.expression, query, self.params.predictive_draws, generator)
+        score, decoded = predictive_log_likelihood(self.network, data.observed, query, self.params.predictive_draws, generator)
+        mean = self.network.observation.expected_log_cpm(decoded, data.totals, PREDICTED)
         figures = {
             "validation_predictive_log_likelihood": float(score.mean()),
             "validation_evidence_lower_bound": evidence_lower_bound(self.network, data, generator),
@@ -369,5 +385,5 @@ class _Loop:
 def evidence_lower_bound(network: Network, data: Encoded, generator: torch.Generator) -> float:
     """The unweighted bound E_q[log p(x | z)] - KL, one posterior draw per sample, mean over samples."""
     none, hidden = data.expression[:0], data.metadata["technical"][:0]
-    terms = network(Batch(data.expression, none, none, data.metadata, data.index, data.target, hidden, data.labels), generator)
+    terms = network(Batch(data.observed, none, none, data.metadata, data.index, data.target, hidden, data.labels), generator)
     return float(-terms["nll_reconstruction"] - sum(terms[f"kl_{group}"].sum() for group in GROUPS))

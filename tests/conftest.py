@@ -34,6 +34,7 @@ TINY = {
     "model.blocks": 1,
     "model.prior_blocks": 0,
     "train.epochs": 6,
+    "train.min_steps": 0,
     "train.batch_size": 32,
     "train.threads": 1,
     "train.predictive_draws": 4,

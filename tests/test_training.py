@@ -11,7 +11,7 @@ from pipeline.gem.errors import DivergedError, InputError
 from pipeline.gem.model import objective
 from pipeline.gem.observation import Observed
 from pipeline.gem.trained import predictive_log_likelihood
-from pipeline.gem.training import Encoded, TrainingData, choose_device, drop_fields, fit, kl_warmup, one_cycle
+from pipeline.gem.training import Encoded, Plan, TrainingData, choose_device, drop_fields, fit, kl_warmup, one_cycle
 
 CPU = torch.device("cpu")
 # Enough for the tiny cohort to leave the training mean behind, a few seconds.
@@ -87,6 +87,19 @@ def test_the_best_epoch_is_the_one_with_the_best_score_and_its_weights_are_kept(
     generator = torch.Generator().manual_seed(0)
     again, _ = predictive_log_likelihood(finished.gem.network, data.validation.observed, query, params.train.predictive_draws, generator)
     assert float(again.mean()) == pytest.approx(max(scores), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "epochs", "patience"),
+    [(9600, 64, 30, 10), (1280, 64, 30, 10), (640, 32, 30, 10), (160, 8, 30, 10), (68, 8, 67, 23), (8, 8, 600, 200), (1, 8, 600, 200)],
+)
+def test_few_samples_get_smaller_batches_then_more_epochs_until_there_are_enough_steps(params, samples, batch_size, epochs, patience):
+    given = params.override({"train.epochs": 30, "train.min_steps": 600, "train.patience": 10, "train.batch_size": 64}).train
+    plan = Plan.of(samples, given)
+    assert (plan.batch_size, plan.epochs, plan.patience) == (batch_size, epochs, patience)
+    assert plan.epochs * math.ceil(samples / plan.batch_size) >= 600
+    as_said = Plan.of(samples, given.model_copy(update={"min_steps": 0}))
+    assert (as_said.batch_size, as_said.epochs, as_said.patience) == (64, 30, 10)
 
 
 def test_patience_stops_a_fit_that_no_longer_improves(data, params):

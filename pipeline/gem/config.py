@@ -212,6 +212,7 @@ class Train(Frozen):
     metadata_dropout: MetadataDropout
     identity_dropout: Probability
     epochs: Count
+    min_steps: Annotated[int, Field(ge=0)]
     patience: Count
     batch_size: Count
     learning_rate: Positive

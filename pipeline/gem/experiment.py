@@ -29,16 +29,16 @@ def log_context(run: tracking.Run, params: Params, cohort: Cohort) -> None:
 
 def reporter(run: tracking.Run, params: Params, label: str) -> Callable[[int, Epoch], None]:
     """Says every epoch of every seed (losses, the choice score, time left), and records those of the first."""
-    epochs, several = params.train.epochs, len(params.train.seeds) > 1
+    several = len(params.train.seeds) > 1
 
     def report(seed: int, epoch: Epoch) -> None:
         if seed == params.train.seeds[0]:
             run.metrics(epoch.metrics(), step=epoch.epoch)
         score = epoch.validation_predictive_log_likelihood
         shown = "no validation split" if score is None else f"validation log-likelihood {score:9.1f} nats, mse {epoch.validation_mse:.4f}"
-        left = duration((epochs - epoch.epoch) * epoch.seconds)
+        left = duration((epoch.epochs - epoch.epoch) * epoch.seconds)
         who = f"{label}, seed {seed}" if several else label
-        print(f"{who}: epoch {epoch.epoch:3d}/{epochs}  loss {epoch.loss:9.1f}  {shown}  {left} left", flush=True)
+        print(f"{who}: epoch {epoch.epoch:3d}/{epoch.epochs}  loss {epoch.loss:9.1f}  {shown}  {left} left", flush=True)
 
     return report
 
@@ -46,7 +46,7 @@ def reporter(run: tracking.Run, params: Params, label: str) -> Callable[[int, Ep
 def train_into(directory: Path, data: TrainingData, params: Params, cohort: Cohort, label: str, run: tracking.Run) -> None:
     """Fits one model per seed, writes the model directory, and completes its run."""
     if data.choice_split is None:
-        print(f"{label}: this cohort has no validation split: all {params.train.epochs} epochs are trained, none is chosen")
+        print(f"{label}: this cohort has no validation split: all epochs are trained, none is chosen")
     fits = fit_seeds(data, params, cohort.folder, reporter(run, params, label))
     write_model_directory(directory, fits, params)
     run.tags({tracking.MODEL_TAG: sha256(directory / "model.pt"), "choice_split": data.choice_split or "none"})

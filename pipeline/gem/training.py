@@ -29,6 +29,7 @@ CHOICE_SPLITS = ("validation_combination", "validation")  # where early stopping
 _WARMUP_SHARE = 0.25      # of the one-cycle schedule: where the learning rate peaks
 _START_RATE = 0.04        # of the peak: where it starts
 _VARIANCE_RATE = 10.0     # learning rate of the log variances, relative to the weights
+_SMALLEST_BATCH = 8
 _VALIDATION_SEED = 0      # of the prior draws: the same in every epoch and every fit
 
 
@@ -138,6 +139,7 @@ class Epoch:
     """One row of history.csv. Validation figures are None where the cohort has no validation split."""
 
     epoch: int
+    epochs: int                                     # planned
     learning_rate: float
     loss: float                                     # the weighted objective; never compared between settings
     nll_reconstruction: float
@@ -157,7 +159,7 @@ class Epoch:
         """Names for the tracker and for history.csv: train/..., validation/...; absent figures left out."""
         named = {}
         for name, value in asdict(self).items():
-            if value is None or name == "epoch":
+            if value is None or name in ("epoch", "epochs"):
                 continue
             section = "validation" if name.startswith("validation_") else "train"
             named[f"{section}/{name.removeprefix('validation_')}"] = value
@@ -172,6 +174,26 @@ class Fit:
     history: list[Epoch]
     best: Epoch
     choice_split: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a fit goes through its samples."""
+
+    batch_size: int
+    epochs: int
+    patience: int   # epochs
+
+    @classmethod
+    def of(cls, samples: int, params: Train) -> "Plan":
+        """As params.yaml says, unless that makes fewer than `min_steps` steps: then smaller batches, then more epochs and patience.
+
+        A hundred samples in batches of 64 would make 60 steps in 30 epochs, and the model would hardly leave its start.
+        """
+        wanted = samples * params.epochs // max(1, params.min_steps)
+        batch_size = min(params.batch_size, max(wanted, _SMALLEST_BATCH)) if params.min_steps else params.batch_size
+        epochs = max(params.epochs, -(-params.min_steps // -(-samples // batch_size)))
+        return cls(batch_size, epochs, -(-params.patience * epochs // params.epochs))
 
 
 def choose_device(params: Train) -> torch.device:
@@ -239,8 +261,9 @@ class _Loop:
         self.data, self.params, self.gem, self.generator = data, params, gem, generator
         self.network = gem.network
         self.samples = len(data.train.expression)
-        self.steps_per_epoch = -(-self.samples // params.batch_size)
-        self.steps = params.epochs * self.steps_per_epoch
+        self.plan = Plan.of(self.samples, params)
+        self.steps_per_epoch = -(-self.samples // self.plan.batch_size)
+        self.steps = self.plan.epochs * self.steps_per_epoch
         self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=params.learning_rate, fused=True)
         self.without_study = self._columns_without_study()
         self.blocks = {group: data.encoder.blocks(group) for group in GROUPS}
@@ -265,7 +288,7 @@ class _Loop:
     def run(self, on_epoch: Callable[[Epoch], None]) -> Fit:
         history: list[Epoch] = []
         best, best_score, weights = None, -math.inf, None
-        for number in range(1, self.params.epochs + 1):
+        for number in range(1, self.plan.epochs + 1):
             record = self._epoch(number)
             history.append(record)
             score = record.validation_predictive_log_likelihood
@@ -274,7 +297,7 @@ class _Loop:
                 best, best_score = record, -math.inf if score is None else score
                 weights = {name: value.clone() for name, value in self.network.state_dict().items()}
             on_epoch(record)
-            if number - best.epoch >= self.params.patience:
+            if number - best.epoch >= self.plan.patience:
                 break
         self.network.load_state_dict(weights)
         self.network.eval()
@@ -299,6 +322,7 @@ class _Loop:
         validation = self._validate()
         return Epoch(
             epoch=number,
+            epochs=self.plan.epochs,
             learning_rate=self.optimizer.param_groups[0]["lr"],
             loss=float((history * torch.tensor(weights, device=history.device)).sum() / self.samples),
             nll_conditioned=means.pop("nll_conditioned", None),
@@ -311,7 +335,7 @@ class _Loop:
     def _batches(self) -> Iterator[Batch]:
         train = self.data.train
         order = torch.randperm(self.samples, generator=self.generator, device=train.expression.device)
-        for rows in order.split(self.params.batch_size):
+        for rows in order.split(self.plan.batch_size):
             metadata, index = {}, {}
             for group in GROUPS:
                 distinct, index[group] = torch.unique(train.index[group][rows], return_inverse=True)

@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -69,12 +70,21 @@ def write_parquet(folder: Path, samples: pd.DataFrame, counts: np.ndarray, genes
     return folder
 
 
-def write_h5ad(path: Path, samples: pd.DataFrame, counts, layers=None, genes=None, index: str | None = "sample_id") -> Path:
+def write_h5ad(path: Path, samples: pd.DataFrame, counts, layers=None, genes=None, index: str | None = "sample_id", raw=None) -> Path:
+    """`raw` are counts of genes g0, g1, ... of its own, as after a selection of genes in X."""
     var = pd.DataFrame(index=[f"g{number}" for number in range(GENES)] if genes is None else genes)
     obs = samples.set_index(index) if index else samples.set_axis([f"row{number}" for number in range(len(samples))])
     obs.index = obs.index.astype(str)
-    anndata.AnnData(X=counts, obs=obs, var=var, layers=layers).write_h5ad(path)
+    table = anndata.AnnData(X=counts, obs=obs, var=var, layers=layers)
+    if raw is not None:
+        table.raw = anndata.AnnData(X=raw, obs=obs, var=pd.DataFrame(index=[f"g{number}" for number in range(raw.shape[1])]))
+    table.write_h5ad(path)
     return path
+
+
+def anndata_group(path: Path, place: str | None):
+    """The matrix on disk."""
+    return h5py.File(path, "r")[{None: "X", ".raw": "raw/X"}.get(place, f"layers/{place}")]
 
 
 def prepared(data: Data, splits, folder: Path) -> Cohort:
@@ -92,7 +102,7 @@ def refused(data: Data, splits, folder: Path) -> str:
 # AnnData and Parquet
 
 
-@pytest.mark.parametrize("stored", ["csr", "csc", "dense", "int64", "layer", "dense layer", "column of names"])
+@pytest.mark.parametrize("stored", ["csr", "csc", "dense", "int64", "layer", "dense layer", "raw", "dense raw", "column of names"])
 def test_an_h5ad_gives_the_same_cohort_as_parquet(declare, params, tmp_path, stored):
     samples, counts = table(), poisson()
     real, log = counts.astype(np.float32), np.log1p(counts)
@@ -112,6 +122,10 @@ def test_an_h5ad_gives_the_same_cohort_as_parquet(declare, params, tmp_path, sto
         case "dense layer":
             write_h5ad(tmp_path / "source.h5ad", samples, None, {"raw": counts})
             data = declare(tmp_path / "source.h5ad", layer="raw", date_column=None)
+        case "raw" | "dense raw":
+            matrix = real if stored == "dense raw" else scipy.sparse.csr_matrix(real)
+            write_h5ad(tmp_path / "source.h5ad", samples, log[:, 3:6], genes=["g3", "g4", "g5"], raw=matrix)
+            data = declare(tmp_path / "source.h5ad", layer=".raw", date_column=None)
         case "column of names":
             write_h5ad(tmp_path / "source.h5ad", samples, real, index=None)
             data = declare(tmp_path / "source.h5ad", sample_id="sample_id", date_column=None)
@@ -173,6 +187,100 @@ def test_a_wrong_layer_is_refused_with_the_layers_there_are(declare, tmp_path):
         open_source(declare(tmp_path / "source.h5ad", layer="rwa"))
 
 
+def test_a_layer_called_raw_and_the_raw_of_a_file_are_two_things(declare, tmp_path):
+    layer, raw = poisson(), poisson() + 1000
+    path = write_h5ad(tmp_path / "source.h5ad", table(), np.log1p(layer), {"raw": layer}, raw=raw)
+    for name, expected in (("raw", layer), (".raw", raw)):
+        assert np.array_equal(np.concatenate([counts for _, counts in open_source(declare(path, layer=name)).chunks()]), expected)
+
+
+def test_a_layer_that_cannot_be_told_from_raw_is_refused(declare, tmp_path):
+    path = write_h5ad(tmp_path / "source.h5ad", table(), poisson(), {".raw": poisson()}, raw=poisson())
+    with pytest.raises(InputError, match=r"\.raw names a layer and the \.raw of this file; rename the layer"):
+        open_source(declare(path, layer=".raw"))
+
+
+def test_a_matrix_that_is_not_there_is_refused_with_those_that_are(declare, tmp_path):
+    with_raw = write_h5ad(tmp_path / "raw.h5ad", table(), poisson(), raw=poisson())
+    with pytest.raises(InputError, match=r"no layer 'raw'; data.layer can be null, \.raw$"):
+        open_source(declare(with_raw, layer="raw"))
+    without = write_h5ad(tmp_path / "layer.h5ad", table(), poisson(), {"counts": poisson()})
+    with pytest.raises(InputError, match=r"no \.raw; data.layer can be null, counts$"):
+        open_source(declare(without, layer=".raw"))
+    with pytest.raises(InputError, match=r"no X, and data.layer is null; data.layer can be nothing"):
+        open_source(declare(write_h5ad(tmp_path / "empty.h5ad", table(), None)))
+
+
+@pytest.mark.parametrize("bad", [-1.0, 2.5, np.nan], ids=["negative", "fractional", "not finite"])
+def test_counts_that_are_not_raw_are_refused_with_the_matrices_that_may_be(declare, params, tmp_path, bad):
+    counts = poisson().astype(np.float32)
+    counts[2, 2] = bad
+    path = write_h5ad(tmp_path / "source.h5ad", table(), counts, {"counts": poisson(), "log": counts}, raw=poisson())
+    for layer, others in ((None, "counts, log, .raw"), ("log", "null, counts, .raw")):
+        assert refused(declare(path, layer=layer, date_column=None), params.splits, tmp_path).endswith(f"point data.layer at the raw counts: {others}")
+    alone = write_h5ad(tmp_path / "alone.h5ad", table(), counts)
+    assert "this file holds no other matrix" in refused(declare(alone, date_column=None), params.splits, tmp_path)
+    folder = write_parquet(tmp_path / "folder", table(), counts)
+    assert f"write the raw counts into {folder / 'counts'}" in refused(declare(folder), params.splits, tmp_path)
+
+
+def test_log_normalised_counts_of_an_h5ad_name_the_layer_of_raw_counts(declare, params, tmp_path):
+    path = write_h5ad(tmp_path / "source.h5ad", table(), scipy.sparse.csr_matrix(np.log1p(poisson())), {"counts": poisson()})
+    said = refused(declare(path, date_column=None), params.splits, tmp_path)
+    assert said.endswith("looks log-normalised: point data.layer at the raw counts: counts")
+
+
+@pytest.mark.parametrize("form", [np.asarray, scipy.sparse.csr_matrix, scipy.sparse.csc_matrix], ids=["dense", "csr", "csc"])
+@pytest.mark.parametrize("place", [None, "counts", ".raw"], ids=["X", "layer", "raw"])
+def test_counts_are_read_in_chunks_from_every_place_and_form(declare, tmp_path, monkeypatch, form, place):
+    counts = poisson().astype(np.float32)
+    layers, raw = ({"counts": form(counts)} if place == "counts" else None), (form(counts) if place == ".raw" else None)
+    path = write_h5ad(tmp_path / "source.h5ad", table(), form(counts) if place is None else np.log1p(counts), layers, raw=raw)
+    read = []
+    if form is not np.asarray:
+        kind = type(anndata.io.sparse_dataset(anndata_group(path, place)))
+        whole = kind.__getitem__
+        monkeypatch.setattr(kind, "__getitem__", lambda matrix, index: read.append(whole(matrix, index)) or read[-1])
+    monkeypatch.setattr("pipeline.gem.sources.CHUNK_VALUES", 7 * GENES)
+    chunks = list(open_source(declare(path, layer=place)).chunks())
+    assert [len(rows) for rows, _ in chunks] == [7] * 8 + [4]
+    assert np.array_equal(np.concatenate([block for _, block in chunks]), counts)
+    assert all(np.prod(part.shape) <= 7 * GENES for part in read) and bool(read) == (form is not np.asarray)
+
+
+ODD = {
+    "ordered": pd.Categorical(["low", "high"] * (SAMPLES // 2), categories=["none", "low", "high"], ordered=True),
+    "booleans": pd.array([True, False, None] * (SAMPLES // 3), dtype="boolean"),
+    "integers": pd.array([1, 2, None] * (SAMPLES // 3), dtype="Int64"),
+    "text": pd.array(["x", "y", None] * (SAMPLES // 3), dtype="string"),
+    "categories of numbers": pd.Categorical([1, 2, None] * (SAMPLES // 3)),
+}
+
+
+@pytest.mark.parametrize("column", ODD.values(), ids=ODD)
+def test_an_obs_column_of_every_type_is_a_covariate_a_context_and_a_control(declare, params, tmp_path, column):
+    """What is missing stays missing, and says the same as in a folder of Parquet files."""
+    samples = table().assign(tissue=column)
+    value = str(column[1])
+    declared = {"date_column": None, "control": {"column": "tissue", "value": value}, "context_columns": ["tissue"]}
+    with anndata.settings.override(allow_write_nullable_strings=True):
+        write_h5ad(tmp_path / "source.h5ad", samples, poisson())
+    one = prepared(declare(tmp_path / "source.h5ad", **declared), params.splits, tmp_path / "one")
+    other = prepared(declare(write_parquet(tmp_path / "folder", samples, poisson()), **declared), params.splits, tmp_path / "other")
+    assert one.samples["tissue"].tolist() == [None if pd.isna(cell) else str(cell) for cell in column]
+    assert one.manifest["missing"] == other.manifest["missing"] and one.visible_sha256 == other.visible_sha256
+    assert value in one.rows(["train"])["tissue"].tolist()
+
+
+def test_a_matrix_that_does_not_fit_its_tables_is_refused(declare, tmp_path):
+    path = write_h5ad(tmp_path / "source.h5ad", table(), poisson())
+    with h5py.File(path, "a") as file:
+        del file["X"]
+        file["X"] = poisson()[:, :5]
+    with pytest.raises(InputError, match=r"counts of shape \(60, 5\); expected samples x genes, \(60, 12\)"):
+        open_source(declare(path))
+
+
 def test_an_h5ad_without_x_says_so(declare, params, tmp_path):
     write_h5ad(tmp_path / "source.h5ad", table(), None, {"raw": poisson()})
     assert "data.layer" in refused(declare(tmp_path / "source.h5ad", date_column=None), params.splits, tmp_path)
@@ -193,8 +301,6 @@ def test_duplicate_names_are_refused_in_both_kinds(declare, params, tmp_path):
 def test_a_file_that_is_no_anndata_is_refused_by_name(declare, tmp_path, content):
     path = tmp_path / "source.h5ad"
     if content is None:
-        import h5py
-
         h5py.File(path, "w").close()
     else:
         path.write_bytes(content)
@@ -274,21 +380,21 @@ def test_log_normalised_counts_are_called_so(declare, params, tmp_path):
 
 def test_the_highest_count_is_allowed_and_one_more_is_not():
     names = np.array(["a"])
-    assert check_counts(np.array([[MAX_COUNT]]), names, names, "x").tolist() == [[MAX_COUNT]]
+    assert check_counts(np.array([[MAX_COUNT]]), names, names, "x", "advice").tolist() == [[MAX_COUNT]]
     with pytest.raises(InputError):
-        check_counts(np.array([[MAX_COUNT + 1]]), names, names, "x")
+        check_counts(np.array([[MAX_COUNT + 1]]), names, names, "x", "advice")
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64, np.uint64, np.float32, np.float64, bool])
 def test_whole_counts_of_every_type_are_the_same_counts(dtype):
-    checked = check_counts(np.array([[0, 1]], dtype=dtype), np.array(["s"]), np.array(["a", "b"]), "x")
+    checked = check_counts(np.array([[0, 1]], dtype=dtype), np.array(["s"]), np.array(["a", "b"]), "x", "advice")
     assert checked.dtype == np.int64 and checked.tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize("counts", [np.array([["1", "2"]]), np.array([[1, None]], dtype=object), np.array([[1j, 2]])])
 def test_counts_that_are_no_numbers_are_refused(counts):
     with pytest.raises(InputError, match="expected whole numbers"):
-        check_counts(counts, np.array(["s"]), np.array(["a", "b"]), "x")
+        check_counts(counts, np.array(["s"]), np.array(["a", "b"]), "x", "advice")
 
 
 # rows of counts

@@ -146,7 +146,7 @@ def take_census(source: Source, roles: np.ndarray, data: Data) -> Census:
     found = np.empty(len(samples), dtype="S16")
     progress = Progress("prepare: checking", len(samples), "samples")
     for rows, stored in source.chunks():
-        counts = check_counts(stored, samples[rows], genes, data.source)
+        counts = check_counts(stored, samples[rows], genes, data.source, source.advice)
         totals[rows], found[rows] = counts.sum(axis=1), fingerprints(counts)
         counted += (counts[roles[rows] == TRAIN] > 0).sum(axis=0)
         for role in ROLES:
@@ -199,7 +199,7 @@ def _fill_buckets(source: Source, data: Data, genes: np.ndarray, bucket_of: np.n
     samples, names = source.samples["sample_id"].to_numpy(), source.genes["gene_id"].to_numpy()
     progress = Progress("prepare: writing", len(samples), "samples")
     for rows, stored in source.chunks():
-        counts = check_counts(stored, samples[rows], names, data.source)[:, genes]
+        counts = check_counts(stored, samples[rows], names, data.source, source.advice)[:, genes]
         for bucket in np.unique(bucket_of[rows[bucket_of[rows] >= 0]]):
             inside = bucket_of[rows] == bucket
             writers[bucket].write(samples[rows[inside]], counts[inside])

@@ -11,7 +11,7 @@ from closure import ROOT
 
 from pipeline.gem import yamlfile
 
-PARTS = ("pipeline", "experiments", "params.yaml", "dvc.yaml", ".dvcignore", ".gitignore", "requirements.lock")
+PARTS = ("pipeline", "experiments", "data/tables", "params.yaml", "dvc.yaml", ".dvcignore", ".gitignore", "requirements.lock")
 TINY_STUDY = (   # whatever the committed study asks: smaller sizes, fewer epochs
     (r"type: integer, low: \d+, high: \d+", "type: integer, low: 2, high: 16"),
     (r"latent: \{.*\}", "latent: {technical: 4, biological: 4, perturbation: 4}"),
@@ -32,6 +32,7 @@ class Repository:
         folder.mkdir(parents=True)
         for part in PARTS:
             source = ROOT / part
+            (folder / part).parent.mkdir(exist_ok=True)
             if source.is_dir():
                 shutil.copytree(source, folder / part, ignore=_answers if part == "experiments" else shutil.ignore_patterns("__pycache__"))
             else:

@@ -140,6 +140,39 @@ def test_no_gene_filter_keeps_every_gene(build, original):
     assert len(build(counts=counts, min_gene_samples=0).genes) == counts.shape[1]
 
 
+def test_a_cohort_of_chosen_genes_has_totals_over_all_and_says_what_was_left_out(build, cohort):
+    built = build(highly_variable=10)
+    targets = set(built.targets[built.targets.index.isin(built.samples["perturbation"])])
+    assert targets and targets <= set(built.genes), "whom a perturbation hits is scored"
+    assert 10 <= len(built.genes) <= 10 + len(targets) and set(built.genes) < set(cohort.genes)
+    assert built.samples["total"].tolist() == cohort.samples["total"].tolist()
+    both = np.isin(cohort.genes, built.genes)
+    assert np.array_equal(built.expression([TRAIN]), cohort.expression([TRAIN])[:, both])
+    assert any("not among the 10 whose Pearson residuals vary most" in note for note in built.manifest["notes"])
+
+
+def test_noise_in_place_of_what_training_never_sees_moves_no_chosen_gene(build, original, cohort, rng):
+    counts = original[1].copy()
+    others = np.setdiff1d(np.arange(len(counts)), rows_of(cohort, [TRAIN]))
+    counts[others] = rng.integers(1, 5000, (len(others), counts.shape[1]))
+    assert build(counts=counts, name="noisy", highly_variable=10).genes.tolist() == build(name="plain", highly_variable=10).genes.tolist()
+
+
+def test_a_cohort_of_listed_genes_holds_these_and_whom_perturbations_hit(build, cohort, tmp_path):
+    hit = set(cohort.targets[cohort.targets.index.isin(cohort.samples["perturbation"])])
+    listed = [name for name in cohort.genes if name not in hit][:3]
+    (tmp_path / "genes.txt").write_text("\n".join(listed))
+    built = build(gene_list=str(tmp_path / "genes.txt"))
+    assert set(built.genes) == {*listed, *(hit & set(cohort.genes))}
+
+
+def test_unknown_genes_of_a_list_are_told_with_everything_else_that_is_wrong(build, tmp_path):
+    (tmp_path / "genes.txt").write_text("nobody\nnothing")
+    with pytest.raises(InputError, match="genes nobody, nothing are not in") as caught:
+        build(gene_list=str(tmp_path / "genes.txt"), date_column="nowhere")
+    assert len(caught.value.problems) == 2
+
+
 def test_missing_values_are_counted(cohort, original):
     assert cohort.manifest["missing"] == {name: int(original[0][name].isna().sum()) for name in cohort.declared.covariates.all()}
 

@@ -211,3 +211,15 @@ def test_one_sample_under_two_names_on_both_sides_fails_the_stage(prepare, sourc
         prepare(source)
     assert f"{one} (train)" in str(caught.value) and f"{other} (test_random)" in str(caught.value)
     assert not (source.parent / "cohort" / "manifest.json").exists()
+
+
+def test_a_table_that_no_one_watches_is_said_and_one_beside_the_counts_is_not(prepare, params, source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not [note for note in prepare(source).manifest["notes"] if "data/tables" in note]
+    (tmp_path / "data/tables").mkdir(parents=True)
+    for place in ("data/tables", "elsewhere"):
+        moved = Path(shutil.copytree(source / "embeddings", tmp_path / place, dirs_exist_ok=True)) / "perturbation.parquet"
+        covariates = params.data.covariates.model_dump(mode="json")
+        covariates["perturbation"]["perturbation"]["table"] = str(moved)
+        notes = [note for note in prepare(source, place.replace("/", "-"), covariates=covariates).manifest["notes"] if "data/tables" in note]
+        assert [note.split(": ")[1] for note in notes] == (["perturbation"] if place == "elsewhere" else [])

@@ -1,6 +1,7 @@
 """The stages end to end on a tiny cohort, as a user runs them: `dvc repro`, then MLflow, then a second time."""
 
 import json
+import re
 import time
 
 import mlflow
@@ -47,6 +48,14 @@ def test_a_second_repro_does_nothing(repository):
     assert "Data and pipelines are up to date" in said
     assert "Running stage" not in said
     assert time.monotonic() - started < 20
+
+
+def test_a_changed_table_of_a_person_makes_prepare_run_again(repository):
+    table = repository.folder / "data/tables/genes.txt"
+    assert "prepare" not in repository.dvc("status", "prepare").stdout
+    table.write_text("gene")
+    assert re.search(r"prepare:\s+changed deps:\s+modified:\s+data/tables", repository.dvc("status", "prepare").stdout)
+    table.unlink()
 
 
 def test_every_output_named_in_the_contract_is_there(repository):

@@ -32,6 +32,8 @@ from pipeline.gem.storage import sha256, sha256_of
 
 FORMAT_VERSION = 3
 DECLARED = ("covariates", "context_columns", "control", "target_gene", "date_column", "study_column")   # of params.yaml: data
+# What no later stage reads: how a source was read and chosen from.
+UNDECLARED = dict.fromkeys(("layer", "sample_id", "gene_list", "highly_variable")) | {"min_gene_samples": 0, "min_gene_total": 0, "empty_samples": "refuse"}
 
 TARGETS = "targets.parquet"
 
@@ -89,9 +91,8 @@ class Cohort:
         found = manifest.get("format_version") if isinstance(manifest, dict) else None
         if found != FORMAT_VERSION:
             raise IntegrityError(f"{path}: format version {found}, expected {FORMAT_VERSION}; run `dvc repro --force prepare`")
-        rest: dict = {"source": str(self.folder), "layer": None, "sample_id": None, "min_gene_samples": 0, "empty_samples": "refuse"}
         try:
-            return manifest, Data.model_validate(rest | Manifest.model_validate(manifest).declared)
+            return manifest, Data.model_validate(UNDECLARED | {"source": str(self.folder)} | Manifest.model_validate(manifest).declared)
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(map(str, problem["loc"]))

@@ -142,6 +142,9 @@ class Data(Frozen):
     date_column: str | None
     study_column: str | None
     min_gene_samples: Annotated[int, Field(ge=0)]
+    min_gene_total: Annotated[int, Field(ge=0)]
+    gene_list: str | None
+    highly_variable: Count | None
     empty_samples: Literal["refuse", "drop"]
 
 

@@ -11,6 +11,7 @@ from pipeline.gem.errors import InputError, examples
 from pipeline.gem.labels import label_texts, labels_of, list_cells
 from pipeline.gem.sources import Source
 
+TABLES = Path("data/tables")   # where DVC looks for tables beside those in data.source
 TARGET_COLUMNS = ("perturbation", "gene_id")
 
 
@@ -67,6 +68,25 @@ def write_knowledge(features: dict[str, Features], targets: pd.DataFrame, sample
             notes.append(f"{name}: no features for {examples(sorted(bare))}: only their identity is known")
     targets.to_parquet(folder / TARGETS, index=False)
     return notes
+
+
+def targets_of(samples: pd.DataFrame, targets: pd.DataFrame, data: Data) -> set[str]:
+    """The genes that perturbations of these samples hit."""
+    if data.control is None:
+        return set()
+    return set(targets["gene_id"][targets["perturbation"].isin(samples[data.control.column])])
+
+
+def unwatched_tables(data: Data) -> list[str]:
+    """A note for each table whose change would go unnoticed: DVC watches data.source and data/tables."""
+    named = {f"data.covariates: {name}": path for name, path in data.covariates.embeddings().items()}
+    named |= {"data.target_gene": data.target_gene, "data.gene_list": data.gene_list}
+    watched = [Path(data.source).resolve(), TABLES.resolve()]
+    return [
+        f"{key}: {path} lies neither in data.source nor in {TABLES}: after a change of it run `dvc repro --force prepare`, or move it there"
+        for key, path in named.items()
+        if path is not None and not any(Path(path).resolve().is_relative_to(folder) for folder in watched)
+    ]
 
 
 def declared_in_cohort(data: Data) -> dict:

@@ -1,44 +1,35 @@
-"""From a source to the cohort on disk: validation, splits, totals, gene filter, shuffled shards, manifest last."""
+"""From a source to the cohort on disk: validation, splits, totals, chosen genes, shuffled shards, manifest last."""
 
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from pipeline.gem.audit import audit_entities, audit_replicates, fingerprints
+from pipeline.gem.audit import audit_entities, audit_replicates
+from pipeline.gem.census import take_census
 from pipeline.gem.cohort import FORMAT_VERSION, TARGETS, embedding_file
 from pipeline.gem.config import Control, Data, Splits
 from pipeline.gem.embedding import Features
 from pipeline.gem.errors import InputError, did_you_mean, examples
-from pipeline.gem.knowledge import declared_in_cohort, read_knowledge, write_knowledge
+from pipeline.gem.knowledge import declared_in_cohort, read_knowledge, targets_of, unwatched_tables, write_knowledge
 from pipeline.gem.labels import label_texts, list_cells
 from pipeline.gem.metadata import clean_samples
 from pipeline.gem.progress import Progress
+from pipeline.gem.selection import read_gene_list, select_genes
 from pipeline.gem.shards import ShardWriter, read_shard
 from pipeline.gem.sources import Source, check_counts, check_unique
-from pipeline.gem.splits import ROLES, TRAIN, assign_splits, role_of, sizes, unreadable_dates
+from pipeline.gem.splits import ROLES, assign_splits, role_of, sizes, unreadable_dates
 from pipeline.gem.storage import sha256, sha256_of, write_json
 
 SHUFFLE_VALUES = 2**27   # counts shuffled in memory at a time: 512 MB
 RESERVED = ("total", "split")   # columns that the cohort adds to its samples
 
 
-@dataclass(frozen=True)
-class Census:
-    """What one pass over the counts found."""
-
-    totals: np.ndarray                # (N,) over all genes of the source
-    counted: np.ndarray               # (G,) training samples with any count of the gene
-    highest: dict[str, np.ndarray]    # role to (G,) largest count
-    fingerprints: np.ndarray          # (N,) the same for the same counts
-
-
 def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> dict:
     """Validates a source and writes the cohort; gives the manifest. InputError or IntegrityError where it cannot."""
-    samples, features, targets = validate_tables(source, data)
+    samples, features, targets, listed = validate_tables(source, data)
     split, notes = assign_splits(samples, data, params)
     audit_entities(samples, split, data)
     census = take_census(source, split.map(role_of).to_numpy(), data)
@@ -48,8 +39,8 @@ def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> di
     if not kept.all():
         notes.append(_empty_samples(samples["sample_id"][~kept], data))
         audit_entities(samples[kept], split[kept], data)
-    genes, notes_on_genes = _keep_genes(census, int(((split == TRAIN) & kept).sum()), data)
-    notes += notes_on_genes
+    genes, notes_on_genes = select_genes(source, census, listed, targets_of(samples[kept], targets, data), data)
+    notes += notes_on_genes + unwatched_tables(data)
 
     _empty_folder(folder)
     # A type for each role: a loud test sample must not move the bytes that training reads.
@@ -89,8 +80,8 @@ def _empty_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def validate_tables(source: Source, data: Data) -> tuple[pd.DataFrame, dict[str, Features], pd.DataFrame]:
-    """(samples with cleaned covariates, features of each embedding, targets); InputError lists everything wrong with the tables at once."""
+def validate_tables(source: Source, data: Data) -> tuple[pd.DataFrame, dict[str, Features], pd.DataFrame, list[str] | None]:
+    """(samples with cleaned covariates, features of each embedding, targets, listed genes); InputError lists everything wrong at once."""
     where = data.source
     problems = [f"{where}: no {what}; expected one at least" for what, table in (("samples", source.samples), ("genes", source.genes)) if not len(table)]
     problems += check_unique(source.samples, "sample_id", f"{where}: samples") + check_unique(source.genes, "gene_id", f"{where}: genes")
@@ -106,9 +97,13 @@ def validate_tables(source: Source, data: Data) -> tuple[pd.DataFrame, dict[str,
         features, targets = read_knowledge(source, data)
     except InputError as error:
         problems += error.problems
+    try:
+        listed = None if data.gene_list is None else read_gene_list(data, source.genes["gene_id"])
+    except InputError as error:
+        problems += error.problems
     if problems:
         raise InputError(*problems)
-    return samples, features, targets
+    return samples, features, targets, listed
 
 
 def _named_column_problems(samples: pd.DataFrame, data: Data, where: str) -> list[str]:
@@ -138,37 +133,10 @@ def _control_problems(labels: pd.Series, control: Control, where: str) -> list[s
     return [f"{where}: data.control.value: no sample has {control.column} = {control.value}{did_you_mean(control.value, known)}"]
 
 
-def take_census(source: Source, roles: np.ndarray, data: Data) -> Census:
-    """One checked pass over all counts; `roles` (N,) of the samples."""
-    samples, genes = source.samples["sample_id"].to_numpy(), source.genes["gene_id"].to_numpy()
-    totals, counted = np.zeros(len(samples), dtype=np.int64), np.zeros(len(genes), dtype=np.int64)
-    highest = {role: np.zeros(len(genes), dtype=np.int64) for role in ROLES}
-    found = np.empty(len(samples), dtype="S16")
-    progress = Progress("prepare: checking", len(samples), "samples")
-    for rows, stored in source.chunks():
-        counts = check_counts(stored, samples[rows], genes, data.source, source.advice)
-        totals[rows], found[rows] = counts.sum(axis=1), fingerprints(counts)
-        counted += (counts[roles[rows] == TRAIN] > 0).sum(axis=0)
-        for role in ROLES:
-            highest[role] = np.maximum(highest[role], counts[roles[rows] == role].max(axis=0, initial=0))
-        progress.advance(len(rows))
-    return Census(totals, counted, highest, found)
-
-
 def _empty_samples(names: pd.Series, data: Data) -> str:
     if data.empty_samples == "refuse":
         raise InputError(f"{data.source}: samples {examples(names)} have no counts at all; remove them, or set data.empty_samples to drop")
     return f"{len(names)} samples without any count were dropped"
-
-
-def _keep_genes(census: Census, training_samples: int, data: Data) -> tuple[np.ndarray, list[str]]:
-    """Genes that enough training samples count: the density of a silent gene has no bound."""
-    needed = min(data.min_gene_samples, training_samples // 2)
-    kept = census.counted >= max(needed, 1) if data.min_gene_samples else np.ones(len(census.counted), dtype=bool)
-    if not kept.any():
-        raise InputError(f"{data.source}: no gene is counted in {needed} training samples; lower data.min_gene_samples")
-    dropped = int((~kept).sum())
-    return kept, [f"{dropped} of {len(kept)} genes are left out: counted in fewer than {max(needed, 1)} training samples"] if dropped else []
 
 
 def write_shards(

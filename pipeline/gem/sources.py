@@ -99,7 +99,7 @@ class H5adSource:
         if tuple(self._matrix.shape) != shape:
             raise InputError(f"{path}: counts of shape {tuple(self._matrix.shape)}; expected samples x genes, {shape}")
         others = [name for name in self._layers() if name != (self.layer or "null")]
-        self.advice = f"point data.layer at the raw counts: {examples(others)}" if others else "this file holds no other matrix: raw counts must come from elsewhere"
+        self.advice = f"point data.layer at the raw counts: {examples(others)}" if others else "this file holds no other matrix; take one of raw counts"
 
     def _layers(self) -> list[str]:
         """What data.layer can be."""

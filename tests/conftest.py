@@ -25,6 +25,7 @@ TINY = {
     "synthesize.mechanisms": 4,
     "synthesize.embedding_size": 3,
     "splits.combination": 0.1,
+    "splits.validation_combination": 0.1,
     "splits.perturbation": 0.13,
     "splits.study": 0.1,
     "model.latent.technical": 4,

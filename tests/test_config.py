@@ -248,6 +248,28 @@ def test_a_problem_inside_a_declaration_is_named_by_its_key_in_the_file(problems
     assert re.match(rf".*params\.yaml:{line_of(TEXT, old[:12])}: ", found[0]), found
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("0.7", "splits.combination is 0.7; expected less than or equal to 0.5"),
+        ("some", "splits.combination is 'some'; expected a number"),
+        ("{tissue: lung}", "splits.combination is {'tissue': 'lung'}; expected a number"),
+        ("[{}]", "splits.combination.0 is {}"),
+        ("[lung]", "splits.combination.0 is 'lung'; expected a dictionary"),
+        ("[{tissue: lung}, {tissue: 3}]", "splits.combination.1.tissue is 3; expected a string"),
+    ],
+)
+def test_pairs_are_a_share_or_named_by_texts_and_a_mistake_is_one_line(problems, value, expected):
+    found = problems((r"  combination: \S+ ", f"  combination: {value} "))
+    assert len(found) == 1 and f"params.yaml:{line_of(TEXT, 'combination:')}: {expected}" in found[0], found
+
+
+def test_named_pairs_are_kept_as_they_are_written(valid):
+    pairs = [{"tissue": "lung", "perturbation": "drug"}, {"tissue": "liver"}]
+    changed = valid.override({"splits.combination": pairs})
+    assert changed.flat()["splits.combination"] == pairs and changed.splits.validation_combination == valid.splits.validation_combination
+
+
 @pytest.mark.parametrize("name", ["technical", "biological", "perturbation"])
 def test_a_group_without_covariates_is_allowed(name):
     assert Covariates.model_validate({group: {} for group in GROUPS}).all() == {}

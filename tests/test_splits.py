@@ -27,7 +27,8 @@ def declare(params):
 
 def shares(**changes) -> Splits:
     values = {"seed": 7, "validation": 0.05, "test_random": 0.1, "test_control": 0.2, "combination": 0.1, "perturbation": 0.15, "study": 0.2}
-    return Splits.model_validate(values | changes)
+    values |= changes
+    return Splits.model_validate({"validation_combination": values["combination"]} | values)
 
 
 def design(studies: int = 10, tissues: int = 3, perturbations: int = 8, repeats: int = 2, control: bool = True) -> pd.DataFrame:

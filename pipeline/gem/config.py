@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipeline.gem import yamlfile
 from pipeline.gem.errors import InputError, did_you_mean
@@ -148,12 +148,20 @@ class Data(Frozen):
     empty_samples: Literal["refuse", "drop"]
 
 
+# Pairs of context and perturbation: a share of them, or mappings of column to value that name them.
+Pairs = Annotated[tuple[Annotated[dict[str, str], Field(min_length=1)], ...], Field(strict=False)]
+Combination = Annotated[
+    Annotated[Share, Tag("share")] | Annotated[Pairs, Tag("pairs")], Discriminator(lambda value: "pairs" if isinstance(value, (list, tuple)) else "share")
+]
+
+
 class Splits(Frozen):
     seed: Seed
     validation: Share
     test_random: Share
     test_control: Share
-    combination: Share
+    combination: Combination
+    validation_combination: Combination
     perturbation: Share
     study: Share
 
@@ -306,9 +314,10 @@ def explain(problem: dict, model: type[Frozen], document: yamlfile.Document) -> 
     # A discriminated union adds the chosen tag to the location; it is not a key of the file.
     key, reached = (), document.values
     for position, part in enumerate(problem["loc"], start=1):
-        if isinstance(reached, Mapping) and part not in reached and position < len(problem["loc"]):
+        inside = part in reached if isinstance(reached, Mapping) else isinstance(reached, list) and isinstance(part, int)
+        if not inside and (position < len(problem["loc"]) or problem["type"] != "missing"):
             continue
-        key, reached = (*key, part), reached.get(part) if isinstance(reached, Mapping) else None
+        key, reached = (*key, part), reached[part] if inside else None
     where, name = document.where(key), yamlfile.dotted(key)
     match problem["type"]:
         case "extra_forbidden":

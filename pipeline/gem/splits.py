@@ -14,6 +14,7 @@ import pandas as pd
 from pipeline.gem.config import Data, Splits
 from pipeline.gem.errors import examples
 from pipeline.gem.labels import label_texts, labels_of
+from pipeline.gem.pairs import named_pairs, pairs_to_hold_out
 
 TRAIN = "train"
 VALIDATIONS = ("validation", "validation_combination", "validation_perturbation", "validation_study")
@@ -121,11 +122,19 @@ def _hold_out_entities(
 ) -> None:
     """Whole studies, perturbations and pairs, those of the test before those of validation."""
     studies = _studies_by_date(samples, entities.study, data, rng)
-    perturbations = list(rng.permutation(np.array(sorted(entities.perturbation.dropna().unique()), dtype=object)))
+    belongs = pd.DataFrame({name: getattr(entities, name) for name in ("context", "perturbation", "pair", "control")})
+    named = named_pairs(samples, belongs, data, params)
+    in_named = entities.pair.isin([*named[0], *named[1]])
+    # A named pair is a combination only while its perturbation is seen elsewhere.
+    perturbations = [
+        name
+        for name in rng.permutation(np.array(sorted(entities.perturbation.dropna().unique()), dtype=object))
+        if not (in_named.any() and (entities.shows([name]) & in_named).any())
+    ]
     test_studies, validation_studies = _test_and_validation(studies[::-1], params.study)
     test_perturbations, validation_perturbations = _test_and_validation(perturbations, params.perturbation)
     held = entities.study.isin(test_studies + validation_studies) | entities.shows(test_perturbations + validation_perturbations)
-    test_pairs, validation_pairs = _pairs_to_hold_out(entities, ~held, params.combination, rng)
+    test_pairs, validation_pairs = pairs_to_hold_out(belongs, ~held, named, data, params, rng)
     chosen = (
         ("test_study", entities.study.isin(test_studies)),
         ("test_perturbation", entities.shows(test_perturbations)),
@@ -139,6 +148,9 @@ def _hold_out_entities(
         split[rows] = name
         if not rows.any():
             notes.append(f"{name} is absent: {_why_absent(name, entities, data, params)}")
+    for name, pairs in (("test_combination", named[0]), ("validation_combination", named[1])):
+        elsewhere = split[entities.pair.isin(pairs) & (split != name)].value_counts()
+        notes += [f"{number} samples of the pairs that splits names for {name} are in {other}" for other, number in elsewhere.items()]
 
 
 def _test_and_validation(names: list, share: float) -> tuple[list, list]:
@@ -156,8 +168,11 @@ def _why_absent(name: str, entities: Entities, data: Data, params: Splits) -> st
         return "data.control is null"
     if name.endswith("_perturbation"):
         return f"a share of {params.perturbation} of {entities.perturbation.nunique()} perturbations besides the control is none"
+    asked = params.combination if name.startswith("test") else params.validation_combination
+    if isinstance(asked, tuple):
+        return "every sample of the pairs named lies in a held-out study" if asked else "no pair is named"
     pairs = f"of {entities.pair.nunique()} pairs of context and perturbation"
-    return f"{pairs} a share of {params.combination} is none, or none is left with both seen apart"
+    return f"{pairs} a share of {asked} is none, or none is left with both seen apart"
 
 
 def _reserve_controls(entities: Entities, data: Data, params: Splits, split: pd.Series, notes: list[str], rng: np.random.Generator) -> None:
@@ -195,29 +210,6 @@ def _studies_by_date(samples: pd.DataFrame, studies: pd.Series, data: Data, rng:
         return list(rng.permutation(np.array(names, dtype=object)))
     latest = date_order(samples[data.date_column]).groupby(studies).max().fillna(-np.inf)
     return sorted(names, key=lambda name: (latest[name], name))
-
-
-def _pairs_to_hold_out(entities: Entities, free: pd.Series, share: float, rng: np.random.Generator) -> tuple[list[str], list[str]]:
-    """(for the test, for validation): pairs whose context and perturbation both stay seen apart from each other.
-
-    The context in its controls or in another pair, the perturbation in another context.
-    """
-    table = pd.DataFrame({"pair": entities.pair, "context": entities.context, "perturbation": entities.perturbation})
-    table = table[free & entities.pair.notna()].drop_duplicates().sort_values("pair", kind="stable")
-    wanted = round(share * len(table))
-    with_controls = entities.context[free & entities.control].drop_duplicates()
-    left_in_context = table["context"].value_counts().add(with_controls.value_counts(), fill_value=0)
-    left_of_perturbation = table["perturbation"].value_counts()
-    chosen: list[str] = []
-    for row in table.iloc[rng.permutation(len(table))].itertuples():
-        if len(chosen) == 2 * wanted:
-            break
-        if left_in_context[row.context] > 1 and left_of_perturbation[row.perturbation] > 1:
-            left_in_context[row.context] -= 1
-            left_of_perturbation[row.perturbation] -= 1
-            chosen.append(row.pair)
-    half = min(wanted, -(-len(chosen) // 2))
-    return chosen[:half], chosen[half:]
 
 
 def sizes(samples: pd.DataFrame, split: pd.Series, data: Data) -> pd.DataFrame:

@@ -223,3 +223,14 @@ def test_a_table_that_no_one_watches_is_said_and_one_beside_the_counts_is_not(pr
         covariates["perturbation"]["perturbation"]["table"] = str(moved)
         notes = [note for note in prepare(source, place.replace("/", "-"), covariates=covariates).manifest["notes"] if "data/tables" in note]
         assert [note.split(": ")[1] for note in notes] == (["perturbation"] if place == "elsewhere" else [])
+
+
+def test_tables_of_csv_say_the_same_as_those_of_parquet(prepare, cohort, params, source):
+    for path in (source / TABLE, source / "targets.parquet"):
+        pd.read_parquet(path).to_csv(path.with_suffix(".csv"), index=False)
+    covariates = params.data.covariates.model_dump(mode="json")
+    covariates["perturbation"]["perturbation"]["table"] = str((source / TABLE).with_suffix(".csv"))
+    built = prepare(source, covariates=covariates, target_gene=str(source / "targets.csv"))
+    assert built.targets.to_dict() == cohort.targets.to_dict()
+    assert built.features["perturbation"].labels == cohort.features["perturbation"].labels
+    np.testing.assert_array_equal(built.features["perturbation"].values, cohort.features["perturbation"].values)

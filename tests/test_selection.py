@@ -182,7 +182,7 @@ BAD_LISTS = [
     ("genes.txt", "\n\n", "no gene; name one at least"),
     ("genes.txt", b"\xff\xfe\x00", "cannot be read as a list of genes"),
     ("genes.csv", "gene,symbol\ng1,A\n", "no column gene_id; found gene, symbol"),
-    ("genes.csv", "", "cannot be read as a list of genes"),
+    ("genes.csv", "", "not a CSV table"),
     ("genes.parquet", "g1\n", "not a Parquet table"),
     ("absent.txt", None, "absent; data.gene_list names it"),
 ]

@@ -30,7 +30,7 @@ class Features:
 
     @classmethod
     def read(cls, path: Path | str) -> "Features":
-        """A Parquet table: the first column names labels, every other column is a feature. InputError lists what is wrong."""
+        """A table: the first column names labels, every other column is a feature. InputError lists what is wrong."""
         path = Path(path)
         if not path.exists():
             raise InputError(f"{path}: absent; data.covariates names it as the table of an embedding")
@@ -56,11 +56,12 @@ class Features:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A Parquet table that a person brings; InputError where the file is none."""
+    """A table that a person brings, Parquet or (by its name) CSV; InputError where the file is none."""
+    kind, read = ("CSV", pd.read_csv) if path.suffix == ".csv" else ("Parquet", pd.read_parquet)
     try:
-        return pd.read_parquet(path)
+        return read(path)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"{path}: not a Parquet table ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
+        raise InputError(f"{path}: not a {kind} table ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
 
 
 def _problems(table: pd.DataFrame, path: Path) -> list[str]:

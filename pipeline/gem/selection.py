@@ -22,7 +22,7 @@ SHOWN = 20              # unknown genes in a message
 
 
 def read_gene_list(data: Data, genes: pd.Series) -> list[str]:
-    """The gene_ids of data.gene_list: a Parquet or CSV file with a column gene_id, else text, one a line. InputError where one is unknown."""
+    """The gene_ids of data.gene_list: a Parquet or CSV table with a column gene_id, else text, one a line. InputError where one is unknown."""
     path = Path(data.gene_list)
     if not path.exists():
         raise InputError(f"{path}: absent; data.gene_list names it")
@@ -36,12 +36,12 @@ def read_gene_list(data: Data, genes: pd.Series) -> list[str]:
 
 
 def _texts(path: Path) -> list[str]:
-    try:
-        if path.suffix not in (".parquet", ".csv"):
+    if path.suffix not in (".parquet", ".csv"):
+        try:
             return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        table = read_table(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=str)
-    except (OSError, ValueError) as error:  # a text that is none, a table that is none
-        raise InputError(f"{path}: cannot be read as a list of genes ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read as a list of genes ({error})") from None
+    table = read_table(path)
     if "gene_id" not in table:
         raise InputError(f"{path}: no column gene_id; found {examples(table.columns)}")
     if lists := list_cells(table["gene_id"], f"{path}: gene_id"):

@@ -1,81 +1,179 @@
-"""Real cohorts, where their folder exists: only params.yaml is edited."""
+"""Real cohorts by the README's words: its YAML is valid, and where the files are, it runs; only params.yaml is edited."""
 
 import json
+import re
+from copy import deepcopy
+from pathlib import Path
 
+import anndata
+import numpy as np
+import pandas as pd
 import pytest
-from conftest import SHARED_DATA, TINY
+from conftest import ROOT, SHARED_DATA, TINY
 from repository import Repository
 
 from pipeline.gem import yamlfile
+from pipeline.gem.config import Params
+from pipeline.gem.credibility import real_portraits
 
-pytestmark = pytest.mark.skipif(not SHARED_DATA.exists(), reason="the real cohorts are not on this machine")
-
-SECTION = """\
-data:
-  source: {source}
-  layer: null
-  sample_id: null
-  covariates:
-    technical: {{study: {{kind: categorical}}}}
-    biological: {{{biological}: {{kind: categorical}}}}
-    perturbation:
-      perturbation: {{kind: categorical}}
-{more}
-  context_columns: [{biological}]
-  control: {{column: perturbation, value: control}}
-  target_gene: null
-  date_column: null
-  study_column: study
-  min_gene_samples: 5
-  empty_samples: refuse
-"""
-YEAST = SECTION.format(source=SHARED_DATA / "yeast_snf2.h5ad", biological="organism_strain", more="      perturbation_type: {kind: categorical}")
-AIRWAY = SECTION.format(
-    source=SHARED_DATA / "airway.h5ad",
-    biological="cell_line",
-    more="      perturbation_dose: {kind: numeric, scale: log}\n      perturbation_time: {kind: numeric, scale: log}",
-)
+README = (ROOT / "README.md").read_text()
+PLACES = ("path/to/", "data/tables/")   # what the README names outside the repository, and inside
+BLOCKS = {Path(re.search(r"source: (\S+)", block)[1]).stem: block for block in re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)}
+on_this_machine = pytest.mark.skipif(not SHARED_DATA.exists(), reason="the real cohorts are not on this machine")
 
 
-def with_data(repository: Repository, section: str) -> None:
-    path = repository.folder / "params.yaml"
-    text = path.read_text()
-    lines = yamlfile.read(path).lines
-    start, end = lines[("data",)] - 1, lines[("splits",)] - 1
-    rows = text.splitlines(keepends=True)
-    path.write_text("".join(rows[:start]) + section + "\n" + "".join(rows[end:]))
+def values_of(name: str, folder: Path) -> dict:
+    path = folder / "block.yaml"
+    path.write_text(BLOCKS[name])
+    return yamlfile.read(path).values
 
 
+def follow(repository: Repository, name: str) -> None:
+    """What the README tells: section data replaced, other keys changed one by one; the file stands where it is."""
+    path, values = repository.folder / "params.yaml", values_of(name, repository.folder.parent)
+    text, lines = path.read_text().splitlines(keepends=True), yamlfile.read(path).lines
+    data = BLOCKS[name].split("\nsplits:")[0].replace(values["data"]["source"], str(SHARED_DATA / f"{name}.h5ad"))
+    path.write_text("".join(text[: lines[("data",)] - 1]) + data + "\n\n" + "".join(text[lines[("splits",)] - 1 :]))
+    yamlfile.edit(path, {f"splits.{key}": value for key, value in values["splits"].items()})
+    for line in re.findall(r"^printf .* > data/tables/\S+$", README, flags=re.MULTILINE):
+        repository.run("bash", "-c", line)
+
+
+def told(split: str) -> dict[str, dict[str, float]]:
+    """The README's table under the name of a real cohort's split: predictor to score to number."""
+    table = re.search(rf"^\| {split} \|(.*)\n\|[-|]+\n((?:\|.*\n)+)", README, flags=re.MULTILINE)
+    metrics = [cell.strip() for cell in table[1].strip("| ").split("|")]
+    rows = [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in table[2].splitlines()]
+    return {row[0]: {metric: float(cell) for metric, cell in zip(metrics, row[1:], strict=True) if cell} for row in rows}
+
+
+def same_as_told(scores: dict, split: str) -> None:
+    """Every number of the README that no training decides."""
+    baselines = {name: row for name, row in told(split).items() if not name.startswith("gem")}
+    assert {"no_change", "additive", "ridge"} <= set(baselines)
+    for name, row in baselines.items():
+        for metric, number in row.items():
+            assert scores[name][metric] == pytest.approx(number, abs=0.0006 if metric == "mse" else 0.006), (name, metric)
+
+
+# what the README says
+
+
+def test_the_readme_walks_through_the_cohorts_that_the_report_compares_with():
+    assert set(BLOCKS) == set(real_portraits())
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_yaml_of_the_readme_is_valid_and_names_no_place_of_a_machine(name, tmp_path):
+    changes = values_of(name, tmp_path)
+    values = deepcopy(yamlfile.read(ROOT / "params.yaml").values)
+    assert set(changes) == {"data", "splits"} and set(changes["splits"]) <= set(values["splits"])
+    changed = Params.model_validate(values | {"data": changes["data"], "splits": values["splits"] | changes["splits"]})
+    assert changed.data.source == f"path/to/{name}.h5ad"
+    paths = [path for path in (changed.data.source, changed.data.target_gene, changed.data.gene_list) if path]
+    assert all(path.startswith(PLACES) for path in paths)
+
+
+def test_the_readme_changes_nothing_that_stays_as_it_is(tmp_path):
+    for name in BLOCKS:
+        before, changes = yamlfile.read(ROOT / "params.yaml").values, values_of(name, tmp_path)
+        assert not [key for key, value in changes["splits"].items() if before["splits"][key] == value]
+
+
+def test_the_lines_that_make_an_h5ad_make_one(tmp_path, monkeypatch, rng):
+    code = re.search(r"```python\n(import anndata.*?)```", README, flags=re.DOTALL)[1]
+    counts = pd.DataFrame(rng.poisson(5, (4, 3)), index=[f"s{number}" for number in range(4)], columns=["a", "b", "c"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "path/to").mkdir(parents=True)
+    counts.to_csv("counts.csv")
+    pd.DataFrame({"line": list("wxyz")}, index=counts.index[::-1]).to_csv("samples.csv")
+    exec(compile(code, "README.md", "exec"), {})
+    made = anndata.read_h5ad(next((tmp_path / "path/to").glob("*.h5ad")))
+    assert np.array_equal(made.X, counts) and made.obs["line"].tolist() == list("zyxw") and made.var_names.tolist() == ["a", "b", "c"]
+
+
+# and where the files are
+
+
+@on_this_machine
 def test_the_yeast_cohort_runs_through_every_stage(tmp_path):
-    changes = TINY | {"tune.trials": 1, "train.epochs": 8}
-    repository = Repository(tmp_path / "repository", changes)
-    with_data(repository, YEAST)
+    repository = Repository(tmp_path / "repository", TINY | {"tune.trials": 1, "train.epochs": 8})
+    follow(repository, "yeast_snf2")
     repository.dvc("repro")
     manifest = json.loads((repository.folder / "data/cohort/manifest.json").read_text())
-    assert manifest["samples"] == 96
-    assert 6000 < manifest["genes"] < 7126
-    assert any("test_combination is absent" in note for note in manifest["notes"])
+    assert manifest["samples"] == 96 and 6000 < manifest["genes"] < 7126
+    assert set(manifest["splits"]) == {"train", "validation", "test_random", "test_control"}
+    assert any(note.startswith("test_combination is absent: of 1 pairs") for note in manifest["notes"])
     scores = json.loads((repository.folder / "experiments/evaluation/metrics.json").read_text())
     assert set(scores) == {"test_random"}
     random = scores["test_random"]
-    assert "oracle_metadata" not in random
-    assert random["gem"]["skill"] is None, "without a known truth there is no ideal predictor"
-    assert random["ridge"]["mse"] < random["training_mean"]["mse"]
+    assert "oracle_metadata" not in random and random["gem"]["skill"] is None, "without a known truth there is no ideal predictor"
+    assert random["gem"]["mse"] > 0 and random["gem"]["target_bias"] is not None
     assert random["ridge"]["delta_pearson"] > 0.5, "the effect of snf2 is strong and its replicates are many"
+    same_as_told(random, "yeast, `test_random`")
 
 
-def test_the_airway_cohort_of_eight_samples_is_legal(tmp_path):
+@on_this_machine
+def test_the_airway_cohort_of_eight_samples_is_compared_on_a_real_combination(tmp_path):
     """Four donors, one perturbation: no validation split, so that nothing is chosen, and every stage says so."""
     repository = Repository(tmp_path / "repository", TINY | {"tune.trials": 2})
-    with_data(repository, AIRWAY)
+    follow(repository, "airway")
     repository.python("pipeline.params")
     said = repository.dvc("repro").stdout
-    assert "validation is absent" in said
+    for reason in ("validation is absent: a share of 0.0", "validation_combination is absent: no pair is named", "test_control is absent: 4 controls are too few"):
+        assert reason in said
     assert "no validation split: all 6 epochs are trained" in said
     assert "nothing is searched, the baseline is the answer" in said
     manifest = json.loads((repository.folder / "data/cohort/manifest.json").read_text())
-    assert manifest["samples"] == 8
-    assert manifest["missing"]["perturbation_dose"] == 4
+    assert manifest["splits"] == {"train": 7, "test_combination": 1} and manifest["missing"]["perturbation_dose"] == 4
+    rows = pd.read_parquet(repository.folder / "data/cohort/splits.parquet").set_index("sample_id")["split"]
+    assert rows[rows == "test_combination"].index.tolist() == ["SRR1039509"]
     scores = json.loads((repository.folder / "experiments/evaluation/metrics.json").read_text())
-    assert set(scores) <= {"test_random", "test_combination"}
-    assert all(predictors["gem"]["mse"] > 0 for predictors in scores.values())
+    assert set(scores) == {"test_combination"}
+    held_out = scores["test_combination"]
+    assert held_out["gem"]["mse"] > 0 and held_out["gem_reference"]["mse"] > 0
+    assert max(held_out["additive"]["mse"], held_out["ridge"]["mse"]) < held_out["no_change"]["mse"], "the effect is shared by the donors"
+    assert held_out["additive"]["delta_pearson"] is None, "one control of a donor cannot stand on both sides of a change"
+    same_as_told(held_out, "airway, `test_combination`")
+    report = (repository.folder / "experiments/evaluation/report.html").read_text()
+    assert all(name in report for name in ("no_change", "additive", "ridge", "gem_reference", "N61311 / dexamethasone"))
+
+
+@on_this_machine
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"splits.combination": [{"cell_line": "N61131", "perturbation": "dexamethasone"}]}, "no sample has cell_line = N61131; did you mean N61311?"),
+        ({"splits.combination": [{"perturbation": "dexamethasone"}]}, "training sees no other context of the perturbation dexamethasone"),
+        ({"data.layer": ".raw"}, "no .raw; data.layer can be null"),
+        ({"data.layer": "counts"}, "no layer 'counts'; data.layer can be null"),
+        ({"data.control.value": "untreated"}, "no sample has perturbation = untreated; known: control, dexamethasone"),
+        ({"data.min_gene_total": 10**9}, "lower data.min_gene_total"),
+        ({"data.gene_list": "genes.txt"}, "genes.txt: genes ENSG00000000003.15 are not in"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_mistake_with_the_airway_cohort_is_one_line(tmp_path, changes, expected):
+    repository = Repository(tmp_path / "repository", TINY)
+    follow(repository, "airway")
+    (repository.folder / "genes.txt").write_text("ENSG00000000003.15\nENSG00000000419\n")
+    path = repository.folder / "params.yaml"
+    for name, value in changes.items():
+        if name == "splits.combination":
+            path.write_text(re.sub(r"(?m)^  combination: .*$", f"  combination: {yamlfile._flow(value)}", path.read_text()))
+        else:
+            yamlfile.edit(path, {name: value})
+    done = repository.python("pipeline.prepare", expect=2)
+    assert expected in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@on_this_machine
+def test_variable_genes_of_the_yeast_cohort_include_the_one_that_is_knocked_out(tmp_path):
+    repository = Repository(tmp_path / "repository", TINY)
+    follow(repository, "yeast_snf2")
+    yamlfile.edit(repository.folder / "params.yaml", {"data.highly_variable": 500})
+    repository.python("pipeline.prepare")
+    genes = pd.read_parquet(repository.folder / "data/cohort/genes.parquet")["gene_id"].tolist()
+    assert "YOR290C" in genes and len(genes) in (500, 501)
+    manifest = json.loads((repository.folder / "data/cohort/manifest.json").read_text())
+    assert any("not among the 500 whose Pearson residuals vary most" in note for note in manifest["notes"])

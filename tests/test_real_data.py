@@ -2,7 +2,6 @@
 
 import json
 import re
-from copy import deepcopy
 from pathlib import Path
 
 import anndata
@@ -13,8 +12,12 @@ from conftest import ROOT, SHARED_DATA, TINY
 from repository import Repository
 
 from pipeline.gem import yamlfile
+from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import Params
 from pipeline.gem.credibility import real_portraits
+from pipeline.gem.errors import InputError
+from pipeline.gem.preparation import write_cohort
+from pipeline.gem.sources import open_source
 
 README = (ROOT / "README.md").read_text()
 PLACES = ("path/to/", "data/tables/")   # what the README names outside the repository, and inside
@@ -26,6 +29,13 @@ def values_of(name: str, folder: Path) -> dict:
     path = folder / "block.yaml"
     path.write_text(BLOCKS[name])
     return yamlfile.read(path).values
+
+
+def told_parameters(name: str, folder: Path) -> Params:
+    """params.yaml, changed as the README tells."""
+    values, changes = yamlfile.read(ROOT / "params.yaml").values, values_of(name, folder)
+    assert set(changes) == {"data", "splits"} and set(changes["splits"]) <= set(values["splits"])
+    return Params.model_validate(values | {"data": changes["data"], "splits": values["splits"] | changes["splits"]})
 
 
 def follow(repository: Repository, name: str) -> None:
@@ -65,10 +75,7 @@ def test_the_readme_walks_through_the_cohorts_that_the_report_compares_with():
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_the_yaml_of_the_readme_is_valid_and_names_no_place_of_a_machine(name, tmp_path):
-    changes = values_of(name, tmp_path)
-    values = deepcopy(yamlfile.read(ROOT / "params.yaml").values)
-    assert set(changes) == {"data", "splits"} and set(changes["splits"]) <= set(values["splits"])
-    changed = Params.model_validate(values | {"data": changes["data"], "splits": values["splits"] | changes["splits"]})
+    changed = told_parameters(name, tmp_path)
     assert changed.data.source == f"path/to/{name}.h5ad"
     paths = [path for path in (changed.data.source, changed.data.target_gene, changed.data.gene_list) if path]
     assert all(path.startswith(PLACES) for path in paths)
@@ -135,8 +142,9 @@ def test_the_airway_cohort_of_eight_samples_is_compared_on_a_real_combination(tm
     assert max(held_out["additive"]["mse"], held_out["ridge"]["mse"]) < held_out["no_change"]["mse"], "the effect is shared by the donors"
     assert held_out["additive"]["delta_pearson"] is None, "one control of a donor cannot stand on both sides of a change"
     same_as_told(held_out, "airway, `test_combination`")
+    assert set(pd.read_csv(repository.folder / "experiments/evaluation/conditions.csv")["condition"]) == {"N61311 / dexamethasone / 1 uM / 18 hours"}
     report = (repository.folder / "experiments/evaluation/report.html").read_text()
-    assert all(name in report for name in ("no_change", "additive", "ridge", "gem_reference", "N61311 / dexamethasone"))
+    assert all(name in report for name in ("no_change", "additive", "ridge", "gem_reference", "N61311"))
 
 
 @on_this_machine
@@ -148,32 +156,28 @@ def test_the_airway_cohort_of_eight_samples_is_compared_on_a_real_combination(tm
         ({"data.layer": ".raw"}, "no .raw; data.layer can be null"),
         ({"data.layer": "counts"}, "no layer 'counts'; data.layer can be null"),
         ({"data.control.value": "untreated"}, "no sample has perturbation = untreated; known: control, dexamethasone"),
+        ({"data.context_columns": ["cell_lines"]}, "data.context_columns: cell_lines: no column cell_lines; did you mean cell_line?"),
         ({"data.min_gene_total": 10**9}, "lower data.min_gene_total"),
         ({"data.gene_list": "genes.txt"}, "genes.txt: genes ENSG00000000003.15 are not in"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_mistake_with_the_airway_cohort_is_one_line(tmp_path, changes, expected):
-    repository = Repository(tmp_path / "repository", TINY)
-    follow(repository, "airway")
-    (repository.folder / "genes.txt").write_text("ENSG00000000003.15\nENSG00000000419\n")
-    path = repository.folder / "params.yaml"
-    for name, value in changes.items():
-        if name == "splits.combination":
-            path.write_text(re.sub(r"(?m)^  combination: .*$", f"  combination: {yamlfile._flow(value)}", path.read_text()))
-        else:
-            yamlfile.edit(path, {name: value})
-    done = repository.python("pipeline.prepare", expect=2)
-    assert expected in done.stderr and len(done.stderr.strip().splitlines()) == 1
+def test_a_mistake_with_the_airway_cohort_is_one_line(tmp_path, monkeypatch, changes, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "genes.txt").write_text("ENSG00000000003.15\nENSG00000000419\n")
+    params = told_parameters("airway", tmp_path).override({"data.source": str(SHARED_DATA / "airway.h5ad")} | changes)
+    with pytest.raises(InputError) as caught:
+        write_cohort(open_source(params.data), params.data, params.splits, tmp_path / "cohort")
+    assert len(caught.value.problems) == 1 and expected in caught.value.problems[0]
 
 
 @on_this_machine
-def test_variable_genes_of_the_yeast_cohort_include_the_one_that_is_knocked_out(tmp_path):
-    repository = Repository(tmp_path / "repository", TINY)
-    follow(repository, "yeast_snf2")
-    yamlfile.edit(repository.folder / "params.yaml", {"data.highly_variable": 500})
-    repository.python("pipeline.prepare")
-    genes = pd.read_parquet(repository.folder / "data/cohort/genes.parquet")["gene_id"].tolist()
-    assert "YOR290C" in genes and len(genes) in (500, 501)
-    manifest = json.loads((repository.folder / "data/cohort/manifest.json").read_text())
-    assert any("not among the 500 whose Pearson residuals vary most" in note for note in manifest["notes"])
+@pytest.mark.parametrize("number", [100, 1000])
+def test_variable_genes_of_the_yeast_cohort_stand_beside_the_one_that_is_knocked_out(tmp_path, number):
+    (tmp_path / "targets.csv").write_text("perturbation,gene_id\nsnf2,YOR290C\n")
+    changes = {"data.source": str(SHARED_DATA / "yeast_snf2.h5ad"), "data.target_gene": str(tmp_path / "targets.csv"), "data.highly_variable": number}
+    params = told_parameters("yeast_snf2", tmp_path).override(changes)
+    write_cohort(open_source(params.data), params.data, params.splits, tmp_path / "cohort")
+    cohort = Cohort(tmp_path / "cohort")
+    assert "YOR290C" in cohort.genes and len(cohort.genes) in (number, number + 1)
+    assert any(f"not among the {number} whose Pearson residuals vary most" in note for note in cohort.manifest["notes"])

@@ -102,6 +102,17 @@ def test_few_samples_get_smaller_batches_then_more_epochs_until_there_are_enough
     assert (as_said.batch_size, as_said.epochs, as_said.patience) == (64, 30, 10)
 
 
+def test_few_samples_are_regularised_in_proportion_to_those_that_are_missing(params):
+    given = params.override(
+        {"train.small_cohort": 3000, "train.weight_decay": 0.2, "train.metadata_dropout": {"technical": 0.0, "biological": 0.3, "perturbation": 0.02}}
+    ).train
+    for samples, scarcity in ((9600, 1), (3000, 1), (1000, 3), (100, 30)):
+        plan = Plan.of(samples, given)
+        assert plan.weight_decay == pytest.approx(0.2 * scarcity)
+        assert plan.metadata_dropout == pytest.approx({"technical": 0.0, "biological": 0.3, "perturbation": min(0.02 * scarcity, 0.15)})
+    assert Plan.of(100, given.model_copy(update={"small_cohort": 0})).weight_decay == 0.2
+
+
 def test_patience_stops_a_fit_that_no_longer_improves(data, params):
     finished = fit(data, params.override({"train.epochs": 60, "train.patience": 2, "train.learning_rate": 0.05}), seed=1)
     assert len(finished.history) == finished.best.epoch + 2 < 60

@@ -228,6 +228,7 @@ class Train(Frozen):
     batch_size: Count
     learning_rate: Positive
     weight_decay: NonNegative
+    small_cohort: Annotated[int, Field(ge=0)]
     gradient_clip: Positive
     predictive_draws: Count
     device: Literal["auto", "cpu", "cuda"]

@@ -5,7 +5,7 @@ N samples, B batch, G genes. Everything in nats per sample where not said otherw
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -30,6 +30,7 @@ _WARMUP_SHARE = 0.25      # of the one-cycle schedule: where the learning rate p
 _START_RATE = 0.04        # of the peak: where it starts
 _VARIANCE_RATE = 10.0     # learning rate of the log variances, relative to the weights
 _SMALLEST_BATCH = 8
+_MOST_DROPOUT = 0.15      # of metadata in a small cohort
 _VALIDATION_SEED = 0      # of the prior draws: the same in every epoch and every fit
 
 
@@ -183,17 +184,22 @@ class Plan:
     batch_size: int
     epochs: int
     patience: int   # epochs
+    weight_decay: float
+    metadata_dropout: Mapping[str, float]
 
     @classmethod
     def of(cls, samples: int, params: Train) -> "Plan":
         """As params.yaml says, unless that makes fewer than `min_steps` steps: then smaller batches, then more epochs and patience.
 
-        A hundred samples in batches of 64 would make 60 steps in 30 epochs, and the model would hardly leave its start.
+        A hundred samples in batches of 64 would make 60 steps in 30 epochs, and the model would hardly leave its start. Regularisation
+        is a prior, which weighs the more the fewer samples there are: below `small_cohort` it grows in proportion.
         """
+        scarcity = max(1.0, params.small_cohort / samples)
+        dropout = {group: max(given, min(given * scarcity, _MOST_DROPOUT)) for group, given in params.metadata_dropout.model_dump().items()}
         wanted = samples * params.epochs // max(1, params.min_steps)
         batch_size = min(params.batch_size, max(wanted, _SMALLEST_BATCH)) if params.min_steps else params.batch_size
         epochs = max(params.epochs, -(-params.min_steps // -(-samples // batch_size)))
-        return cls(batch_size, epochs, -(-params.patience * epochs // params.epochs))
+        return cls(batch_size, epochs, -(-params.patience * epochs // params.epochs), params.weight_decay * scarcity, dropout)
 
 
 def choose_device(params: Train) -> torch.device:
@@ -280,7 +286,7 @@ class _Loop:
         matrices = [p for p in self.network.parameters() if p.ndim == 2 and id(p) not in noise]
         vectors = [p for p in self.network.parameters() if p.ndim != 2]
         return [
-            {"params": matrices, "weight_decay": self.params.weight_decay, "scale": 1.0},
+            {"params": matrices, "weight_decay": self.plan.weight_decay, "scale": 1.0},
             {"params": vectors, "weight_decay": 0.0, "scale": 1.0},
             {"params": variances, "weight_decay": 0.0, "scale": _VARIANCE_RATE},
         ]
@@ -339,7 +345,7 @@ class _Loop:
             metadata, index = {}, {}
             for group in GROUPS:
                 distinct, index[group] = torch.unique(train.index[group][rows], return_inverse=True)
-                hidden = getattr(self.params.metadata_dropout, group)
+                hidden = self.plan.metadata_dropout[group]
                 metadata[group] = drop_fields(
                     train.metadata[group][distinct], self.blocks[group], hidden, self.params.identity_dropout, self.generator
                 )

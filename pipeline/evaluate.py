@@ -23,8 +23,9 @@ from pipeline.gem.credibility import comparison_table, portrait, real_portraits
 from pipeline.gem.credibility_figure import credibility
 from pipeline.gem.errors import InputError, exit_with
 from pipeline.gem.evaluation import evaluate_scene, nested, principal_axes
-from pipeline.gem.experiment import COHORT, load_seeds, log_context
+from pipeline.gem.experiment import COHORT, log_context
 from pipeline.gem.latents import latent_table
+from pipeline.gem.metadata import MetadataEncoder
 from pipeline.gem.metrics import METRICS
 from pipeline.gem.prediction_files import write_predictions
 from pipeline.gem.predictors import REFERENCE_SUFFIX, Predictors
@@ -67,10 +68,12 @@ def main() -> None:
     directories = {"gem": DEFAULT, "gem_tuned": DEFAULT.parent / params.evaluate.study}
     started = time.monotonic()
     cohort = Cohort(COHORT)
-    loaded = {name: load_seeds(directory) for name, directory in directories.items()}
+    loaded = {name: GEM.load_seeds(directory) for name, directory in directories.items()}
     models, seeds = ({name: one[part] for name, one in loaded.items()} for part in (0, 1))
+    learnt = MetadataEncoder.fit(cohort.rows([TRAIN]), cohort.declared.covariates, cohort.features)
     for model in (model for several in models.values() for model in several):
         model.require_genes(cohort.genes)
+        model.require_vocabulary(learnt)
     # Threads that wait for one another are slow beside other work, and their number decides the last bits.
     torch.set_num_threads(1)
     with threadpool_limits(1):

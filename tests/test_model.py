@@ -511,7 +511,7 @@ def test_a_saved_model_predicts_the_same_and_has_the_same_bytes(gem, queries, re
 def test_a_model_file_holds_tensors_and_plain_values_only(gem, tmp_path):
     gem.save(tmp_path / "model.pt")
     content = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert set(content) == {"format_version", "genes", "metadata", "targets", "model", "hidden_study", "weights"}
+    assert set(content) == {"format_version", "genes", "metadata", "targets", "model", "hidden_study", "weights", "gene_list_sha256", "seen", "temperatures"}
 
 
 def test_loading_leaves_the_global_random_state_alone(gem, tmp_path):

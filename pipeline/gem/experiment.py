@@ -1,6 +1,5 @@
 """A model directory: model.pt, seeds/, history.csv, report.json, figures/learning.png; and the run that fills it."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +9,9 @@ import pandas as pd
 from pipeline.gem import figures, tracking
 from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import GROUPS, Params
-from pipeline.gem.errors import InputError
 from pipeline.gem.progress import duration
 from pipeline.gem.seeds import fit_seeds
 from pipeline.gem.storage import sha256, write_json
-from pipeline.gem.trained import GEM
 from pipeline.gem.training import Epoch, Fit, TrainingData
 
 COHORT = Path("data/cohort")
@@ -55,17 +52,6 @@ def train_into(directory: Path, data: TrainingData, params: Params, cohort: Coho
     run.artifacts([directory / "figures" / "learning.png"], "figures")
     best = fits[0].best
     print(f"{label}: best epoch {best.epoch} of {len(fits[0].history)}, model in {directory / 'model.pt'}")
-
-
-def load_seeds(directory: Path) -> tuple[list[GEM], list[int]]:
-    """(the models of a model directory, their training seeds), model.pt first."""
-    listing = directory / "seeds" / "seeds.json"
-    models = [GEM.load(directory)]
-    if not listing.exists():
-        raise InputError(f"{listing}: absent; `dvc repro` trains the models and says their seeds")
-    seeds = json.loads(listing.read_text())
-    models += [GEM.load(directory / "seeds" / f"{seed}.pt") for seed in seeds["others"]]
-    return models, [seeds["model.pt"], *seeds["others"]]
 
 
 def best_metrics(finished: Fit) -> dict[str, float]:

@@ -105,12 +105,35 @@ class MetadataEncoder:
     def group_of(self, name: str) -> str:
         return next(group for group, fields in self.groups.items() if any(field.name == name for field in fields))
 
+    def differences(self, other: "MetadataEncoder") -> list[str]:
+        """A line for each covariate that another encoder knows otherwise."""
+        own, others = ({field.name: (group, field) for group, fields in one.groups.items() for field in fields} for one in (self, other))
+        alone = ((own.keys() - others.keys(), "model"), (others.keys() - own.keys(), "data"))
+        found = [f"covariates {examples(sorted(names))} known to the {who} only" for names, who in alone if names]
+        return found + [f"{name}: {said}" for name in own if name in others and (said := _difference(own[name], others[name]))]
+
     def state(self) -> dict:
         return {group: [field.state() for field in fields] for group, fields in self.groups.items()}
 
     @classmethod
     def from_state(cls, state: dict) -> "MetadataEncoder":
         return cls({group: [Vocabulary.from_state(field) for field in state[group]] for group in GROUPS})
+
+
+def _difference(own: tuple[str, Vocabulary], other: tuple[str, Vocabulary]) -> str | None:
+    (group, field), (other_group, other_field) = own, other
+    if (group, field.covariate.kind) != (other_group, other_field.covariate.kind):
+        return f"{field.covariate.kind} in group {group} to the model, {other_field.covariate.kind} in group {other_group} to the data"
+    surplus, missing = sorted(set(field.known) - set(other_field.known)), sorted(set(other_field.known) - set(field.known))
+    if surplus or missing:
+        return f"{len(surplus)} labels that the data lacks ({examples(surplus)}), {len(missing)} that the model lacks ({examples(missing)})"
+    if field.levels != other_field.levels:
+        return "other labels were seen in training"
+    if (field.mean, field.deviation) != (other_field.mean, other_field.deviation):
+        return f"mean {field.mean:g} and deviation {field.deviation:g} to the model, {other_field.mean:g} and {other_field.deviation:g} to the data"
+    if field.features is not None and not np.array_equal(field.features.values, other_field.features.values):
+        return "other features of its labels"
+    return None
 
 
 def clean_samples(samples: pd.DataFrame, covariates: Covariates, where: str) -> pd.DataFrame:

@@ -3,12 +3,9 @@
 N samples, G genes. Expression is log-CPM.
 """
 
-import io
-import pickle
-import sys
-import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,16 +16,18 @@ from torch import Tensor
 
 from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import GROUPS, Model
-from pipeline.gem.errors import InputError, IntegrityError
+from pipeline.gem.errors import InputError, IntegrityError, examples
 from pipeline.gem.expression import counts_from_log_cpm
 from pipeline.gem.labels import label_texts
 from pipeline.gem.likelihood import sample_normal
 from pipeline.gem.metadata import MetadataEncoder
 from pipeline.gem.model import CONDITIONED, NEW_STUDY, PREDICTED, Gaussian, Network
+from pipeline.gem.modelfile import check_weights, pack, unpack
 from pipeline.gem.observation import Observed
-from pipeline.gem.storage import write_atomically
+from pipeline.gem.seen import Seen
+from pipeline.gem.storage import sha256_of, write_atomically
+from pipeline.gem.temperature import fit_temperature, probabilities
 
-FORMAT_VERSION = 2
 CONDITIONING = ("technical", "biological")  # groups taken from a reference where not said otherwise
 _ROWS = 4096  # decoded at a time
 
@@ -63,7 +62,7 @@ class Query(NamedTuple):
     way: Tensor                   # (N,) how each is decoded, which decides its noise: PREDICTED, NEW_STUDY or CONDITIONED
     carried: Tensor | None = None # (N, G) what is carried over of a reference's residual, log-CPM
 
-    def rows(self, chosen: slice) -> "Query":
+    def rows(self, chosen: slice | Tensor) -> "Query":
         carried = None if self.carried is None else self.carried[chosen]
         return Query(self.latents.rows(chosen), self.target[chosen], self.change[chosen], self.way[chosen], carried)
 
@@ -84,30 +83,42 @@ class GEM:
     targets: Targets
     params: Model
     hidden_study: str | None   # the study's column, where training hid it and so knows the noise of a study never seen
+    seen: Seen                 # what training saw together
+    temperatures: Mapping[str, float] = field(default_factory=dict)   # by head, of its probabilities
 
     @classmethod
-    def build(cls, genes: np.ndarray, metadata: MetadataEncoder, targets: Targets, params: Model, hidden_study: str | None = None) -> "GEM":
+    def build(
+        cls,
+        genes: np.ndarray,
+        metadata: MetadataEncoder,
+        targets: Targets,
+        params: Model,
+        hidden_study: str | None = None,
+        seen: Seen = Seen(),  # noqa: B008 (frozen)
+    ) -> "GEM":
         """An untrained GEM; weights from torch's current random state."""
         heads = {field.name: (metadata.group_of(field.name), len(field.levels)) for field in metadata.heads()}
         fields = metadata.groups["perturbation"]
         manner = tuple(field.name != targets.column and field.features is None for field in fields for _ in range(field.size))
-        return cls(Network(len(genes), metadata.sizes, heads, manner, params), metadata, genes, targets, params, hidden_study)
+        network, temperatures = Network(len(genes), metadata.sizes, heads, manner, params), dict.fromkeys(heads, 1.0)
+        return cls(network, metadata, genes, targets, params, hidden_study, seen, temperatures)
 
     def to_bytes(self) -> bytes:
         """The content of model.pt: tensors and plain values only. The same model gives the same bytes."""
-        described = {
-            "format_version": FORMAT_VERSION,
-            "genes": [str(gene) for gene in self.genes],
-            "metadata": self.metadata.state(),
-            "targets": {"column": self.targets.column, "genes": self.targets.genes},
-            "model": self.params.model_dump(mode="json"),
-            "hidden_study": self.hidden_study,
-        }
-        content = _plain(described | {"weights": {name: value.detach().cpu() for name, value in self.network.state_dict().items()}})
-        # Through a buffer: torch.save writes the name of the file it is given into the bytes.
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        return buffer.getvalue()
+        genes = [str(gene) for gene in self.genes]
+        return pack(
+            {
+                "genes": genes,
+                "gene_list_sha256": sha256_of(genes),
+                "metadata": self.metadata.state(),
+                "targets": {"column": self.targets.column, "genes": self.targets.genes},
+                "model": self.params.model_dump(mode="json"),
+                "hidden_study": self.hidden_study,
+                "seen": asdict(self.seen),
+                "temperatures": dict(self.temperatures),
+                "weights": {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()},
+            }
+        )
 
     def save(self, path: Path) -> None:
         write_atomically(path, self.to_bytes())
@@ -117,39 +128,52 @@ class GEM:
         """From a model directory or a model file. InputError where it is absent, IntegrityError where it is no GEM."""
         path = Path(path)
         path = path / "model.pt" if path.is_dir() else path
-        if not path.exists():
-            raise InputError(f"{path}: absent; `dvc repro` trains it")
-        try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch reads a flipped bit without complaint
-            if damaged:
-                raise IntegrityError(f"{path}: {damaged} inside it is damaged; train the model again")
-            content = torch.load(path, weights_only=True, map_location="cpu")
-        except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise IntegrityError(f"{path}: not a GEM model file ({reason}); train the model again") from None
-        version = content.get("format_version") if isinstance(content, dict) else None
-        if version != FORMAT_VERSION:
-            raise IntegrityError(f"{path}: format version {version}, expected {FORMAT_VERSION}; train the model again")
+        contents, content = unpack(path)
+        encoder, seen = MetadataEncoder.from_state(content["metadata"]), contents.seen
+        known = Seen(tuple(seen.columns), tuple(seen.several), seen.control and tuple(seen.control), tuple(map(tuple, seen.combinations)))
+        described = np.array(contents.genes), encoder, Targets(**content["targets"]), contents.model, contents.hidden_study, known
         with torch.random.fork_rng(devices=[]):
-            encoder, params = MetadataEncoder.from_state(content["metadata"]), Model.model_validate(content["model"])
-            gem = cls.build(np.array(content["genes"]), encoder, Targets(**content["targets"]), params, content["hidden_study"])
-        try:
-            gem.network.load_state_dict(content["weights"])
-        except RuntimeError as error:
-            raise IntegrityError(f"{path}: its weights do not fit its configuration: {' '.join(str(error).split())}") from None
+            # First without memory: a file may declare a network that no machine could hold.
+            with torch.device("meta"):
+                expected = cls.build(*described)
+            check_weights(path, contents.weights, expected.network.state_dict())
+            if set(contents.temperatures) != set(expected.temperatures):
+                raise IntegrityError(f"{path}: temperatures of other heads than {examples(expected.temperatures)}; train the model again")
+            gem = replace(cls.build(*described), temperatures=contents.temperatures)
+        gem.network.load_state_dict(contents.weights)
         gem.network.eval()
         return gem
 
-    def require_genes(self, genes: np.ndarray) -> None:
+    @classmethod
+    def load_seeds(cls, directory: Path | str) -> tuple[list["GEM"], list[int]]:
+        """(the models of a model directory, their training seeds), model.pt first. IntegrityError where they do not belong together."""
+        listing = Path(directory) / "seeds" / "seeds.json"
+        models = [cls.load(directory)]
+        if not listing.exists():
+            raise InputError(f"{listing}: absent; `dvc repro` trains the models and says their seeds")
+        seeds = json.loads(listing.read_text())
+        for seed in seeds["others"]:
+            path = listing.parent / f"{int(seed)}.pt"
+            models.append(cls.load(path))
+            models[-1].require_genes(models[0].genes, f"{path}: ")
+            models[-1].require_vocabulary(models[0].metadata, f"{path}: ")
+        return models, [seeds["model.pt"], *seeds["others"]]
+
+    def require_genes(self, genes: np.ndarray, where: str = "") -> None:
         """IntegrityError, with the difference, where `genes` are not this model's genes in this order."""
         if np.array_equal(self.genes, genes):
             return
         missing, surplus = sorted(set(self.genes) - set(genes)), sorted(set(genes) - set(self.genes))
         raise IntegrityError(
-            f"the model knows {len(self.genes)} genes, the data has {len(genes)}: {len(missing)} missing {missing[:5]}, "
+            f"{where}the model knows {len(self.genes)} genes, the data has {len(genes)}: {len(missing)} missing {missing[:5]}, "
             f"{len(surplus)} unknown {surplus[:5]}{', in another order' if not missing and not surplus else ''}; train on this cohort"
         )
+
+    def require_vocabulary(self, metadata: MetadataEncoder, where: str = "") -> None:
+        """IntegrityError, with the differences, where `metadata` is not what this model learnt of the covariates."""
+        differences = self.metadata.differences(metadata)
+        if differences:
+            raise IntegrityError(*(f"{where}{difference}; train on this cohort" for difference in differences))
 
     @property
     def device(self) -> torch.device:
@@ -163,11 +187,17 @@ class GEM:
 
     @torch.no_grad()
     def query(
-        self, samples: pd.DataFrame, reference: np.ndarray | None = None, conditioning: tuple[str, ...] = CONDITIONING, unknown: str = "refuse"
+        self,
+        samples: pd.DataFrame,
+        reference: np.ndarray | None = None,
+        conditioning: tuple[str, ...] = CONDITIONING,
+        unknown: str = "refuse",
+        chosen: np.ndarray | None = None,
     ) -> Query:
-        """N rows of metadata as the decoder sees them; for the groups in `conditioning` from reference expression (N, G).
+        """N rows of metadata as the decoder sees them; for the groups in `conditioning` from reference expression (R, G).
 
-        `unknown` as in MetadataEncoder.encode. InputError for a group in `conditioning` that does not exist.
+        `chosen` (N,) is the row of the reference for each sample; None: its own. `unknown` as in MetadataEncoder.encode.
+        InputError for a group in `conditioning` that does not exist.
         """
         strange = [group for group in conditioning if group not in GROUPS]
         if strange:
@@ -184,8 +214,11 @@ class GEM:
             return Query(prior, target, change, self._ways(encoded["technical"]))
         posterior, expression = self.posterior(reference), torch.from_numpy(reference).to(self.device)
         carried = torch.cat(
-            [self.network.carried(expression[rows], posterior.rows(rows)) for rows in _blocks(len(samples))] or [expression]
+            [self.network.carried(expression[rows], posterior.rows(rows)) for rows in _blocks(len(expression))] or [expression]
         )
+        if chosen is not None:
+            rows = torch.from_numpy(chosen).to(self.device)
+            posterior, carried = posterior.rows(rows), carried[rows]
         return Query(self.network.conditioned(prior, posterior, conditioning), target, change, torch.full_like(target, CONDITIONED), carried)
 
     def _ways(self, technical: np.ndarray) -> Tensor:
@@ -231,6 +264,21 @@ class GEM:
         """(N, G) whole counts whose rows sum exactly to `totals` (N,); `how` as in `generate`."""
         return counts_from_log_cpm(self.generate(samples, reference, totals=totals, **how), totals)
 
+    def calibrated(self, expression: np.ndarray, labels: np.ndarray) -> "GEM":
+        """The same with the temperatures of its heads fitted to labels (N, heads) of log-CPM (N, G); 1 where there are no samples."""
+        logits = self.logits(self.posterior(expression).mean) if len(expression) else {}
+        fitted = {name: fit_temperature(logits[name], labels[:, position]) for position, name in enumerate(logits)}
+        return replace(self, temperatures=dict.fromkeys(self.temperatures, 1.0) | fitted)
+
+    @torch.no_grad()
+    def logits(self, latents: Tensor) -> dict[str, np.ndarray]:
+        """(N, K) per label head, of latents (N, L)."""
+        return {name: logits.cpu().numpy() for name, logits in self.network.classify(latents).items()}
+
+    def probabilities(self, latents: Tensor) -> dict[str, np.ndarray]:
+        """(N, K) calibrated probabilities per label head, of latents (N, L)."""
+        return {name: probabilities(logits, self.temperatures[name]) for name, logits in self.logits(latents).items()}
+
     @torch.no_grad()
     def expect(self, query: Query, draws: int, seed: int) -> np.ndarray:
         """(N, G) log-CPM averaged over `draws` of the latents: the mean prediction."""
@@ -256,17 +304,6 @@ def predictive_log_likelihood(network: Network, observed: Observed, query: Query
         total += decoded
     stacked = torch.stack(log_likelihoods)
     return stacked.logsumexp(dim=0) - torch.tensor(float(draws)).log(), total / draws
-
-
-def _plain(value: object) -> object:
-    """Arrays as tensors, which torch loads with weights_only; equal texts as one object: pickle writes a second one by reference."""
-    if isinstance(value, dict):
-        return {_plain(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    if isinstance(value, str):
-        return sys.intern(str(value))
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 def distinct_rows(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ N samples, B batch, G genes. Everything in nats per sample where not said otherw
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from pipeline.gem.metadata import MetadataEncoder
 from pipeline.gem.model import PREDICTED, Batch, Network, objective
 from pipeline.gem.observation import Observed
 from pipeline.gem.references import reference_lists
+from pipeline.gem.seen import Seen
 from pipeline.gem.splits import TRAIN, contexts, is_control
 from pipeline.gem.trained import GEM, Query, Targets, distinct_rows, predictive_log_likelihood
 
@@ -79,6 +80,7 @@ class TrainingData:
     study_column: str | None
     validation: Encoded | None
     choice_split: str | None     # where early stopping and every choice look
+    seen: Seen
 
     @classmethod
     def load(cls, cohort: Cohort, device: torch.device, counted: bool = False) -> "TrainingData":
@@ -90,7 +92,8 @@ class TrainingData:
         validation = Encoded.of(cohort, choice, encoder, device, counted) if choice else None
         targets = Targets.of(cohort)
         spread = torch.from_numpy(study_spread(samples, train.expression.cpu().numpy(), cohort.declared)).to(device)
-        return cls(encoder, cohort.genes, targets, train, References.of(samples, cohort, device), spread, cohort.declared.study_column, validation, choice)
+        references, seen = References.of(samples, cohort, device), Seen.of(samples, cohort.declared)
+        return cls(encoder, cohort.genes, targets, train, references, spread, cohort.declared.study_column, validation, choice, seen)
 
 
 def study_spread(samples: pd.DataFrame, expression: np.ndarray, data: Data) -> np.ndarray:
@@ -247,11 +250,15 @@ def fit(data: TrainingData, params: Params, seed: int, on_epoch: Callable[[Epoch
     device = data.train.expression.device
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # weights and dropout; everything else draws from the generator below
-        gem = GEM.build(data.genes, data.encoder, data.targets, params.model, hidden_study(data, params))
+        gem = GEM.build(data.genes, data.encoder, data.targets, params.model, hidden_study(data, params), data.seen)
         gem.network.to(device)
         gem.network.start_from(data.train.expression)
         generator = torch.Generator(device).manual_seed(seed)
-        return _Loop(data, params.train, gem, generator).run(on_epoch)
+        finished = _Loop(data, params.train, gem, generator).run(on_epoch)
+    judged = data.validation
+    if judged is None:
+        return finished
+    return replace(finished, gem=finished.gem.calibrated(judged.expression.cpu().numpy(), judged.labels.cpu().numpy()))
 
 
 def hidden_study(data: TrainingData, params: Params) -> str | None:

@@ -15,7 +15,7 @@ from pipeline.gem.config import GROUPS, Covariates
 from pipeline.gem.embedding import Features
 from pipeline.gem.errors import InputError, did_you_mean, examples
 from pipeline.gem.labels import distinct, label_text, label_texts, list_cells
-from pipeline.gem.quantities import DIMENSIONLESS, parse_quantity, shown
+from pipeline.gem.quantities import DIMENSIONLESS, parse_quantity
 from pipeline.gem.vocabulary import Vocabulary, scaled
 
 
@@ -76,13 +76,7 @@ class MetadataEncoder:
         # Few distinct values stand for many rows; the last row of the table of codes is "missing".
         codes = np.zeros((len(values) + 1, field.size), dtype=np.float32)
         for position, value in enumerate(values):
-            problem = None
-            try:
-                code = field.encode_value(value)
-                if code is None and unknown == "refuse":
-                    problem = f"{shown(value)} was never seen in training{did_you_mean(value, field.known)} (or treat unknown values as missing)"
-            except ValueError as error:
-                code, problem = None, str(error)
+            code, problem = field.read(value, unknown)
             if code is not None:
                 codes[position] = code
             if problem:

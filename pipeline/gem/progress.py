@@ -26,8 +26,9 @@ class Progress:
         now = time.monotonic()
         if now - self.said >= self.interval and self.finished < self.total:
             self.said = now
-            left = (now - self.started) / self.finished * (self.total - self.finished)
-            print(f"{self.task}: {self.finished:,} of {self.total:,} {self.unit}, {duration(left)} left", flush=True)
+            rate = self.finished / (now - self.started)
+            left = duration((self.total - self.finished) / rate)
+            print(f"{self.task}: {self.finished:,} of {self.total:,} {self.unit}, {rate:,.0f} {self.unit}/s, {left} left", flush=True)
 
     def done(self, result: str) -> None:
         print(f"{self.task}: {result}, {time.monotonic() - self.started:.1f} s", flush=True)

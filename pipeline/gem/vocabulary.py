@@ -9,8 +9,9 @@ from pydantic import TypeAdapter
 
 from pipeline.gem.config import Covariate
 from pipeline.gem.embedding import CLIP, Features
+from pipeline.gem.errors import did_you_mean
 from pipeline.gem.labels import cell, label_text, label_texts, labels_of
-from pipeline.gem.quantities import parse_quantity
+from pipeline.gem.quantities import parse_quantity, shown
 
 LOG_OFFSET = 1e-6    # added before the logarithm of a numeric covariate
 ROUNDING = 1e-9      # a deviation below this share of the mean is what rounding leaves of a constant column
@@ -65,6 +66,19 @@ class Vocabulary:
             return cls(name, covariate, dimensions)
         mean, deviation = float(numbers.mean()), float(numbers.std())
         return cls(name, covariate, dimensions, mean, deviation if deviation >= ROUNDING * max(1.0, abs(mean)) else 1.0)
+
+    def read(self, value: object, unknown: str) -> tuple[np.ndarray | None, str | None]:
+        """((size,) encoding of a value that is not missing, what is wrong with it); None where there is none.
+
+        A value that training did not see is wrong where `unknown` is "refuse".
+        """
+        try:
+            code = self.encode_value(value)
+        except ValueError as error:
+            return None, str(error)
+        if code is None and unknown == "refuse":
+            return None, f"{shown(value)} was never seen in training{did_you_mean(value, self.known)} (or treat unknown values as missing)"
+        return code, None
 
     def encode_value(self, value: object) -> np.ndarray | None:
         """(size,) encoding of a value that is not missing; None where it is unknown. ValueError where it is no quantity."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from pipeline.gem.errors import InputError, exit_with
 from pipeline.gem.prediction import MODES, Prediction, Request, reconstruct
@@ -38,6 +39,8 @@ def main() -> None:
         raise InputError("--reconstruct needs --reference: the samples to look at")
     if not options.reconstruct and options.query is None:
         raise InputError("--query is needed: a table of experiments, .csv or .parquet")
+    # Threads that wait for one another are slow beside other work.
+    torch.set_num_threads(max(1, options.threads))
     models = GEM.load_seeds(options.model)[0] if options.ensemble else [GEM.load(options.model)]
     reference = ReferenceFile.open(options.reference, models[0], options.layer) if options.reference else None
     note(reference.notes if reference else [])
@@ -60,6 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=default.samples, metavar="N", help="samples drawn per row (%(default)s)")
     parser.add_argument("--total-count", type=int, default=default.total_count, metavar="N", help="counts of a predicted sample (%(default)s)")
     parser.add_argument("--seed", type=int, default=default.seed, metavar="N", help="of the draws (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads beside the one that writes (%(default)s)")
     parser.add_argument("--unknown", choices=["refuse", "missing"], default=default.unknown, help="values that training never saw (%(default)s)")
     parser.add_argument("--deterministic-latents", action="store_true", help="mode sample: latents at their mean, only the noise is drawn")
     parser.add_argument("--latents", action="store_true", help="add the means of the latents, a list per group")

@@ -31,6 +31,9 @@ def label_text(value: object) -> str | None:
 
 def label_texts(column: pd.Series) -> pd.Series:
     """`label_text` of every cell."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        texts = np.array([*map(label_text, column.cat.categories), None], dtype=object)
+        return pd.Series(texts[column.cat.codes], index=column.index, dtype=object)
     return pd.Series([label_text(value) for value in column], index=column.index, dtype=object)
 
 
@@ -47,6 +50,10 @@ def list_cells(column: pd.Series, where: str) -> list[str]:
 
 def distinct(column: pd.Series) -> tuple[np.ndarray, list]:
     """(position of each cell among the distinct values, -1 where missing; the values). True and 1 are two values."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        codes, index = np.unique(column.cat.codes, return_inverse=True)
+        place, values = distinct(pd.Series([None if code < 0 else column.cat.categories[code] for code in codes], dtype=object))
+        return place[index.reshape(-1)], values
     positions: dict = {}
     index = np.full(len(column), -1)
     for row, value in enumerate(map(cell, column)):

@@ -80,7 +80,6 @@ class Prediction:
         if len(models) > 1 and request.latents:
             raise InputError("latents: several models have no latents in common; ask for one model")
         self.generator = torch.Generator(models[0].device).manual_seed(request.seed)
-        self.dtype = np.float32 if request.total_count <= _FLOAT32_TOTAL else np.float64
         self.rows = max(1, BLOCK_VALUES // len(models[0].genes) // _ROWS) * _ROWS   # of an answer at a time
 
     @cached_property
@@ -126,7 +125,7 @@ class Prediction:
         low, high = (np.empty_like(counts) if self.request.interval else None for _ in range(2))
         for rows in _slices(len(counts)):
             shares = [fractions(decode(model.network, part, part.latents.mean)) for model, part in self._parts(queries, rows)]
-            counts[rows] = whole_counts(_together(shares), self.request.total_count, self.dtype)
+            counts[rows] = whole_counts(_together(shares), self.request.total_count)
             if self.request.interval:
                 low[rows], high[rows] = self._interval([query.rows(rows) for query in queries])
         return counts, low, high
@@ -150,7 +149,7 @@ class Prediction:
     def _draw(self, number: int, query: Query) -> np.ndarray:
         model = self.models[number]
         latents = query.latents.mean if self.request.deterministic_latents else sample_normal(*query.latents, self.generator)
-        return draw_counts(model, decode(model.network, query, latents), self.request.total_count, query.way, self.generator, self.dtype)
+        return draw_counts(model, decode(model.network, query, latents), self.request.total_count, query.way, self.generator)
 
     def _latents(self, query: Query, index: np.ndarray) -> dict[str, np.ndarray]:
         means = query.latents.mean.cpu().numpy()
@@ -169,16 +168,16 @@ def fractions(decoded: Tensor) -> Tensor:
     return decoded.div_(sums)
 
 
-def draw_counts(model: GEM, decoded: Tensor, total: int, way: Tensor, generator: torch.Generator, dtype: type) -> np.ndarray:
+def draw_counts(model: GEM, decoded: Tensor, total: int, way: Tensor, generator: torch.Generator) -> np.ndarray:
     """(N, G) int32 counts of samples around decoded log-CPM (N, G), which is overwritten; rows sum exactly to `total`."""
     noise = torch.randn(decoded.shape, generator=generator, device=decoded.device)
-    return whole_counts(fractions(decoded.addcmul_(noise, torch.exp(0.5 * model.network.log_variance(way)))), total, dtype)
+    return whole_counts(fractions(decoded.addcmul_(noise, torch.exp(0.5 * model.network.log_variance(way)))), total)
 
 
-def whole_counts(shares: Tensor, total: int, dtype: type) -> np.ndarray:
+def whole_counts(shares: Tensor, total: int) -> np.ndarray:
     """(N, G) int32 from shares (N, G), which may be overwritten; rows sum exactly to `total`."""
     values = shares.cpu().numpy()
-    if dtype == np.float64:
+    if total > _FLOAT32_TOTAL:
         values = values.astype(np.float64)
         values /= values.sum(axis=1, keepdims=True)
     values *= total
@@ -197,22 +196,19 @@ class Reconstruction:
     """What samples are: decoded from their own latents, and named by the heads."""
 
     row: np.ndarray                       # (n,) row of the reference
-    counts: np.ndarray                    # (n, G) int32
+    counts: np.ndarray | None             # (n, G) int32; None where nobody wants them
     latents: dict[str, np.ndarray]        # by group (n, L_g): posterior means
     labels: dict[str, np.ndarray]         # by head (n,) the likeliest label
     probabilities: dict[str, np.ndarray]  # by head (n,) its calibrated probability
 
 
 @torch.no_grad()
-def reconstruct(gem: GEM, file: ReferenceFile, total_count: int) -> Iterator[Reconstruction]:
+def reconstruct(gem: GEM, file: ReferenceFile, total_count: int | None) -> Iterator[Reconstruction]:
     """The samples of a file, encoded and decoded, in blocks; without what a perturbation does to its own target gene, which
-    only metadata tell."""
-    dtype = np.float32 if total_count <= _FLOAT32_TOTAL else np.float64
+    only metadata tell. Nothing is decoded where `total_count` is None."""
     for row, expression in file.chunks():
         means = gem.posterior(expression).mean
-        counts = np.empty(expression.shape, dtype=np.int32)
-        for rows in _slices(len(counts)):
-            counts[rows] = whole_counts(fractions(gem.network.decode(means[rows])), total_count, dtype)
+        counts = None if total_count is None else _decoded_counts(gem, means, total_count)
         named = {name: (chances.argmax(axis=1), chances.max(axis=1)) for name, chances in gem.probabilities(means).items()}
         levels = {vocabulary.name: np.array(vocabulary.levels, dtype=object) for vocabulary in gem.metadata.heads()}
         yield Reconstruction(
@@ -222,6 +218,13 @@ def reconstruct(gem: GEM, file: ReferenceFile, total_count: int) -> Iterator[Rec
             {name: levels[name][best] for name, (best, _) in named.items()},
             {name: chance for name, (_, chance) in named.items()},
         )
+
+
+def _decoded_counts(gem: GEM, latents: Tensor, total: int) -> np.ndarray:
+    counts = np.empty((len(latents), len(gem.genes)), dtype=np.int32)
+    for rows in _slices(len(latents)):
+        counts[rows] = whole_counts(fractions(gem.network.decode(latents[rows])), total)
+    return counts
 
 
 def _slices(rows: int) -> Iterator[slice]:

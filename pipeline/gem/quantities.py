@@ -25,6 +25,8 @@ def parse_quantity(value: object) -> tuple[float, str]:
     "1 day" gives (24.0, "time"); "100 nM" gives (0.1, "molarity"); 55 gives (55.0, "").
     ValueError where it is not a finite number with a known unit.
     """
+    if type(value) in (int, float) and math.isfinite(value):
+        return float(value), DIMENSIONLESS
     match = _PATTERN.match(str(value))
     if not match:
         raise ValueError(f"{shown(value)} is not a number, or a number and a unit")

@@ -235,8 +235,7 @@ def _distinct_rows(table: pa.Table, names: list[str]) -> tuple[np.ndarray, np.nd
     """((N,) number of each row among the distinct ones, (U,) where each of these stands first)."""
     code = np.zeros(len(table), dtype=np.int64)
     for name in names:
-        column = pc.dictionary_encode(_flat(table[name]).combine_chunks())
-        column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+        column = _coded(table[name])
         values = pc.fill_null(column.indices, len(column.dictionary)).to_numpy(zero_copy_only=False).astype(np.int64)
         code = np.unique(code * (len(column.dictionary) + 1) + values, return_inverse=True)[1].reshape(-1)
     _, first, index = np.unique(code, return_index=True, return_inverse=True)
@@ -249,8 +248,21 @@ def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def plain(table: pa.Table, names: list[str]) -> pd.DataFrame:
-    """Columns of a table as pandas objects: whole numbers stay whole where others are missing."""
-    return pd.DataFrame({name: _flat(table[name]).to_pandas(integer_object_nulls=True) for name in names}, index=range(len(table)))
+    """Columns of a table as categories of plain values: few distinct values stand for many rows."""
+    columns = {}
+    for name in names:
+        coded = _coded(table[name])
+        codes = pc.fill_null(coded.indices, -1).to_numpy(zero_copy_only=False)
+        columns[name] = pd.Categorical.from_codes(codes, pd.Index(coded.dictionary.to_pylist(), dtype=object))
+    return pd.DataFrame(columns, index=range(len(table)))
+
+
+def _coded(column: pa.ChunkedArray) -> pa.DictionaryArray:
+    flat = _flat(column).combine_chunks()
+    if pa.types.is_floating(flat.type):
+        flat = pc.if_else(pc.is_nan(flat), None, flat)   # which pandas writes for "missing"
+    coded = pc.dictionary_encode(flat)
+    return coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded
 
 
 def as_table(frame: pd.DataFrame) -> pa.Table:

@@ -33,14 +33,15 @@ class Seen:
 
     def extrapolated(self, samples: pd.DataFrame) -> np.ndarray:
         """(N,) bool: no training sample agrees with the row's given values. A value that is not given agrees with any."""
-        result = np.zeros(len(samples), dtype=bool)
         known: dict[tuple[int, ...], set] = {}     # which columns are given: the combinations of these
-        for position, row in enumerate(self._rows(samples)):
-            given = tuple(column for column, value in enumerate(row) if value is not None)
-            if given not in known:
-                known[given] = {tuple(seen[column] for column in given) for seen in self.combinations}
-            result[position] = bool(given) and tuple(row[column] for column in given) not in known[given]
-        return result
+        judged: dict[tuple[str | None, ...], bool] = {}
+        for row in (rows := self._rows(samples)):
+            if row not in judged:
+                given = tuple(column for column, value in enumerate(row) if value is not None)
+                if given not in known:
+                    known[given] = {tuple(seen[column] for column in given) for seen in self.combinations}
+                judged[row] = bool(given) and tuple(row[column] for column in given) not in known[given]
+        return np.array([judged[row] for row in rows], dtype=bool)
 
     def _rows(self, samples: pd.DataFrame) -> list[tuple[str | None, ...]]:
         if not self.columns:

@@ -3,6 +3,7 @@
 N samples, G genes. Expression is log-CPM.
 """
 
+import importlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -279,6 +280,26 @@ class GEM:
         """(N, K) calibrated probabilities per label head, of latents (N, L)."""
         return {name: probabilities(logits, self.temperatures[name]) for name, logits in self.logits(latents).items()}
 
+    def predict(self, query: pd.DataFrame, *, reference: "pd.DataFrame | Path | str | None" = None, **how) -> pd.DataFrame:
+        """A table of experiments with what each would measure: the query's columns, `extrapolated`, then a column of whole counts
+        per gene, so that `model.predict(query)[model.genes]` is the matrix. The index is the query's.
+
+        `reference` are samples to start from: raw counts, a row per sample and a column per gene, or a file as on the command
+        line; the query's column `reference_id` chooses one by its name. `how`, with the names and defaults of the command
+        line: mode, samples, total_count, seed, unknown, conditioning, deterministic_latents, latents, interval; lists
+        (latents, ends of intervals) are arrays in cells. InputError lists everything that is wrong.
+        """
+        return _frames().predict(self, query, reference, how)
+
+    def classify(self, counts: "pd.DataFrame | Path | str") -> pd.DataFrame:
+        """What samples are, from raw counts (a row per sample, a column per gene; or a file): per label head the likeliest
+        label and, in `<head>_probability`, its calibrated probability."""
+        return _frames().classified(self, counts)
+
+    def reconstruct(self, counts: "pd.DataFrame | Path | str", *, total_count: int = 1_000_000) -> pd.DataFrame:
+        """(samples, genes) whole counts of samples encoded and decoded: what the model can hold of them."""
+        return _frames().reconstructed(self, counts, total_count)
+
     @torch.no_grad()
     def expect(self, query: Query, draws: int, seed: int) -> np.ndarray:
         """(N, G) log-CPM averaged over `draws` of the latents: the mean prediction."""
@@ -306,12 +327,30 @@ def predictive_log_likelihood(network: Network, observed: Observed, query: Query
     return stacked.logsumexp(dim=0) - torch.tensor(float(draws)).log(), total / draws
 
 
+def _frames():
+    """By name and not by an import statement: no fit runs it, so that no stage need run again when it changes."""
+    return importlib.import_module("pipeline.gem.frames")
+
+
 def distinct_rows(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(distinct rows (U, D), index (N,) of each row among them)."""
+    """(distinct rows (U, D) in lexicographic order, index (N,) of each row among them).
+
+    By a hash of each row first, which is then checked: comparing whole rows, as numpy does, takes a hundred times as long.
+    """
     if matrix.shape[1] == 0 or len(matrix) == 0:
         return matrix[:1], np.zeros(len(matrix), dtype=np.int64)
-    rows, inverse = np.unique(matrix, axis=0, return_inverse=True)
-    return rows, inverse.reshape(-1)
+    bits = np.ascontiguousarray(matrix + 0, dtype=np.float32).view(np.uint32).astype(np.uint64)   # -0 becomes 0
+    factors = np.random.default_rng(0).integers(1, 2**63, matrix.shape[1], dtype=np.uint64) | np.uint64(1)
+    _, first, inverse = np.unique(bits @ factors, return_index=True, return_inverse=True)
+    rows, inverse = matrix[first], inverse.reshape(-1)
+    if not np.array_equal(rows[inverse], matrix):
+        rows, inverse = np.unique(matrix, axis=0, return_inverse=True)
+        return rows, inverse.reshape(-1)
+    varying = (rows != rows[:1]).any(axis=0)
+    order = np.lexsort(rows[:, varying].T[::-1]) if varying.any() else np.zeros(1, dtype=np.int64)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return rows[order], place[inverse]
 
 
 def _blocks(rows: int) -> Iterator[slice]:

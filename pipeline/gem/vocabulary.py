@@ -76,6 +76,8 @@ class Vocabulary:
             code = self.encode_value(value)
         except ValueError as error:
             return None, str(error)
+        if code is None and unknown == "refuse" and self.covariate.kind == "numeric":
+            return None, f"{shown(value)} is of another kind than training saw: {' or '.join(level or 'plain numbers' for level in self.levels)}"
         if code is None and unknown == "refuse":
             return None, f"{shown(value)} was never seen in training{did_you_mean(value, self.known)} (or treat unknown values as missing)"
         return code, None
@@ -100,7 +102,7 @@ class Vocabulary:
         if dimension not in self._position_of_level:
             return None
         code = np.zeros(self.size, dtype=np.float32)
-        code[0] = np.clip((scaled(number, self.covariate.scale) - self.mean) / self.deviation, -CLIP, CLIP)
+        code[0] = min(max((scaled(number, self.covariate.scale) - self.mean) / self.deviation, -CLIP), CLIP)
         code[1 + self._position_of_level[dimension]] = 1
         return code
 

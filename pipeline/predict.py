@@ -82,7 +82,7 @@ def write_prediction(options: argparse.Namespace, request: Request, models: list
     def answers() -> Iterator[tuple]:
         for table in query.blocks(prediction.rows):
             for block in prediction.blocks(Asked.of(table, prediction.columns)):
-                columns = table if request.samples == 1 else table.take(pa.array(block.row))
+                columns = table.slice(block.row[0], len(block.row)) if request.samples == 1 else table.take(pa.array(block.row))
                 columns = columns.append_column("extrapolated", pa.array(block.extrapolated))
                 if request.samples > 1:
                     columns = columns.append_column("sample", pa.array(block.sample))

@@ -22,7 +22,8 @@ from pipeline.gem.trained import CONDITIONING, GEM, Query, decode
 
 MODES = {"mean": "mean", "sample": "sample", "mean estimation": "mean", "sample generation": "sample"}   # the public API's names too
 BLOCK_VALUES = 2**23   # counts in memory at a time
-_ROWS = 128            # decoded at a time: 128 x G stay in the cache
+QUERY_ROWS = 2**15     # encoded at a time
+_ROWS = 256            # decoded at a time: 256 x G stay in the cache
 _FLOAT32_TOTAL = 2**22 # above it, float32 leaves nothing for the remainders
 _DRAWS, _EXTREME = 99, 5   # between the 5th lowest and the 5th highest of 99 draws another one falls with 90 %
 
@@ -80,7 +81,8 @@ class Prediction:
         if len(models) > 1 and request.latents:
             raise InputError("latents: several models have no latents in common; ask for one model")
         self.generator = torch.Generator(models[0].device).manual_seed(request.seed)
-        self.rows = max(1, BLOCK_VALUES // len(models[0].genes) // _ROWS) * _ROWS   # of an answer at a time
+        # Rows of a query at a time: many, so that priors are computed once; few where references carry a residual per gene.
+        self.rows = QUERY_ROWS if references is None else max(1, BLOCK_VALUES // len(models[0].genes))
 
     @cached_property
     def columns(self) -> list[str]:
@@ -89,21 +91,18 @@ class Prediction:
 
     @torch.no_grad()
     def blocks(self, asked: Asked) -> Iterator[Block]:
-        """The answer to a block of a query, in the order of its rows, `rows` rows at a time."""
+        """The answer to a block of a query, in the order of its rows, as many at a time as fit in memory."""
         chosen = self._references(asked)
         queries = [self._query(model, asked, chosen) for model in self.models]
         extrapolated = self.models[0].seen.extrapolated(asked.samples)
-        said = self._means(queries) if self.request.mode == "mean" else None
+        answered = max(1, BLOCK_VALUES // len(self.models[0].genes))
         wanted = len(asked.index) * self.request.samples
-        for start in range(0, wanted, self.rows):
-            row, number = np.divmod(np.arange(start, min(start + self.rows, wanted)), self.request.samples)
+        for start in range(0, wanted, answered):
+            row, number = np.divmod(np.arange(start, min(start + answered, wanted)), self.request.samples)
             index = asked.index[row]
             latents = self._latents(queries[0], index) if self.request.latents else {}
-            if said is None:
-                yield Block(row, number + 1, extrapolated[index], self._draws(queries, index), latents)
-            else:
-                counts, low, high = (None if part is None else part[index] for part in said)
-                yield Block(row, number + 1, extrapolated[index], counts, latents, low, high)
+            said = self._means(queries, index) if self.request.mode == "mean" else (self._draws(queries, index), None, None)
+            yield Block(row, number + 1, extrapolated[index], said[0], latents, *said[1:])
 
     def _query(self, model: GEM, asked: Asked, chosen: np.ndarray | None) -> Query:
         if chosen is None:
@@ -119,16 +118,21 @@ class Prediction:
             return np.zeros(len(asked.samples), dtype=np.int64)
         return pd.Index(self.references.names).get_indexer([str(name) for name in asked.reference])
 
-    def _means(self, queries: list[Query]) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """((U, G) counts, their lower and upper ends) of the distinct rows."""
-        counts = np.empty((len(queries[0].target), len(self.models[0].genes)), dtype=np.int32)
+    def _means(self, queries: list[Query], index: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """((n, G) counts, their lower and upper ends) of the distinct rows `index` (n,), each decoded once."""
+        used, place = np.unique(index, return_inverse=True)
+        alone = len(used) == len(index)
+        used = index if alone else used
+        rows_of = torch.from_numpy(used).to(self.generator.device)
+        counts = np.empty((len(used), len(self.models[0].genes)), dtype=np.int32)
         low, high = (np.empty_like(counts) if self.request.interval else None for _ in range(2))
-        for rows in _slices(len(counts)):
-            shares = [fractions(decode(model.network, part, part.latents.mean)) for model, part in self._parts(queries, rows)]
+        for rows in _slices(len(used)):
+            parts = [query.rows(rows_of[rows]) for query in queries]
+            shares = [fractions(decode(model.network, part, part.latents.mean)) for model, part in zip(self.models, parts, strict=True)]
             counts[rows] = whole_counts(_together(shares), self.request.total_count)
             if self.request.interval:
-                low[rows], high[rows] = self._interval([query.rows(rows) for query in queries])
-        return counts, low, high
+                low[rows], high[rows] = self._interval(parts)
+        return tuple(part if part is None or alone else part[place.reshape(-1)] for part in (counts, low, high))
 
     def _interval(self, queries: list[Query]) -> tuple[np.ndarray, np.ndarray]:
         draws = [self._draw(draw % len(queries), queries[draw % len(queries)]) for draw in range(_DRAWS)]
@@ -154,9 +158,6 @@ class Prediction:
     def _latents(self, query: Query, index: np.ndarray) -> dict[str, np.ndarray]:
         means = query.latents.mean.cpu().numpy()
         return {group: means[index, place] for group, place in self.models[0].network.slices().items()}
-
-    def _parts(self, queries: list[Query], rows: slice) -> Iterator[tuple[GEM, Query]]:
-        return ((model, query.rows(rows)) for model, query in zip(self.models, queries, strict=True))
 
 
 def fractions(decoded: Tensor) -> Tensor:

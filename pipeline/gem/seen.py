@@ -4,6 +4,7 @@ N rows of a query, C declared columns.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -33,8 +34,7 @@ class Seen:
 
     def extrapolated(self, samples: pd.DataFrame) -> np.ndarray:
         """(N,) bool: no training sample agrees with the row's given values. A value that is not given agrees with any."""
-        known: dict[tuple[int, ...], set] = {}     # which columns are given: the combinations of these
-        judged: dict[tuple[str | None, ...], bool] = {}
+        known, judged = self._known, {}
         for row in (rows := self._rows(samples)):
             if row not in judged:
                 given = tuple(column for column, value in enumerate(row) if value is not None)
@@ -42,6 +42,11 @@ class Seen:
                     known[given] = {tuple(seen[column] for column in given) for seen in self.combinations}
                 judged[row] = bool(given) and tuple(row[column] for column in given) not in known[given]
         return np.array([judged[row] for row in rows], dtype=bool)
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, ...], set[tuple[str | None, ...]]]:
+        """Which columns are given: the combinations of these, as they are asked for."""
+        return {}
 
     def _rows(self, samples: pd.DataFrame) -> list[tuple[str | None, ...]]:
         if not self.columns:

@@ -70,8 +70,10 @@ class Query(NamedTuple):
 
 def decode(network: Network, query: Query, latents: Tensor) -> Tensor:
     """(N, G) log-CPM of latents (N, L) drawn for a query."""
-    decoded = network.hit(network.decode(latents), query.target, query.change)
-    return decoded if query.carried is None else decoded + query.carried
+    decoded = network.decode(latents)
+    hit = (query.target >= 0).nonzero().squeeze(1)
+    decoded[hit, query.target[hit]] += query.change[hit]   # as Network.hit, but in place
+    return decoded if query.carried is None else decoded.add_(query.carried)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,155 @@
+"""How fast predictions are made: `pipeline.predict` against the loop that one writes first, in turns, in one process.
+
+The plain loop: the priors of every row, log-CPM to counts out of place, Python lists into a list column with zstd. Both
+read the same Parquet query and decode with the same weights; the ratio of a pair does not depend on how busy the machine is.
+
+Run     make benchmark     (or python -m benchmarks.prediction --rows 100000 --genes 2000 --hidden 512)
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipeline import predict
+from pipeline.gem import prediction, prediction_tables
+from pipeline.gem.config import Covariates, read_params
+from pipeline.gem.metadata import MetadataEncoder
+from pipeline.gem.prediction import Request
+from pipeline.gem.seen import Seen
+from pipeline.gem.trained import GEM, Targets
+
+LEVELS = {"study": 48, "cell_type": 60, "disease": 12, "sex": 2, "perturbation": 200, "perturbation_dose": 8}
+PLAIN_ROWS = 4096
+TOTAL = 1_000_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value, meaning in (("rows", 100_000, "of the query"), ("genes", 2000, ""), ("hidden", 512, "width of the network"), ("pairs", 3, "of runs")):
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{meaning} (%(default)s)")
+    options = parser.parse_args()
+    one_core()
+    gem, samples = made(options.rows, options.genes, options.hidden)
+    with tempfile.TemporaryDirectory() as folder:
+        ratios, rates, split = compare(gem, samples, options.pairs, Path(folder))
+    print(f"{options.rows:,} rows ({len(samples.drop_duplicates()):,} distinct) x {options.genes:,} genes, hidden {options.hidden}, one core")
+    print(f"plain {statistics.median(rates['plain']):,.0f} rows/s, pipeline.predict {statistics.median(rates['fast']):,.0f} rows/s (medians)")
+    print(f"ratio of {len(ratios)} pairs: median {statistics.median(ratios):.1f}, {min(ratios):.1f} to {max(ratios):.1f}")
+    print("time of pipeline.predict: " + ", ".join(f"{name} {share:.0%}" for name, share in split.items()))
+
+
+def one_core() -> None:
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
+def made(rows: int, genes: int, hidden: int) -> tuple[GEM, pd.DataFrame]:
+    """(a GEM with random weights, a query that draws every column at random)."""
+    rng = np.random.default_rng(0)
+    columns = {name: rng.integers(0, number, max(rows, 4000)) for name, number in LEVELS.items()}
+    columns["perturbation_dose"] = [f"{10**value:g} nM" for value in columns["perturbation_dose"]]
+    samples = pd.DataFrame({name: [str(value) for value in column] for name, column in columns.items()})
+    kinds = {name: {"kind": "numeric", "scale": "log"} if name.endswith("dose") else {"kind": "categorical"} for name in LEVELS}
+    named = {"technical": ["study"], "biological": ["cell_type", "disease", "sex"], "perturbation": ["perturbation", "perturbation_dose"]}
+    covariates = Covariates.model_validate({group: {name: kinds[name] for name in names} for group, names in named.items()})
+    params = read_params(Path(__file__).parent.parent / "params.yaml").override({"model.hidden": hidden}).model
+    seen = Seen(("cell_type", "perturbation"), combinations=tuple(sorted({*zip(samples["cell_type"], samples["perturbation"], strict=True)})))
+    torch.manual_seed(0)
+    gem = GEM.build(np.array([f"G{gene}" for gene in range(genes)]), MetadataEncoder.fit(samples, covariates), Targets(None, {}), params, seen=seen)
+    gem.network.start_from(torch.from_numpy(rng.normal(3, 2, genes).astype(np.float32)), torch.ones(genes))
+    gem.network.linear_decoder.weight.data *= 3
+    gem.network.eval()
+    return gem, samples.head(rows)
+
+
+def compare(gem: GEM, samples: pd.DataFrame, pairs: int, folder: Path) -> tuple[list[float], dict[str, list[float]], dict[str, float]]:
+    """(plain over fast time of each pair, rows/s of each run, share of each part of the fast loop's time)."""
+    query = folder / "query.parquet"
+    samples.to_parquet(query, index=False)
+    gem.save(folder / "model.pt")
+    runs = {"plain": lambda: plain(gem, query, folder / "plain.parquet"), "fast": lambda: fast(gem, query, folder)}
+    seconds: dict[str, list[float]] = {"plain": [], "fast": []}
+    parts = {"encoding and priors": 0.0, "decoding": 0.0, "counts": 0.0, "writing": 0.0}
+    for _ in range(pairs):
+        for name, run in runs.items():
+            with ExitStack() as stack:
+                if name == "fast":
+                    timers(stack, parts)
+                started = time.process_time()   # of all threads: other work on the machine does not count
+                run()
+                seconds[name].append(time.process_time() - started)
+    check_same(folder / "plain.parquet", folder / "fast.parquet")
+    total = sum(seconds["fast"])
+    split = {name: spent / total for name, spent in parts.items()} | {"rest": 1 - sum(parts.values()) / total}
+    ratios = [slow / quick for slow, quick in zip(seconds["plain"], seconds["fast"], strict=True)]
+    return ratios, {name: [len(samples) / second for second in several] for name, several in seconds.items()}, split
+
+
+def fast(gem: GEM, query: Path, folder: Path) -> None:
+    options = argparse.Namespace(query=query, output=folder / "fast.parquet", model=folder / "model.pt", reference=None, ensemble=False)
+    with redirect_stdout(StringIO()):
+        predict.write_prediction(options, Request(), [gem], None)
+
+
+@torch.no_grad()
+def plain(gem: GEM, query: Path, output: Path) -> None:
+    """What one writes first."""
+    samples = pd.read_parquet(query)
+    writer = None
+    for start in range(0, len(samples), PLAIN_ROWS):
+        rows = samples.iloc[start : start + PLAIN_ROWS]
+        encoded = {group: torch.from_numpy(matrix) for group, matrix in gem.metadata.encode(rows).items()}
+        latents = torch.cat([gem.network.prior(group, matrix).mean for group, matrix in encoded.items()], dim=1)
+        cpm = torch.expm1(gem.network.decode(latents).clamp(min=0))
+        counts = torch.round(cpm / cpm.sum(dim=1, keepdim=True) * TOTAL).int()
+        table = pa.Table.from_pandas(rows, preserve_index=False).append_column("counts", pa.array(counts.numpy().tolist(), pa.list_(pa.int32())))
+        writer = writer or pq.ParquetWriter(output, table.schema, compression="zstd")
+        writer.write_table(table)
+    writer.close()
+
+
+def timers(stack: ExitStack, parts: dict[str, float]) -> None:
+    """Adds the time of each part of the fast loop to `parts`; on one core the writing thread's time is the process's."""
+
+    def timed(name: str, call: Callable) -> Callable:
+        def run(*arguments, **named):
+            started = time.thread_time()
+            try:
+                return call(*arguments, **named)
+            finally:
+                parts[name] += time.thread_time() - started
+
+        return run
+
+    for place, attribute, name in (
+        (GEM, "query", "encoding and priors"), (prediction, "decode", "decoding"), (prediction, "fractions", "counts"),
+        (prediction, "whole_counts", "counts"), (prediction_tables.ParquetOutput, "write", "writing"),
+    ):  # fmt: skip
+        stack.enter_context(patch.object(place, attribute, timed(name, getattr(place, attribute))))
+
+
+def check_same(slow: Path, quick: Path) -> None:
+    """AssertionError where the two loops differ by more than rounding to a total makes."""
+    with pq.ParquetFile(slow) as one, pq.ParquetFile(quick) as other:
+        for first, second in zip(one.iter_batches(1024, columns=["counts"]), other.iter_batches(1024, columns=["counts"]), strict=True):
+            counts = [batch["counts"].flatten().to_numpy().reshape(len(batch), -1) for batch in (first, second)]
+            assert np.abs(counts[0] - counts[1]).max() <= 1 + 1e-5 * TOTAL / 10, "the loops differ"
+            assert (counts[1].sum(axis=1) == TOTAL).all(), "a row has another total"
+
+
+if __name__ == "__main__":
+    main()

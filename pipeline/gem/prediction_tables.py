@@ -67,7 +67,7 @@ class ParquetOutput:
                 self.path, columns.schema.with_metadata(metadata), compression="lz4", use_dictionary=plain, column_encoding=encodings,
                 write_statistics=plain, write_page_checksum=True,
             )  # fmt: skip
-        self._writer.write_table(columns.replace_schema_metadata(None).cast(self._writer.schema))
+        self._writer.write_table(columns)
 
     def close(self) -> None:
         if self._writer is not None:

@@ -14,7 +14,7 @@ export MLFLOW_DISABLE_TELEMETRY = true
 # Absolute, so that `dvc exp run --temp` (a copy elsewhere) records in the same store.
 export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
 
-.PHONY: all help environment check repro results test lint tune promote ui clean lock
+.PHONY: all help environment check repro results test lint benchmark tune promote ui clean lock
 .DEFAULT_GOAL := all
 
 all: repro results  ## set up, run every stage that is out of date, show the results
@@ -56,6 +56,9 @@ test: environment .venv-cell-eval/installed  ## the whole test suite
 
 lint: environment  ## style of the code
 	ruff check .
+
+benchmark: environment  ## how fast predictions are made, against a plain loop (some minutes)
+	python -m benchmarks.prediction
 
 tune: check  ## search: make tune STUDY=latent_kl TRIALS=40 (continues to that many trials)
 ifneq ($(TRIALS),)

@@ -70,7 +70,7 @@ def made(rows: int, genes: int, hidden: int) -> tuple[GEM, pd.DataFrame]:
     seen = Seen(("cell_type", "perturbation"), combinations=tuple(sorted({*zip(samples["cell_type"], samples["perturbation"], strict=True)})))
     torch.manual_seed(0)
     gem = GEM.build(np.array([f"G{gene}" for gene in range(genes)]), MetadataEncoder.fit(samples, covariates), Targets(None, {}), params, seen=seen)
-    gem.network.start_from(torch.from_numpy(rng.normal(3, 2, genes).astype(np.float32)), torch.ones(genes))
+    gem.network.decoder[-1].bias.data = torch.from_numpy(rng.normal(3, 2, genes).astype(np.float32))
     gem.network.linear_decoder.weight.data *= 3
     gem.network.eval()
     return gem, samples.head(rows)
@@ -88,7 +88,7 @@ def compare(gem: GEM, samples: pd.DataFrame, pairs: int, folder: Path) -> tuple[
         for name, run in runs.items():
             with ExitStack() as stack:
                 if name == "fast":
-                    timers(stack, parts)
+                    timers(stack, gem, parts)
                 started = time.process_time()   # of all threads: other work on the machine does not count
                 run()
                 seconds[name].append(time.process_time() - started)
@@ -122,7 +122,7 @@ def plain(gem: GEM, query: Path, output: Path) -> None:
     writer.close()
 
 
-def timers(stack: ExitStack, parts: dict[str, float]) -> None:
+def timers(stack: ExitStack, gem: GEM, parts: dict[str, float]) -> None:
     """Adds the time of each part of the fast loop to `parts`; on one core the writing thread's time is the process's."""
 
     def timed(name: str, call: Callable) -> Callable:
@@ -136,7 +136,7 @@ def timers(stack: ExitStack, parts: dict[str, float]) -> None:
         return run
 
     for place, attribute, name in (
-        (GEM, "query", "encoding and priors"), (prediction, "decode", "decoding"), (prediction, "fractions", "counts"),
+        (GEM, "query", "encoding and priors"), (prediction, "decode", "decoding"), (type(gem.network.observation), "fractions", "counts"),
         (prediction, "whole_counts", "counts"), (prediction_tables.ParquetOutput, "write", "writing"),
     ):  # fmt: skip
         stack.enter_context(patch.object(place, attribute, timed(name, getattr(place, attribute))))

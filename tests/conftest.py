@@ -105,3 +105,15 @@ def rng() -> np.random.Generator:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def model_directory(cohort, params, tmp_path_factory) -> Path:
+    """A model directory with two training seeds, for whoever only reads it."""
+    from pipeline.gem.experiment import write_model_directory
+    from pipeline.gem.training import TrainingData, fit
+
+    changed, folder = params.override({"train.seeds": [1, 2], "train.epochs": 8}), tmp_path_factory.mktemp("experiments") / "default"
+    data = TrainingData.load(cohort, torch.device("cpu"))
+    write_model_directory(folder, [fit(data, changed, seed) for seed in changed.train.seeds], changed)
+    return folder

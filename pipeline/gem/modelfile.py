@@ -22,7 +22,7 @@ from pipeline.gem.config import Covariate, Frozen, Model, Positive
 from pipeline.gem.errors import InputError, IntegrityError, examples
 from pipeline.gem.storage import sha256_of
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 3
 
 
 class _Record(Frozen):

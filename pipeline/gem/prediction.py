@@ -128,7 +128,7 @@ class Prediction:
         low, high = (np.empty_like(counts) if self.request.interval else None for _ in range(2))
         for rows in _slices(len(used)):
             parts = [query.rows(rows_of[rows]) for query in queries]
-            shares = [fractions(decode(model.network, part, part.latents.mean)) for model, part in zip(self.models, parts, strict=True)]
+            shares = [_fractions(model, part) for model, part in zip(self.models, parts, strict=True)]
             counts[rows] = whole_counts(_together(shares), self.request.total_count)
             if self.request.interval:
                 low[rows], high[rows] = self._interval(parts)
@@ -153,31 +153,20 @@ class Prediction:
     def _draw(self, number: int, query: Query) -> np.ndarray:
         model = self.models[number]
         latents = query.latents.mean if self.request.deterministic_latents else sample_normal(*query.latents, self.generator)
-        return draw_counts(model, decode(model.network, query, latents), self.request.total_count, query.way, self.generator)
+        library = np.full(len(query.target), self.request.total_count)
+        decoded = decode(model.network, query, latents)
+        return model.network.observation.draw_counts(decoded, library, query.way, self.generator).astype(np.int32)
 
     def _latents(self, query: Query, index: np.ndarray) -> dict[str, np.ndarray]:
         means = query.latents.mean.cpu().numpy()
         return {group: means[index, place] for group, place in self.models[0].network.slices().items()}
 
 
-def fractions(decoded: Tensor) -> Tensor:
-    """(N, G) share of the library of each gene, from decoded log-CPM (N, G), which is overwritten. InputError where none is left."""
-    decoded.clamp_(min=0).expm1_()
-    sums = decoded.sum(dim=1, keepdim=True)
-    if not bool(((sums > 0) & sums.isfinite()).all()):
-        raise InputError("the model says nothing finite of a row: what is asked is too far from what it was trained on")
-    return decoded.div_(sums)
-
-
-def draw_counts(model: GEM, decoded: Tensor, total: int, way: Tensor, generator: torch.Generator) -> np.ndarray:
-    """(N, G) int32 counts of samples around decoded log-CPM (N, G), which is overwritten; rows sum exactly to `total`."""
-    noise = torch.randn(decoded.shape, generator=generator, device=decoded.device)
-    return whole_counts(fractions(decoded.addcmul_(noise, torch.exp(0.5 * model.network.log_variance(way)))), total)
-
-
 def whole_counts(shares: Tensor, total: int) -> np.ndarray:
-    """(N, G) int32 from shares (N, G), which may be overwritten; rows sum exactly to `total`."""
+    """(N, G) int32 from shares (N, G), which may be overwritten; rows sum exactly to `total`. InputError where a row has none."""
     values = shares.cpu().numpy()
+    if not np.isfinite(values.sum(axis=1)).all():
+        raise InputError("the model says nothing finite of a row: what is asked is too far from what it was trained on")
     if total > _FLOAT32_TOTAL:
         values = values.astype(np.float64)
         values /= values.sum(axis=1, keepdims=True)
@@ -185,11 +174,17 @@ def whole_counts(shares: Tensor, total: int) -> np.ndarray:
     return round_to_totals(values, np.full(len(values), total), np.int32)
 
 
+def _fractions(model: GEM, query: Query) -> Tensor:
+    """(N, G) shares at the mean of the latents."""
+    return model.network.observation.fractions(decode(model.network, query, query.latents.mean))
+
+
 def _together(shares: list[Tensor]) -> Tensor:
     """What several models say as one: the mean of their log-CPM."""
     if len(shares) == 1:
         return shares[0]
-    return fractions(sum(torch.log1p(CPM * share) for share in shares) / len(shares))
+    linear = (sum(torch.log1p(CPM * share) for share in shares) / len(shares)).expm1_()
+    return linear.div_(linear.sum(dim=1, keepdim=True))
 
 
 @dataclass(frozen=True)
@@ -224,7 +219,7 @@ def reconstruct(gem: GEM, file: ReferenceFile, total_count: int | None) -> Itera
 def _decoded_counts(gem: GEM, latents: Tensor, total: int) -> np.ndarray:
     counts = np.empty((len(latents), len(gem.genes)), dtype=np.int32)
     for rows in _slices(len(latents)):
-        counts[rows] = whole_counts(fractions(gem.network.decode(latents[rows])), total)
+        counts[rows] = whole_counts(gem.network.observation.fractions(gem.network.decode(latents[rows])), total)
     return counts
 
 

@@ -243,7 +243,9 @@ def _distinct_rows(table: pa.Table, names: list[str]) -> tuple[np.ndarray, np.nd
 
 
 def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Without a dictionary, so that the same value has one code."""
+    """Without a dictionary, so that the same value has one code; a column without any value as text."""
+    if pa.types.is_null(column.type):
+        return column.cast(pa.string())
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 

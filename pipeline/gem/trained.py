@@ -137,8 +137,12 @@ class GEM:
         described = np.array(contents.genes), encoder, Targets(**content["targets"]), contents.model, contents.hidden_study, known
         with torch.random.fork_rng(devices=[]):
             # First without memory: a file may declare a network that no machine could hold.
-            with torch.device("meta"):
-                expected = cls.build(*described)
+            try:
+                with torch.device("meta"):
+                    expected = cls.build(*described)
+            except (RuntimeError, OverflowError) as error:
+                reason = next(iter(str(error).splitlines()), "")
+                raise IntegrityError(f"{path}: its weights do not fit its configuration: {reason}; train the model again") from None
             check_weights(path, contents.weights, expected.network.state_dict())
             if set(contents.temperatures) != set(expected.temperatures):
                 raise IntegrityError(f"{path}: temperatures of other heads than {examples(expected.temperatures)}; train the model again")

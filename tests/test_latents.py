@@ -10,6 +10,7 @@ from sklearn.metrics import balanced_accuracy_score
 from pipeline.gem.labels import label_texts
 from pipeline.gem.latents import COLUMNS, latent_table
 from pipeline.gem.model import Gaussian
+from pipeline.gem.temperature import calibration_error
 from pipeline.gem.trained import GEM
 
 SPLITS = ["test_random", "test_perturbation", "test_study", "test_control"]
@@ -82,6 +83,16 @@ def test_heads_are_scored_on_the_samples_with_a_label_that_training_knows(world,
         truth, guess = index.get_indexer(texts[known]), index.get_indexer(said[known])
         if set(guess) <= set(truth):
             assert found.loc[field.name, "value"] == pytest.approx(balanced_accuracy_score(truth, guess))
+
+
+def test_the_calibration_error_of_a_head_is_that_of_its_calibrated_probabilities(world, gem):
+    samples, expression = world.cohort.rows(SPLITS), world.cohort.expression(SPLITS)
+    found = latent_table(gem, "gem", samples, expression, 0).query("measure == 'calibration_error'").set_index("covariate")["value"]
+    chances, labels = gem.probabilities(gem.posterior(expression).mean), gem.metadata.labels(samples)
+    assert set(found.index) == set(chances)
+    for name, value in found.dropna().items():
+        assert value == calibration_error(chances[name], labels[name])
+        assert 0 <= value <= 1
 
 
 def test_units_that_do_not_vary_are_not_active(world, gem, rng):

@@ -1,6 +1,7 @@
 """The verb predict: what is asked is answered, row by row, whatever the blocks; what is wrong is said, and leaves nothing behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -370,6 +371,15 @@ def test_samples_are_classified_and_reconstructed_from_counts(gem, source, cohor
 def test_the_package_is_cheap_to_import_until_the_model_is_asked_for():
     code = "import sys, pipeline.gem; assert 'torch' not in sys.modules; from pipeline.gem import GEM; assert GEM.__name__ == 'GEM' and 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_lines_of_the_readme_run(model_directory, tmp_path):
+    code = re.search(r"```python\n(import pandas as pd\nfrom pipeline.gem import GEM.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)[1]
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "default").symlink_to(model_directory)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "[1000000, 1000000] (2, 65)" in done.stdout and "tissue_probability" in done.stdout
 
 
 def test_models_of_counts_predict_too(cohort, params, asked):

@@ -175,6 +175,18 @@ def test_everything_that_the_issue_asks_for_is_on_the_page(synthetic, cohort, pa
     assert len(page.images) == 1
 
 
+def test_every_label_head_is_shown_beside_the_commonest_class_with_its_calibration_error(synthetic):
+    text, found, _ = synthetic
+    latents = found.tables["latents"].query("predictor == 'gem'")
+    table = text[text.index('aria-label="Label heads"') :]
+    table = table[: table.index("</table>")]
+    for row in latents[latents["measure"] == "accuracy"].itertuples():
+        error = latents.query("measure == 'calibration_error' and covariate == @row.covariate")["value"].item()
+        shown = re.search(rf'scope="row">{row.covariate}</th><td class="name">gem</td>.*?</tr>', table, flags=re.DOTALL)[0]
+        for value, metric in ((row.value, None), (row.chance, None), (error, "calibration")):
+            assert f'<td class="n">{report.number(value, metric)}</td>' in shown
+
+
 def test_without_truth_a_replicate_is_the_ceiling_and_what_needs_the_truth_is_left_out(measured):
     text, found = measured
     page = Page(text)

@@ -12,6 +12,7 @@ import torch
 from pipeline.gem.config import GROUPS
 from pipeline.gem.labels import label_texts
 from pipeline.gem.latent_scores import active_units, balanced_accuracy, leakage, majority_accuracy
+from pipeline.gem.temperature import calibration_error
 from pipeline.gem.trained import GEM
 
 COLUMNS = ["predictor", "measure", "group", "covariate", "covariate_group", "value", "chance", "reason"]
@@ -21,6 +22,7 @@ def latent_table(gem: GEM, predictor: str, samples: pd.DataFrame, expression: np
     """Rows of measures on observed samples (N, G) that training never saw.
 
     accuracy: balanced, of each label head on the posterior mean, beside that of naming the commonest class.
+    calibration_error: of the heads' calibrated probabilities, mean gap between confidence and share that is right.
     probe: balanced accuracy of a linear probe that reads a covariate from a group's latents; where the covariate belongs
     to another group, this is leakage. active_units: dimensions of a group in use.
     """
@@ -34,18 +36,16 @@ def latent_table(gem: GEM, predictor: str, samples: pd.DataFrame, expression: np
 
 def _head_rows(gem: GEM, samples: pd.DataFrame, means: torch.Tensor) -> Iterator[dict]:
     labels = gem.metadata.labels(samples)
-    with torch.no_grad():
-        logits = gem.network.classify(means)
-    for name, scores in logits.items():
-        group = gem.metadata.group_of(name)
-        value = balanced_accuracy(labels[name], scores.argmax(dim=1).cpu().numpy())
-        known = np.isfinite(value)
-        reason = "" if known else "no sample has a label that training knows"
-        chance = majority_accuracy(labels[name]) if known else None
-        yield {
-            "measure": "accuracy", "group": group, "covariate": name, "covariate_group": group,
-            "value": value if known else None, "chance": chance, "reason": reason,
+    for name, chances in gem.probabilities(means).items():
+        known = bool((labels[name] >= 0).any())
+        about = {"group": gem.metadata.group_of(name), "covariate": name, "covariate_group": gem.metadata.group_of(name)}
+        about["reason"] = "" if known else "no sample has a label that training knows"
+        values = {
+            "accuracy": (balanced_accuracy(labels[name], chances.argmax(axis=1)), majority_accuracy(labels[name])),
+            "calibration_error": (calibration_error(chances, labels[name]), None),
         }
+        for measure, (value, chance) in values.items():
+            yield {"measure": measure, "value": value if known else None, "chance": chance if known else None} | about
 
 
 def _probe_rows(gem: GEM, samples: pd.DataFrame, groups: dict[str, np.ndarray], seed: int) -> Iterator[dict]:

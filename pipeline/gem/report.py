@@ -92,6 +92,7 @@ def render(contents: Contents) -> str:
     return environment.get_template(TEMPLATE).render(
         contents=contents, splits=splits, models=models, headline=title, follow_up=follow_up, metrics=METRICS, main=MAIN, meaning=verdicts.MEANING, roles=ROLES,
         predictors=ordered(scores["predictor"]), seeds=seed_rows(contents), groups=GROUPS, leakage=leakage_rows(contents.tables["latents"], models),
+        heads=head_rows(contents.tables["latents"], models),
         active=active_units(contents.tables["latents"], models), advice=ADVICE, promise=PROMISE, credibility_figure=figure,
         latent_rows=latent_rows(contents.maps), directions=verdicts.DIRECTION,
     )  # fmt: skip
@@ -226,6 +227,19 @@ def leakage_rows(latents: pd.DataFrame, models: list[str]) -> dict[str, list[dic
                 known = not pd.isna(row.value)
                 cells[row.group] = {"accuracy": row.value, "above": (row.value - row.chance) / (1 - row.chance), "chance": row.chance} if known else row.reason
             found.setdefault(model, []).append({"covariate": covariate, "owner": owner, "cells": cells})
+    return found
+
+
+def head_rows(latents: pd.DataFrame, models: list[str]) -> dict[str, list[dict[str, object]]]:
+    """Model to a row per label head: its balanced accuracy, that of naming the commonest class, its calibration error; or why not."""
+    found: dict[str, list[dict[str, object]]] = {}
+    for (model, covariate), rows in latents[latents["measure"].isin(["accuracy", "calibration_error"])].groupby(["predictor", "covariate"], sort=False):
+        by_measure = rows.set_index("measure")
+        accuracy = by_measure.loc["accuracy"]
+        if model in models:
+            error = _given(by_measure.loc["calibration_error", "value"])
+            values = {"accuracy": _given(accuracy["value"]), "chance": _given(accuracy["chance"]), "error": error}
+            found.setdefault(model, []).append({"head": covariate, "group": accuracy["group"], "reason": accuracy["reason"]} | values)
     return found
 
 

@@ -37,7 +37,6 @@ def test_no_verb_imports_a_verb(verb):
         ("optuna", "search"),
         ("yaml", "yamlfile"),
         ("anndata", "sources"),
-        ("h5py", "prediction_tables"),
         ("rich", "tables"),
         ("jinja2", "report"),
     ],

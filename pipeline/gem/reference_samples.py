@@ -77,7 +77,7 @@ class ReferenceFile:
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(rows (B,), log-CPM (B, G)), by totals over all genes of the file. InputError for bad or empty samples."""
         for rows, stored in self.source.chunks():
-            counts = check_counts(stored, self.names[rows], self.file_genes, self.where)
+            counts = check_counts(stored, self.names[rows], self.file_genes, self.where, self.source.advice.replace("data.layer", "--layer"))
             totals = counts.sum(axis=1)
             if (totals == 0).any():
                 raise InputError(f"{self.where}: samples {examples(self.names[rows][totals == 0])} have no counts")
@@ -128,6 +128,8 @@ def _table_source(path: Path, gem: GEM) -> "_Wide | _Lists":
 class _Wide:
     """A frame with a column per gene."""
 
+    advice = "give raw counts"
+
     def __init__(self, names: pd.Index, genes: pd.Index, counts: pd.DataFrame):
         self.samples, self.genes, self._counts = pd.DataFrame({"sample_id": names}), pd.DataFrame({"gene_id": genes}), counts
 
@@ -139,7 +141,9 @@ class _Wide:
 
 
 class _Lists:
-    """A table of (sample_id, counts) with its genes in X.genes.parquet; rows without names are named by their number."""
+    """A table of (sample_id, counts) with its genes in X.genes.parquet; every row with a name."""
+
+    advice = "give raw counts"
 
     def __init__(self, path: Path):
         beside = genes_file(path)

@@ -4,7 +4,9 @@ TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 STUDY ?= latent_kl
 TRIALS ?=
+WORKERS ?= 1
 PORT ?= 5000
+DASHBOARD_PORT ?= 8080
 UI = http://127.0.0.1:$(PORT)/\#/experiments/1/runs
 
 # DVC's stages call `python`: it must be the environment's.
@@ -14,14 +16,17 @@ export MLFLOW_DISABLE_TELEMETRY = true
 # Absolute, so that `dvc exp run --temp` (a copy elsewhere) records in the same store.
 export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
 
-.PHONY: all help environment check repro results test lint benchmark tune promote ui clean lock
+# Processes of a search: read by the stage, because DVC's command line is fixed.
+export GEM_WORKERS = $(WORKERS)
+
+.PHONY: all help environment check repro results test lint benchmark tune dashboard promote ui clean lock
 .DEFAULT_GOAL := all
 
 all: repro results  ## set up, run every stage that is out of date, show the results
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
-	@echo "variables: STUDY=$(STUDY) TRIALS=$(TRIALS) PORT=$(PORT) TORCH=$(TORCH) PIP_ARGS=$(PIP_ARGS)"
+	@echo "variables: STUDY=$(STUDY) TRIALS=$(TRIALS) WORKERS=$(WORKERS) PORT=$(PORT) TORCH=$(TORCH) PIP_ARGS=$(PIP_ARGS)"
 
 environment: .venv/installed  ## create .venv: torch on its own line, everything else pinned with hashes
 
@@ -60,16 +65,19 @@ lint: environment  ## style of the code
 benchmark: environment  ## how fast predictions are made, against a plain loop (some minutes)
 	python -m benchmarks.prediction
 
-tune: check  ## search: make tune STUDY=latent_kl TRIALS=40 (continues to that many trials)
+tune: check  ## search: make tune STUDY=latent_kl TRIALS=40 WORKERS=2 (continues to that many trials)
 ifneq ($(TRIALS),)
-	python -m pipeline.params --set tune.trials=$(TRIALS)
+	@python -m pipeline.params --budget $(STUDY)=$(TRIALS)
 endif
 ifeq ($(STUDY),latent_kl)
-	dvc repro tune
+	@dvc repro tune
 else
-	dvc repro prepare
-	python -m pipeline.tune --study $(STUDY)
+	@dvc repro prepare
+	@python -m pipeline.tune --study $(STUDY)
 endif
+
+dashboard: check  ## open Optuna's dashboard of all searches on 127.0.0.1
+	@python -m pipeline.dashboard --port $(DASHBOARD_PORT)
 
 promote: check  ## write the winner of STUDY into params.yaml and show the difference
 	python -m pipeline.params --promote $(STUDY)

@@ -2,6 +2,7 @@
 
 Run     python -m pipeline.params                        check everything, before any data is read
         python -m pipeline.params --set tune.trials=40   write a value and show the difference
+        python -m pipeline.params --budget capacity=80   write the number of trials where that study has it
         python -m pipeline.params --promote latent_kl    write experiments/latent_kl/best.yaml into params.yaml
 """
 
@@ -23,9 +24,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--promote", metavar="STUDY")
+    parser.add_argument("--budget", metavar="STUDY=TRIALS")
     chosen = parser.parse_args()
     check()
     changes = dict(parse(text) for text in chosen.set)
+    if chosen.budget:
+        changes |= budget(*parse(chosen.budget))
     if chosen.promote:
         changes |= winner(chosen.promote)
     if changes:
@@ -56,6 +60,16 @@ def parse(text: str) -> tuple[str, object]:
     return name.strip(), yamlfile.parse_scalar(value)
 
 
+def budget(study: str, trials: object) -> dict[str, object]:
+    """Writes a budget into the study's file; where it has none, what is to be changed in params.yaml."""
+    if read_question(study, read_params(PARAMS)).trials is None:
+        return {"tune.trials": trials}
+    if not isinstance(trials, int) or trials < 1:
+        raise InputError(f"{study}: trials is {trials!r}; expected a whole number, 1 or more")
+    show(FOLDER / f"{study}.yaml", *yamlfile.edit(FOLDER / f"{study}.yaml", {"trials": trials}))
+    return {}
+
+
 def winner(study: str) -> dict[str, object]:
     """The answer of a search: values of keys that it asked about, and of no others."""
     space = read_question(study, read_params(PARAMS)).space
@@ -82,9 +96,12 @@ def apply(changes: dict[str, object]) -> None:
     except ValidationError as error:
         document = yamlfile.read(PARAMS)
         raise InputError(*(explain(problem, Params, document) for problem in error.errors())) from None
-    before, after = yamlfile.edit(PARAMS, changes)
-    difference = list(difflib.unified_diff(before.splitlines(), after.splitlines(), "params.yaml", "params.yaml", n=0, lineterm=""))
-    print("\n".join(difference) if difference else "params.yaml says so already")
+    show(PARAMS, *yamlfile.edit(PARAMS, changes))
+
+
+def show(path: Path, before: str, after: str) -> None:
+    difference = list(difflib.unified_diff(before.splitlines(), after.splitlines(), str(path), str(path), n=0, lineterm=""))
+    print("\n".join(difference) if difference else f"{path} says so already")
 
 
 if __name__ == "__main__":

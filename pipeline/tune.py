@@ -1,143 +1,217 @@
-"""Searches for better settings and refits the winner: one question, experiments/<study>.yaml.
+"""Searches for better settings, confirms the best with fresh seeds and refits the winner: one question, experiments/<study>.yaml.
 
 Reads   params.yaml (the searched keys aside), experiments/<study>.yaml, data/cohort/, the Optuna storage
-Writes  experiments/<study>/: best.yaml, trials.csv, importance.csv, figures/, and a model directory of the winner
-Run     python -m pipeline.tune --study latent_kl     (a second call goes on to the budget, tune.trials)
+Writes  experiments/<study>/: best.yaml, trials.csv, importance.csv, confirmed.csv, figures/, and a model directory of the winner
+Run     python -m pipeline.tune --study latent_kl [--workers 2]     (a second call, here or elsewhere, goes on to the budget)
 """
 
 import argparse
-import math
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.gem import figures, tracking, yamlfile
+import filelock
+import torch
+
+from pipeline.gem import tracking
+from pipeline.gem.answers import summarise, write_answers
+from pipeline.gem.claims import reason_of
 from pipeline.gem.cohort import Cohort
-from pipeline.gem.config import Params, read_params, set_dotted
-from pipeline.gem.errors import exit_with
-from pipeline.gem.experiment import COHORT, log_context, train_into
+from pipeline.gem.config import Params, read_params
+from pipeline.gem.confirmation import Confirmation, Decision
+from pipeline.gem.errors import InputError, StoppedError, exit_with
+from pipeline.gem.experiment import COHORT, MODEL_PARAMETERS, log_context, train_into
+from pipeline.gem.interruption import Interruption, end_with_parent
 from pipeline.gem.progress import duration
 from pipeline.gem.question import FOLDER, Question, read_question
-from pipeline.gem.search import Asked, Pruned, Search
-from pipeline.gem.storage import write_atomically
-from pipeline.gem.training import Epoch, TrainingData, choose_device, fit
+from pipeline.gem.search import Search
+from pipeline.gem.storage import sha256_of
+from pipeline.gem.training import TrainingData, choose_device
+from pipeline.gem.trials import Trials, log10_twins
+from pipeline.gem.workers import Workers
+
+WORKERS_VARIABLE = "GEM_WORKERS"
 
 
 def main() -> None:
-    study = arguments().study
+    chosen = arguments()
     params = read_params()
-    question = read_question(study, params)
+    question = read_question(chosen.study, params)
     # Searched keys come from the question alone: promoting a winner does not ask anew.
     params = params.override(question.baseline_values)
-    device = choose_device(params.train)
-    cohort = Cohort(COHORT)
-    data = TrainingData.load(cohort, device, params.model.counted)
-    search = Search(study, question, params, cohort.visible_sha256)
-    announce(study, search, params.tune.trials)
-    tracking.connect(params.tracking.experiment)
-    resume = search.run_id if search.run_id and tracking.exists(search.run_id) else None
-    with tracking.run(study, "tune", resume=resume) as parent:
-        search.run_id = parent.id
-        if not resume:
-            parent.dataset("cohort", tracking.data_digest(str(COHORT), cohort.visible_sha256), "training")
-            parent.params({f"search.{name}": str(space.model_dump(exclude={'type'})) for name, space in question.space.items()})
-        if data.validation is None:
-            print(f"{study}: this cohort has no validation split to judge a trial by: nothing is searched, the baseline is the answer")
-        else:
-            search.run(params.tune.trials, trial_evaluator(study, question, data, params, cohort, parent), Teller(params.tune.trials))
-        output = FOLDER / study
-        write_answers(output, question, search)
-        summarise(parent, output, search)
-        winner = params.override(search.best_values())
-        with tracking.run(f"{study} winner", "tune", parent=parent.id) as run:
-            log_context(run, winner, cohort)
-            run.params(log10_twins(question, search.best_values()))
-            train_into(output, data, winner, cohort, f"{study} winner", run)
+    if chosen.workers > 1:
+        # Side by side, one thread each; and threads that run before a fork would be missing after it.
+        params = params.override({"train.threads": 1})
+        torch.set_num_threads(1)
+        # The first optimiser imports for a second: once, before the workers are forked.
+        torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    with alone(chosen.study), Interruption() as interruption:
+        if "DVC_STAGE" in os.environ:
+            end_with_parent()
+        call = Call(chosen.study, question, params, chosen.workers)
+        try:
+            call.search(interruption) if chosen.workers == 1 else call.search_by_workers(interruption)
+        except StoppedError as stopped:
+            raise StoppedError(f"{chosen.study}: {stopped}; go on with: make tune STUDY={chosen.study}") from None
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", required=True, help="name of a file in experiments/, without .yaml")
-    return parser.parse_args()
+    several = f"processes of this machine, one thread each (default: {WORKERS_VARIABLE}, else one with train.threads)"
+    parser.add_argument("--workers", default=os.environ.get(WORKERS_VARIABLE, "1"), help=several)
+    chosen = parser.parse_args()
+    if not chosen.workers.isdecimal() or int(chosen.workers) < 1:
+        raise InputError(f"workers (--workers, WORKERS of make) is {chosen.workers!r}; expected a whole number, 1 or more")
+    chosen.workers = int(chosen.workers)
+    return chosen
 
 
-def announce(study: str, search: Search, budget: int) -> None:
-    done = len(search.finished)
-    if search.is_new and search.others:
-        print(f"{study}: the question or the cohort changed: a new study, {search.name} (earlier ones stay in the storage)")
-    print(f"{study}: {search.question.question} {done} of {budget} trials are there", flush=True)
+@contextmanager
+def alone(study: str) -> Iterator[None]:
+    """InputError where another process here is at this study: both would write its answers. Another machine has its own folder."""
+    Path(".gem").mkdir(exist_ok=True)
+    note = Path(f".gem/tune-{study}.pid")
+    try:
+        with filelock.FileLock(f".gem/tune-{study}.lock", timeout=0):
+            note.write_text(str(os.getpid()))
+            yield
+    except filelock.Timeout:
+        raise InputError(f"{study} is being searched here by process {note.read_text()}; wait for it, or stop it and run `make tune WORKERS=2`") from None
 
 
-def trial_evaluator(study: str, question: Question, data: TrainingData, params: Params, cohort: Cohort, parent: tracking.Run):
-    """One trial: the same fit as train, at the question's epochs, in a child run."""
-    sign = 1 if question.objective.direction == "maximize" else -1
+class Call:
+    """One call of the stage: a cohort loaded once, a search to take part in, answers to write."""
 
-    def value_of(epoch: Epoch) -> float:
-        return getattr(epoch, f"validation_{question.objective.metric}")
+    def __init__(self, study: str, question: Question, params: Params, workers: int):
+        device = choose_device(params.train)
+        if workers > 1 and device.type != "cpu":
+            raise InputError("params.yaml: train.device: several workers share one machine's processor cores; set cpu, or run without WORKERS")
+        self.study, self.question, self.params, self.number = study, question, params, workers
+        self.cohort = Cohort(COHORT)
+        self.data = TrainingData.load(self.cohort, device, counted(question, params))
+        self.visible = self.cohort.visible_sha256
+        self.digest = tracking.data_digest(str(COHORT), self.visible)
+        self.trials = question.trials or params.tune.trials
+        self.deadline = None if question.time_limit is None else time.monotonic() + 60 * question.time_limit
 
-    def evaluate(asked: Asked) -> float:
-        tried = params.override(asked.values | {"train.epochs": question.epochs})
-        with tracking.run(f"{study} trial {asked.number}", "tune", parent=parent.id, killed_by=(Pruned,)) as run:
-            asked.note_run(run.id)
-            log_context(run, tried, cohort)
-            run.params(log10_twins(question, asked.values) | {"trial": asked.number})
+    def open(self) -> Search:
+        """The study, and the tracker that records it."""
+        tracking.connect(self.params.tracking.experiment)
+        return Search(self.study, self.question, self.params, self.visible)
 
-            def on_epoch(epoch: Epoch) -> None:
-                run.metrics(epoch.metrics(), step=epoch.epoch)
-                asked.report(value_of(epoch), epoch.epoch)
+    def search(self, interruption: Interruption) -> None:
+        search = self.open()
+        self.announce(search)
+        with tracking.run(self.study, "tune", resume=self.parent(search), killed_by=(StoppedError,)) as parent:
+            self.take_part(search, parent.id, interruption)
+            self.conclude(search, parent, interruption)
 
-            finished = fit(data, tried, params.train.seeds[0], on_epoch)
-            value = sign * max(sign * value_of(epoch) for epoch in finished.history)
-            run.metrics({f"best/{question.objective.metric}": value})
-            return value
+    def search_by_workers(self, interruption: Interruption) -> None:
+        """Nothing is opened before the workers have been forked."""
+        with Workers(self.number, self.work) as workers:
+            search = self.open()
+            self.announce(search)
+            with tracking.run(self.study, "tune", resume=self.parent(search), killed_by=(StoppedError,)) as parent:
+                workers.wait(interruption)
+                self.conclude(search, parent, interruption)
 
-    return evaluate
+    def work(self, interruption: Interruption) -> None:
+        search = self.open()
+        self.take_part(search, self.parent(search), interruption)
+
+    def parent(self, search: Search) -> str:
+        def create() -> str:
+            with tracking.run(self.study, "tune") as run:
+                run.dataset("cohort", self.digest, "training")
+                run.params({f"search.{name}": str(space.model_dump(exclude={"type"})) for name, space in self.question.space.items()})
+            return run.id
+
+        return search.parent_run(tracking.exists, create)
+
+    def announce(self, search: Search) -> None:
+        if search.is_new and search.others:
+            print(f"{self.study}: the question or the cohort changed: a new study, {search.name} (earlier ones stay in the storage)")
+        budget = search.budget(self.trials)
+        if budget < self.trials:
+            print(f"{self.study}: the space has {budget} points: no more than {budget} trials are run")
+        print(f"{self.study}: {self.question.question} {len(search.finished)} of {budget} trials are there, in {search.storage.address}", flush=True)
+
+    def take_part(self, search: Search, parent: str, interruption: Interruption) -> None:
+        if self.data.validation is None:
+            print(f"{self.study}: this cohort has no validation split to judge a trial by: nothing is searched, the baseline is the answer")
+            return
+        trials = Trials(self.study, self.question, self.params, self.data, self.digest, parent, interruption)
+        search.run(self.trials, trials.search, interruption, Teller(search.budget(self.trials), search), tracking.close, self.deadline)
+        search.require_usable()
+        confirmation = self.confirmation(search)
+        candidates = confirmation.candidates()
+        confirmation.run(lambda asked: trials.confirm(asked, candidates, confirmation.epochs), interruption, tell_confirmed, tracking.close)
+
+    def confirmation(self, search: Search) -> Confirmation:
+        return Confirmation(search, self.question.confirm.epochs or self.params.train.epochs)
+
+    def conclude(self, search: Search, parent: tracking.Run, interruption: Interruption) -> None:
+        """Writes the answers and the winner's model, and completes the study's run."""
+        output, decision, confirmed = FOLDER / self.study, None, None
+        if self.data.validation is not None:
+            search.require_usable()
+            confirmation = self.confirmation(search)
+            decision, confirmed = confirmation.decide(), confirmation.table()
+            print(f"{self.study}: {decision.verdict}")
+        write_answers(output, search, decision, confirmed)
+        summarise(parent, output, search, decision)
+        self.refit(output, search, decision, parent, interruption)
+
+    def refit(self, output: Path, search: Search, decision: Decision | None, parent: tracking.Run, interruption: Interruption) -> None:
+        values = decision.values if decision else self.question.baseline_values
+        winner = self.params.override(values)
+        name = f"{self.study} winner"
+
+        def create() -> str:
+            with tracking.run(name, "tune", parent=parent.id) as run:
+                log_context(run, winner, self.cohort)
+                run.params(log10_twins(self.question, values))
+            return run.id
+
+        # Every machine fits the winner for its folder, and the tracker has it once.
+        same = sha256_of(winner.flat(*MODEL_PARAMETERS), len(search.finished))[:12]
+        once = search.run_once(f"winner_{same}", tracking.exists, create)
+        with tracking.run(name, "tune", resume=once, killed_by=(StoppedError,)) as run, interruption.allowed():
+            train_into(output, self.data, winner, self.cohort, name, run)
 
 
-def log10_twins(question: Question, values: dict[str, object]) -> dict[str, float]:
-    """MLflow's axes are linear: a log-scaled parameter is recorded a second time as its logarithm."""
-    return {f"log10.{name}": math.log10(values[name]) for name, space in question.space.items() if getattr(space, "log", False)}
+def counted(question: Question, params: Params) -> bool:
+    """Whether any trial observes counts."""
+    asked = question.space.get("model.observation")
+    return any(params.override({"model.observation": name}).model.counted for name in (asked.choices if asked else [params.model.observation]))
 
 
 class Teller:
     """One line per finished trial: its value, the best so far, time left."""
 
-    def __init__(self, budget: int):
-        self.budget, self.started, self.told = budget, time.monotonic(), 0
+    def __init__(self, budget: int, search: Search):
+        self.budget, self.started, self.before = budget, time.monotonic(), len(search.finished)
 
     def __call__(self, search: Search, trial) -> None:
-        self.told += 1
         done = len(search.finished)
-        left = (time.monotonic() - self.started) / self.told * max(self.budget - done, 0)
-        best = f"best {search.study.best_value:.4f} (trial {search.study.best_trial.number})" if search.complete else "none complete"
-        ended = f"{trial.state.name.lower()} after {len(trial.intermediate_values)} epochs"
-        value = "" if trial.value is None else f", {trial.value:.4f}"
+        left = (time.monotonic() - self.started) / max(1, done - self.before) * max(self.budget - done, 0)
+        ranked = search.ranked()
+        best = f"best {shown(ranked[0].values)} (trial {ranked[0].number})" if ranked else "none complete"
+        ended = f"{trial.state.name.lower()} after {search.epochs_of(trial)} epochs"
+        value = f", {shown(trial.values)}" if trial.values else f" ({reason_of(trial)})" if reason_of(trial) else ""
         print(f"tune: trial {trial.number} {ended}{value}; {best}; {done} of {self.budget}, {duration(left)} left", flush=True)
 
 
-def write_answers(output: Path, question: Question, search: Search) -> None:
-    """best.yaml in the shape of params.yaml, and the tables and figures behind it."""
-    best = set_dotted({}, {name: search.best_values()[name] for name in question.space})
-    write_atomically(output / "best.yaml", yamlfile.dump(best).encode())
-    trials, importance = search.trials_table(), search.importance_table()
-    trials.to_csv(output / "trials.csv", index=False)
-    importance.to_csv(output / "importance.csv", index=False)
-    objective = question.objective.metric
-    figures.search_history(trials, objective, output / "figures" / "history.png")
-    logarithmic = {name: getattr(space, "log", False) for name, space in question.space.items()}
-    figures.search_slices(trials, logarithmic, objective, output / "figures" / "slices.png")
-    figures.search_importance(importance, output / "figures" / "importance.png")
+def tell_confirmed(trial) -> None:
+    ended = shown(trial.values) if trial.values else reason_of(trial)
+    print(f"tune: trial {trial.params['trial']} confirmed with seed {trial.params['seed']}: {ended}", flush=True)
 
 
-def summarise(parent: tracking.Run, output: Path, search: Search) -> None:
-    """What a reader of the parent run wants to know without opening a child."""
-    counts = search.trials_table()["state"].value_counts().to_dict()
-    parent.metrics({f"trials/{state}": counts.get(state, 0) for state in ("complete", "pruned", "failed")})
-    parent.tags({f"best.{name}": value for name, value in search.best_values().items()} | {"study": search.name})
-    if search.complete:
-        parent.metrics({f"best/{search.question.objective.metric}": search.study.best_value})
-        parent.tags({"best.trial": search.study.best_trial.number})
-    parent.artifacts([output / name for name in ("best.yaml", "trials.csv", "importance.csv")])
-    parent.artifacts(sorted((output / "figures").glob("*.png")), "figures")
+def shown(values: list[float]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,11 @@ class Repository:
     def dvc(self, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
         return self.run(sys.executable, "-m", "dvc", *arguments, expect=expect)
 
+    def start(self, module: str, *arguments: str, **environment: str) -> subprocess.Popen:
+        """A stage in the background; its output goes to `module`.log here, after what is there."""
+        with open(self.folder / f"{module}.log", "a") as log:
+            return subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=self.folder, env=self.environment(None) | environment, stdout=log, stderr=log)
+
     def git(self, *arguments: str) -> str:
         identity = ("-c", "user.name=Test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false")
         return self.run("git", *identity, *arguments).stdout

@@ -34,7 +34,6 @@ def test_no_verb_imports_a_verb(verb):
     ("library", "home"),
     [
         ("mlflow", "tracking"),
-        ("optuna", "search"),
         ("yaml", "yamlfile"),
         ("anndata", "sources"),
         ("rich", "tables"),
@@ -43,6 +42,10 @@ def test_no_verb_imports_a_verb(verb):
 )
 def test_a_library_is_imported_in_one_place_only(library, home):
     assert [file for file in CODE if library in packages_of(file)] == [f"pipeline/gem/{home}.py"]
+
+
+def test_optuna_is_known_by_the_modules_of_the_search_only():
+    assert [file for file in CODE if "optuna" in packages_of(file)] == [f"pipeline/gem/{name}.py" for name in ("claims", "samplers", "search", "study_storage")]
 
 
 def test_drawing_is_done_by_modules_of_figures_only():

@@ -5,7 +5,7 @@ import hashlib
 import pandas as pd
 import pytest
 
-from pipeline.gem import figures
+from pipeline.gem import figures, search_figures
 
 
 def digest(path) -> str:
@@ -48,8 +48,8 @@ def test_a_history_without_validation_is_drawn(tmp_path):
 def test_searches_of_any_outcome_are_drawn(tmp_path, states):
     number = len(states)
     trials = pd.DataFrame({"trial": range(number), "state": states, "value": [1.0, 2.0, None][:number], "model.hidden": [8, 16, 32][:number]})
-    figures.search_history(trials, "mse", tmp_path / "history.png")
-    figures.search_slices(trials, {"model.hidden": True}, "mse", tmp_path / "slices.png")
+    search_figures.history(trials, "mse", tmp_path / "history.png")
+    search_figures.slices(trials, {"model.hidden": True}, "mse", tmp_path / "slices.png")
     importance = pd.DataFrame({"parameter": ["model.hidden"], "ped_anova": [float("nan")], "fanova": [0.3]})
-    figures.search_importance(importance, tmp_path / "importance.png")
+    search_figures.importance(importance, tmp_path / "importance.png")
     assert len({digest(tmp_path / f"{name}.png") for name in ("history", "slices", "importance")}) == 3

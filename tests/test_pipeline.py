@@ -62,7 +62,7 @@ def test_every_output_named_in_the_contract_is_there(repository):
     for directory in ("experiments/default", "experiments/latent_kl"):
         for name in ("model.pt", "history.csv", "report.json", "seeds/seeds.json", "figures/learning.png"):
             assert (repository.folder / directory / name).stat().st_size > 0
-    for name in ("best.yaml", "trials.csv", "importance.csv", "figures/history.png", "figures/slices.png", "figures/importance.png"):
+    for name in ("best.yaml", "trials.csv", "importance.csv", "confirmed.csv", *(f"figures/{name}.png" for name in ("history", "slices", "contours", "importance", "confirmed"))):
         assert (repository.folder / "experiments/latent_kl" / name).stat().st_size > 0
     for name in ("metrics.json", "metrics.csv", "comparisons.csv", "figures/mse.png", "figures/skill.png"):
         assert (repository.folder / "experiments/evaluation" / name).stat().st_size > 0
@@ -113,6 +113,11 @@ def test_runs_of_train_tune_and_evaluate_compare_in_one_table(runs):
     parent = by_name(runs, "latent_kl")
     assert {run.data.tags["mlflow.parentRunId"] for run in (winner, *trials)} == {parent.info.run_id}
     assert parent.data.metrics["trials/complete"] + parent.data.metrics["trials/pruned"] == 3
+    assert parent.data.metrics["epochs/spent"] + parent.data.metrics["epochs/spared"] == 3 * 3
+    confirmed = [run for run in runs if run.info.run_name.startswith("latent_kl confirm")]
+    assert {"0", parent.data.tags["best.trial"]} <= {run.data.params["confirmed_trial"] for run in confirmed}
+    assert len(confirmed) == 2 and parent.data.metrics["confirmed/mean"] == max(run.data.metrics["best/predictive_log_likelihood"] for run in confirmed)
+    assert "fresh seed" in parent.data.tags["verdict"]
     assert all("log10.train.kl_weight.technical" in run.data.params for run in trials)
     assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}
 

@@ -106,13 +106,57 @@ def test_only_keys_of_model_and_train_can_be_searched(problems, key):
         (r"metric: predictive_log_likelihood", "metric: loss", "objective.metric is 'loss'"),
         (r"direction: maximize", "direction: up", "objective.direction is 'up'"),
         (r"epochs: 5 ", "epochs: 0 ", "epochs is 0"),
-        (r"name: tpe", "name: grid", "sampler.name is 'grid'"),
+        (r"name: tpe", "name: annealing", "sampler.name is 'annealing'; expected 'random', 'grid', 'qmc', 'tpe', 'gp', 'cmaes'"),
+        (r"name: tpe", "name: random", "sampler.startup_trials is unknown; known: name, seed"),
         (r"seed: 5", "sed: 5, seed: 5", "sampler.sed is unknown; did you mean seed?"),
         (r"question: ", "qestion: x\nquestion: ", "qestion is unknown; did you mean question?"),
     ],
 )
 def test_a_question_that_cannot_be_asked_is_refused_in_one_line(problems, old, new, expected):
     assert expected in one(problems((old, new)))
+
+
+TWO = "objective:\n  - {metric: predictive_log_likelihood, direction: maximize}\n  - {metric: leakage, direction: minimize}\n"
+OBJECTIVE, NO_PRUNER = (r"objective:(.|\n)*?direction: maximize\n", TWO), (r"pruner: .*", "pruner: {name: none}")
+STEPS = (r"type: integer, low: 8, high: 128, log: true", "type: integer, low: 8, high: 128, log: false, step: 8")
+CHOICES = [(rf"{name}:  +\{{.*\}}\n", f"{name}: {{type: categorical, choices: [{baseline}, {other}]}}\n") for name, baseline, other in (
+    ("model.latent.technical", 64, 8), ("model.latent.biological", 32, 8), ("model.latent.perturbation", 96, 8),
+    ("train.kl_weight.technical", 1.0, 0.1), ("train.kl_weight.biological", 1.0, 0.1), ("train.kl_weight.perturbation", 1.0, 0.1))]
+
+
+@pytest.mark.parametrize(
+    ("replacements", "expected"),
+    [
+        ([OBJECTIVE], "pruner: median compares one number an epoch, and there are 2 objectives; write {name: none}"),
+        ([(r"metric: predictive_log_likelihood", "metric: leakage"), (r"direction: maximize", "direction: minimize")], "pruner: leakage is known at the end of a trial only"),
+        ([OBJECTIVE, NO_PRUNER, (r"name: tpe", "name: cmaes")], "sampler: cmaes seeks one objective, and there are 2"),
+        ([(r"name: tpe", "name: cmaes"), *CHOICES[:5]], "sampler: cmaes needs two numeric keys, and the space has 1"),
+        ([(r"name: tpe", "name: cmaes"), (r"high: 4\.0, log: true", f"high: 4.0, log: true, when: {{{LATENT}: [64]}}")], f"sampler: cmaes cannot leave a key out, and {KL} has a condition"),
+        ([(r"sampler: .*", "sampler: {name: grid, seed: 1}")], f"sampler: grid needs steps: {KL}, train.kl_weight.biological, train.kl_weight.perturbation has none"),
+        ([(r"sampler: .*", "sampler: {name: grid, seed: 1}"), *CHOICES[3:]], "sampler: the grid has more than 100,000 points"),
+        ([(r"pruner: .*", "pruner: {name: hyperband, min_epochs: 5, reduction: 3}")], "pruner: min_epochs (5) must be below epochs (5)"),
+        ([(r"confirm: \{top: 1, seeds: \[2\]", "confirm: {top: 1, seeds: [2, 1]")], "confirm: seeds: 1 is a seed of the trials, on which the best were chosen"),
+        ([(r"\nseeds: \[1\]", "\nseeds: [1, 1]")], "seeds: a seed stands twice"),
+        ([(r"objective:(.|\n)*?direction: maximize\n", TWO.replace("leakage, direction: minimize", "predictive_log_likelihood, direction: maximize")), NO_PRUNER], "objective: a metric stands twice"),
+        ([(r"objective:(.|\n)*?direction: maximize\n", TWO.replace("leakage", "leakag")), NO_PRUNER], "objective.1.metric is 'leakag'"),
+        ([(r"high: 4\.0, log: true", "high: 4.0, log: true, when: {model.latent.tecnical: [64]}")], f"space.{KL}: when: model.latent.tecnical does not stand before it in the space; did you mean model.latent.technical?"),
+        ([(r"high: 4\.0, log: true", f"high: 4.0, log: true, when: {{{LATENT}: [999]}}")], f"space.{KL}: when: {LATENT} is never 999; remove it"),
+        ([(r"log: true\}", "log: true, step: 8}")], f"space.{LATENT}: a log scale has no steps"),
+        ([(STEPS[0], STEPS[1].replace("step: 8", "step: 7"))], f"space.{LATENT}: from 8 in steps of 7 one does not come to 128"),
+        ([(STEPS[0], STEPS[1].replace("step: 8", "step: 24"))], f"space.{LATENT}: the baseline 64 lies outside the space"),
+    ],
+)
+def test_what_optuna_cannot_do_or_makes_no_sense_is_refused(problems, replacements, expected):
+    assert expected in one(problems(*replacements))
+
+
+def test_the_points_of_a_space_are_those_that_its_conditions_leave(current):
+    question = read_question("capacity", current, ROOT / "experiments")
+    assert question.points() is None, "a learning rate has no end of values"
+    choices = {"type": "categorical", "choices": [1, 2]}
+    space = {"a": choices, "b": choices | {"when": {"a": [2]}}, "c": choices | {"when": {"b": [1]}}}
+    asked = type(question).model_validate(question.model_dump() | {"space": space})
+    assert sorted(map(str, asked.points())) == ["{'a': 1}", "{'a': 2, 'b': 1, 'c': 1}", "{'a': 2, 'b': 1, 'c': 2}", "{'a': 2, 'b': 2}"]
 
 
 def test_a_range_of_fractions_for_an_integer_is_refused_at_both_ends(problems):
@@ -252,6 +296,20 @@ def test_a_list_is_written_as_given_or_refused_by_name_with_the_file_untouched(c
         assert name in str(error) and (repository / "params.yaml").read_bytes() == before
     else:
         assert read_params("params.yaml").flat()[name] == value
+
+
+def test_a_budget_is_written_where_the_study_has_it(call, repository):
+    (repository / "experiments" / "capacity.yaml").write_bytes((ROOT / "experiments" / "capacity.yaml").read_bytes())
+    study, params = (repository / "experiments" / "capacity.yaml").read_text(), (repository / "params.yaml").read_text()
+    shown = call("--budget", "capacity=80")
+    assert "-trials: 40" in shown and "+trials: 80" in shown
+    assert (repository / "experiments" / "capacity.yaml").read_text() == study.replace("trials: 40", "trials: 80")
+    assert (repository / "params.yaml").read_text() == params
+    assert "+  trials: 7" in call("--budget", "latent_kl=7")
+    assert read_params("params.yaml").tune.trials == 7
+    for wrong in ("capacity=0", "capacity=many", "capacity", "latent_kl=0"):
+        with pytest.raises(InputError):
+            call("--budget", wrong)
 
 
 def test_promote_changes_exactly_the_searched_keys(call, repository):

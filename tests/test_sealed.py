@@ -102,6 +102,6 @@ def test_training_gives_the_same_bits(repositories):
 def test_the_search_asks_the_same_study_and_gives_the_same_answer(repositories):
     stores = [f"sqlite:///{repository.folder}/.gem/optuna.db" for repository in repositories]
     plain, noisy = (optuna.get_all_study_names(store) for store in stores)
-    assert len(plain) == 1 and noisy == plain
-    assert_same_files(repositories, "experiments/latent_kl", (*MODEL, "best.yaml", "trials.csv", "importance.csv"))
+    assert len(plain) == 2 and noisy == plain, "the search and its confirmation"
+    assert_same_files(repositories, "experiments/latent_kl", (*MODEL, "best.yaml", "trials.csv", "importance.csv", "confirmed.csv"))
     assert len(pd.read_csv(repositories[0].folder / "experiments/latent_kl/trials.csv")) == TINY["tune.trials"]

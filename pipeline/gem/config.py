@@ -313,18 +313,22 @@ def read_model(path: Path | str, model: type[Frozen]):
 def explain(problem: dict, model: type[Frozen], document: yamlfile.Document) -> str:
     """One of a ValidationError's problems, in words and with its place in the file."""
     # A discriminated union adds the chosen tag to the location; it is not a key of the file.
-    key, reached = (), document.values
+    key, reached, tags = (), document.values, {}
     for position, part in enumerate(problem["loc"], start=1):
         inside = part in reached if isinstance(reached, Mapping) else isinstance(reached, list) and isinstance(part, int)
         if not inside and (position < len(problem["loc"]) or problem["type"] != "missing"):
+            tags[key] = part
             continue
         key, reached = (*key, part), reached[part] if inside else None
     where, name = document.where(key), yamlfile.dotted(key)
     match problem["type"]:
         case "extra_forbidden":
-            return f"{where}: {name} is unknown{did_you_mean(key[-1], _known_fields(model, key[:-1]))}"
+            return f"{where}: {name} is unknown{did_you_mean(key[-1], _known_fields(model, key[:-1], tags))}"
         case "missing":
             return f"{where}: {name} is missing; add it"
+        case "union_tag_invalid":
+            chosen = problem["ctx"]["discriminator"].strip("'")
+            return f"{where}: {name}.{chosen} is {problem['ctx']['tag']!r}; expected {problem['ctx']['expected_tags']}"
         case "value_error":
             return f"{where}: {name + ': ' if name else ''}{problem['ctx']['error']}"
     return f"{where}: {name} is {problem['input']!r}; {_expectation(problem)}"
@@ -334,15 +338,16 @@ def _expectation(problem: dict) -> str:
     return problem["msg"].replace("Input should be", "expected", 1).replace("a valid ", "a ", 1)
 
 
-def _known_fields(model: type, key: yamlfile.Key) -> list[str]:
-    """The fields of the model that stands under `key`."""
+def _known_fields(model: type, key: yamlfile.Key, tags: Mapping[yamlfile.Key, str]) -> list[str]:
+    """The fields of the model that stands under `key`; of a union, those of the member that `tags` chose."""
     candidates = [model]
-    for part in key:
+    for position, part in enumerate(key, start=1):
         following = []
         for candidate in candidates:
             fields = getattr(candidate, "model_fields", {})
             following += _models_in(fields[part].annotation) if part in fields else [candidate]
-        candidates = following
+        tag = tags.get(key[:position])
+        candidates = [one for one in following if any(tag in get_args(field.annotation) for field in one.model_fields.values())] or following
     return sorted({name for candidate in candidates for name in getattr(candidate, "model_fields", {})})
 
 

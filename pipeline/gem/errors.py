@@ -12,6 +12,7 @@ class GemError(Exception):
     """A problem the user can mend. `problems` holds one line per problem, all of them at once."""
 
     exit_code = 2
+    label = "error"
 
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
@@ -34,6 +35,13 @@ class IntegrityError(GemError):
     exit_code = 4
 
 
+class StoppedError(GemError):
+    """Told to stop; the message says how to go on."""
+
+    exit_code = 75
+    label = "stopped"
+
+
 def did_you_mean(word: object, known: Iterable[object]) -> str:
     """A suffix for a message about an unknown name: the closest known one, else the known ones."""
     names = [str(name) for name in known]
@@ -50,11 +58,11 @@ def examples(values: Iterable[object], limit: int = 5) -> str:
     return ", ".join(str(value) for value in values[:limit]) + (f", ... ({len(values)} in all)" if len(values) > limit else "")
 
 
-def exit_with(main: Callable[[], None]) -> None:
-    """Runs a stage; a GemError becomes its lines on standard error and its exit code."""
+def exit_with(main: Callable[[], None], quiet: tuple[type[GemError], ...] = ()) -> None:
+    """Runs a stage; a GemError becomes its lines on standard error (none for `quiet` ones) and its exit code."""
     try:
         main()
     except GemError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+        for problem in () if isinstance(error, quiet) else error.problems:
+            print(f"{error.label}: {problem}", file=sys.stderr)
         sys.exit(error.exit_code)

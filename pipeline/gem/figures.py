@@ -7,9 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
-from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 COLOURS = {"gem": "#2563eb", "gem_tuned": "#7c3aed", "oracle": "#059669", "baseline": "#9aa5b1", "pruned": "#f59e0b"}
@@ -118,61 +116,3 @@ def _draw_score(axis: plt.Axes, position: int, name: str, row: pd.Series, lowest
     if pd.notna(row["low"]):
         axis.plot([row["low"], row["high"]], [position, position], color=colour, linewidth=2, alpha=0.5)
     axis.plot(row["value"], position, marker, color=colour, markersize=6)
-
-
-@plt.rc_context(_STYLE)
-def search_history(trials: pd.DataFrame, objective: str, path: Path) -> None:
-    """The value of every trial in order, the best so far, and the baseline."""
-    figure, axis = plt.subplots(figsize=(7, 3.6))
-    complete, pruned = trials[trials["state"] == "complete"], trials[trials["state"] == "pruned"]
-    axis.plot(complete["trial"], complete["value"], "o", color=COLOURS["gem"], label="complete")
-    axis.plot(pruned["trial"], pruned["value"], "o", markerfacecolor="none", color=COLOURS["pruned"], label="pruned (value when stopped)")
-    axis.step(complete["trial"], complete["value"].cummax(), where="post", color=COLOURS["gem"], alpha=0.4, label="best so far")
-    if 0 in set(complete["trial"]):
-        axis.axhline(float(complete.set_index("trial").loc[0, "value"]), color=MUTED, linestyle=":", label="baseline (trial 0)")
-    values = complete["value"]
-    if len(values) > 1:
-        spread = max(values.max() - values.min(), 1e-9)
-        axis.set_ylim(values.min() - 0.5 * spread, values.max() + 0.2 * spread)
-    axis.set(title="Search", xlabel="trial", ylabel=objective)
-    axis.legend(loc="lower right", fontsize=8)
-    _save(figure, path)
-
-
-@plt.rc_context(_STYLE)
-def search_slices(trials: pd.DataFrame, parameters: dict[str, bool], objective: str, path: Path) -> None:
-    """Value against each searched parameter; `parameters` maps its name to whether its axis is logarithmic."""
-    complete = trials[trials["state"] == "complete"]
-    columns = 3
-    rows = -(-len(parameters) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(11, 2.7 * rows), sharey=True, squeeze=False)
-    for axis, (name, log) in zip(axes.flat, parameters.items(), strict=False):
-        points = axis.scatter(complete[name], complete["value"], c=complete["trial"], cmap="viridis", s=28)
-        axis.set_title(name, fontsize=9)
-        if log:
-            axis.set_xscale("log")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-            axis.xaxis.set_minor_locator(NullLocator())
-    for axis in list(axes.flat)[len(parameters) :]:
-        axis.set_visible(False)
-    for row in axes:
-        row[0].set_ylabel(objective, fontsize=8)
-    figure.tight_layout()
-    if len(complete):
-        figure.colorbar(points, ax=axes, label="trial", shrink=0.6, ticks=MaxNLocator(integer=True))
-    _save(figure, path)
-
-
-@plt.rc_context(_STYLE)
-def search_importance(importance: pd.DataFrame, path: Path) -> None:
-    """Two answers to which parameter matters, side by side: they can disagree."""
-    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.4 * len(importance)))
-    positions = np.arange(len(importance))
-    for offset, (name, colour) in zip((-0.18, 0.18), (("ped_anova", COLOURS["gem"]), ("fanova", COLOURS["gem_tuned"])), strict=True):
-        axis.barh(positions + offset, importance[name].fillna(0), height=0.34, color=colour, label=name)
-    axis.set_yticks(positions, importance["parameter"])
-    axis.invert_yaxis()
-    axis.set(title="Importance of the searched parameters", xlabel="share")
-    axis.legend()
-    _save(figure, path)

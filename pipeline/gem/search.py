@@ -1,165 +1,175 @@
-"""Optuna studies: the only place that knows it. Persistent, continued by a second call, baseline first."""
+"""One question asked of one cohort: its study is continued by every call, its baseline is tried first."""
 
-import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
-import filelock
 import optuna
 import pandas as pd
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 
+from pipeline.gem.claims import Asked, Claims
 from pipeline.gem.config import Params
 from pipeline.gem.errors import DivergedError
-from pipeline.gem.question import Choice, FloatSpace, IntegerSpace, Question
+from pipeline.gem.interruption import Interruption
+from pipeline.gem.question import OWN_TO_A_FIT, Question
+from pipeline.gem.samplers import Distinct, Values, pruner, suggest
 from pipeline.gem.storage import sha256_of
+from pipeline.gem.study_storage import StudyStorage
 
-LOCAL_STORAGE = "sqlite:///.gem/optuna.db"
-Pruned = optuna.TrialPruned
-
-_HEARTBEAT, _GRACE = 30, 90      # seconds
-_FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-_WHY, _RUN = "reason", "mlflow_run"
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-# Heartbeats and retries have been "experimental" since 2.8; the version is pinned.
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+_STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+_PARENT, _EPOCHS, _PLANNED, _FEWEST = "mlflow_run", "epochs_spent", "epochs_planned", 4
 
 
 class Search:
-    """One question asked of one cohort. The study's name hashes both: another question or cohort is another study."""
+    """The study's name hashes question and cohort: another question or cohort is another study."""
 
-    def __init__(self, name: str, question: Question, params: Params, data_sha256: str):
+    def __init__(self, name: str, question: Question, params: Params, data_sha256: str, storage: StudyStorage | None = None):
         self.question = question
-        asked = question.model_dump(mode="json", exclude={"question"})
-        fixed = {key: value for key, value in params.flat("model", "train").items() if key not in question.space}
-        self.name = f"{name}-{sha256_of(asked, fixed, data_sha256)[:12]}"
-        storage = _open_storage()
-        known = {study.study_name for study in optuna.get_all_study_summaries(storage)}
-        self.is_new, self.others = self.name not in known, sorted(other for other in known if other.startswith(f"{name}-"))
-        # Without its state a sampler that is seeded alike proposes its first points again: seed by what is there.
-        self.study = optuna.create_study(
-            storage=storage, study_name=self.name, direction=question.objective.direction, load_if_exists=True, pruner=_pruner(question)
-        )
-        self.study.sampler = _sampler(question, len(self.study.trials))
-        self.study.enqueue_trial(question.baseline_values, skip_if_exists=True)
+        everything = shortened(params, question.epochs).flat("model", "train")
+        fixed = {key: value for key, value in everything.items() if key not in question.space and key not in OWN_TO_A_FIT}
+        self.name = f"{name}-{sha256_of(question.decisive, fixed, data_sha256)[:12]}"
+        self.storage = storage or StudyStorage()
+        known = set(optuna.get_all_study_names(self.storage.storage))
+        self.is_new, self.others = self.name not in known, sorted(other for other in known if other.startswith(f"{name}-") and "." not in other)
+        self.claims = Claims(self.storage, self.name, [objective.direction for objective in question.objectives], pruner(question))
+        self.claims.enqueue([self.baseline])
 
     @property
-    def run_id(self) -> str | None:
-        """The tracker's parent run, so that a continued study continues it."""
-        return self.study.user_attrs.get(_RUN)
-
-    @run_id.setter
-    def run_id(self, value: str) -> None:
-        self.study.set_user_attr(_RUN, value)
+    def baseline(self) -> Values:
+        """The keys of the baseline that its own values ask for."""
+        values: Values = {}
+        for name in self.question.space:
+            if self.question.is_asked(name, values):
+                values[name] = self.question.baseline_values[name]
+        return values
 
     @property
     def finished(self) -> list[FrozenTrial]:
-        """Complete, pruned and failed trials, a killed one only by its retry; in order."""
-        retried = {number for trial in self.study.trials for number in RetryHeartbeatStaleTrialCallback.retry_history(trial)}
-        return [trial for trial in self.study.trials if trial.state in _FINISHED and trial.number not in retried]
+        return self.claims.finished
 
     @property
     def complete(self) -> list[FrozenTrial]:
-        return [trial for trial in self.finished if trial.state == TrialState.COMPLETE]
+        return self.claims.complete
 
-    def run(self, budget: int, evaluate: Callable[["Asked"], float], on_trial: Callable[["Search", FrozenTrial], None]) -> None:
-        """Runs what is missing to `budget` finished trials. DivergedError with the reasons where none is usable."""
-        remaining = budget - len(self.finished)
-        if remaining > 0:
-            self.study.optimize(
-                lambda trial: self._evaluate(trial, evaluate),
-                n_trials=remaining,
-                catch=(DivergedError,),
-                callbacks=[lambda study, trial: on_trial(self, trial)],
-            )
+    def budget(self, trials: int) -> int:
+        """Not more than there are points."""
+        points = self.question.points()
+        return trials if points is None else min(trials, len(points))
+
+    def parent_run(self, exists: Callable[[str], bool], create: Callable[[], str]) -> str:
+        """The tracker's run of the study."""
+        return self.run_once(_PARENT, exists, create)
+
+    def run_once(self, what: str, exists: Callable[[str], bool], create: Callable[[], str]) -> str:
+        """A run of the tracker, made once for all workers, machines and calls; again where its store lost it."""
+        with self.storage.lock():
+            run = self.claims.study.user_attrs.get(what)
+            if run is None or not exists(run):
+                run = create()
+                self.claims.study.set_user_attr(what, run)
+            return run
+
+    def run(
+        self,
+        trials: int,
+        evaluate: Callable[[Asked], float | list[float]],
+        interruption: Interruption,
+        on_trial: Callable[["Search", FrozenTrial], None] = lambda search, trial: None,
+        on_lost: Callable[[str], None] = lambda run: None,
+        deadline: float | None = None,
+    ) -> None:
+        """Takes part until `trials` are finished; others may take part elsewhere."""
+        self.claims.run(
+            self.budget(trials),
+            lambda trial: suggest(trial, self.question),
+            evaluate,
+            interruption=interruption,
+            sampler=lambda number: Distinct(self.question, number, self.claims.points),
+            on_trial=lambda trial: on_trial(self, trial),
+            on_lost=on_lost,
+            deadline=deadline,
+        )
+
+    def require_usable(self) -> None:
+        """DivergedError with the reasons where no trial came to its end."""
         if not self.complete:
-            reasons = {str(trial.user_attrs.get(_WHY, trial.state.name.lower())) for trial in self.finished}
-            raise DivergedError(f"study {self.name}: none of {len(self.finished)} trials is usable: {'; '.join(sorted(reasons))}")
+            reasons = "; ".join(self.claims.reasons()) or "all were pruned"
+            raise DivergedError(f"study {self.name}: none of {len(self.finished)} trials is usable: {reasons}")
 
-    def _evaluate(self, trial: Trial, evaluate: Callable[["Asked"], float]) -> float:
-        asked = Asked(trial, {name: _suggest(trial, name, space) for name, space in self.question.space.items()})
-        try:
-            return evaluate(asked)
-        except DivergedError as error:
-            trial.set_user_attr(_WHY, str(error))
-            raise
+    def ranked(self) -> list[FrozenTrial]:
+        """Complete trials, best first; with several objectives those that none beats in all, best first by the first."""
+        upwards = self.question.objectives[0].direction == "maximize"
+        chosen = self.complete if len(self.question.objectives) == 1 else self.claims.study.best_trials
+        return sorted(chosen, key=lambda trial: (-trial.values[0] if upwards else trial.values[0], trial.number))
 
-    def best_values(self) -> dict[str, object]:
-        """The winner's values of the searched keys; the baseline's where nothing was searched."""
-        return dict(self.study.best_trial.params) if self.complete else self.question.baseline_values
+    def values_of(self, trial: FrozenTrial) -> Values:
+        """All searched keys: those that a trial does not ask keep the baseline's value."""
+        return self.question.baseline_values | trial.params
+
+    def counts(self) -> dict[str, int]:
+        states = [_STATES[trial.state] for trial in self.finished]
+        return {state: states.count(state) for state in _STATES.values()}
+
+    @staticmethod
+    def epochs_of(trial: FrozenTrial) -> int:
+        """Epochs that a trial trained, over all its seeds."""
+        return int(trial.user_attrs.get(_EPOCHS, len(trial.intermediate_values)))
+
+    def epochs(self) -> tuple[int, int]:
+        """(spent, spared): what trials that were pruned would still have cost at the full budget."""
+        full = self.question.epochs * len(self.question.seeds)
+        spent = sum(self.epochs_of(trial) for trial in self.finished)
+        pruned = [trial for trial in self.finished if trial.state == TrialState.PRUNED]
+        return spent, sum(trial.user_attrs.get(_PLANNED, full) - self.epochs_of(trial) for trial in pruned)
 
     def trials_table(self) -> pd.DataFrame:
-        """One row per finished trial: trial, state, value (of a pruned one when it stopped), epochs, parameters."""
+        """A row per finished trial: trial, state, value (of a pruned one when it stopped), epochs, keys that it asked.
+
+        With several objectives a column for each instead of value, and `front`: whether no other beats it in all.
+        """
+        several = len(self.question.objectives) > 1
+        names = [objective.metric for objective in self.question.objectives] if several else ["value"]
+        front = {trial.number for trial in self.ranked()} if several else set()
         rows = []
         for trial in self.finished:
             last = trial.intermediate_values[max(trial.intermediate_values)] if trial.intermediate_values else None
-            value = trial.value if trial.state == TrialState.COMPLETE else last
-            state = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}[trial.state]
-            rows.append({"trial": trial.number, "state": state, "value": value, "epochs": len(trial.intermediate_values), **trial.params})
-        return pd.DataFrame(rows, columns=["trial", "state", "value", "epochs", *self.question.space])
+            values = trial.values if trial.state == TrialState.COMPLETE else [last] * len(names)
+            row = {"trial": trial.number, "state": _STATES[trial.state], **dict(zip(names, values, strict=True)), "epochs": self.epochs_of(trial)}
+            rows.append(row | ({"front": trial.number in front} if several else {}) | trial.params)
+        return pd.DataFrame(rows, columns=["trial", "state", *names, "epochs", *(["front"] if several else []), *self.question.space])
 
     def importance_table(self) -> pd.DataFrame:
-        """Share of importance per parameter by PED-ANOVA and by fANOVA; empty cells where there are too few trials."""
+        """Share of importance per parameter by PED-ANOVA and by fANOVA; empty cells where there are too few trials.
+
+        With several objectives a block of rows for each, named in the first column.
+        """
+        tables = [self._importance(index) for index in range(len(self.question.objectives))]
+        if len(tables) == 1:
+            return tables[0]
+        metrics = [objective.metric for objective in self.question.objectives]
+        return pd.concat([table.assign(objective=metric) for metric, table in zip(metrics, tables, strict=True)])[["objective", *tables[0].columns]]
+
+    def _importance(self, objective: int) -> pd.DataFrame:
         table = pd.DataFrame({"parameter": list(self.question.space)})
         evaluators = {"ped_anova": optuna.importance.PedAnovaImportanceEvaluator(), "fanova": optuna.importance.FanovaImportanceEvaluator(seed=0)}
+        enough = len(self.complete) >= _FEWEST and len({trial.values[objective] for trial in self.complete}) > 1
+        # Without a target Optuna looks at the study's direction; with one PED-ANOVA takes less for better.
+        sign = -1 if self.question.objectives[objective].direction == "maximize" else 1
+        target = None if len(self.question.objectives) == 1 else lambda trial: sign * trial.values[objective]
         for name, evaluator in evaluators.items():
             found = {}
-            if len(self.complete) >= 4 and len({trial.value for trial in self.complete}) > 1:
-                found = optuna.importance.get_param_importances(self.study, evaluator=evaluator)
+            if enough:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="PedAnovaImportanceEvaluator computes", category=UserWarning)   # it warns of what `sign` is for
+                    found = optuna.importance.get_param_importances(self.claims.study, evaluator=evaluator, target=target)
             table[name] = table["parameter"].map(found).astype(float)
         return table.sort_values(["ped_anova", "parameter"], ascending=[False, True], na_position="last").reset_index(drop=True)
 
 
-class Asked:
-    """One trial: the values to try, and where to report on the way."""
-
-    def __init__(self, trial: Trial, values: dict[str, object]):
-        self._trial, self.number, self.values = trial, trial.number, values
-
-    def report(self, value: float, epoch: int) -> None:
-        """Raises Pruned where the trial is not worth going on with."""
-        self._trial.report(value, epoch)
-        if self._trial.should_prune():
-            raise Pruned()
-
-    def note_run(self, run_id: str) -> None:
-        # A retried trial copies the attributes of the killed one: its run must be its own.
-        self._trial.set_user_attr(_RUN, run_id)
+def note_epochs(asked: Asked, spent: int, planned: int) -> None:
+    asked.note(**{_EPOCHS: spent, _PLANNED: planned})
 
 
-def _open_storage() -> RDBStorage:
-    """The local database or any server through OPTUNA_STORAGE; the first process makes the schema, the others wait."""
-    Path(".gem").mkdir(exist_ok=True)
-    url = os.environ.get("OPTUNA_STORAGE", LOCAL_STORAGE)
-    with filelock.FileLock(".gem/optuna.lock"):
-        return RDBStorage(
-            url,
-            engine_kwargs={"connect_args": {"timeout": 30}} if url.startswith("sqlite") else {},
-            heartbeat_interval=_HEARTBEAT,
-            grace_period=_GRACE,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
-        )
-
-
-def _sampler(question: Question, trials: int) -> optuna.samplers.BaseSampler:
-    seed = (question.sampler.seed + 1_000_003 * trials) % 2**32
-    if question.sampler.name == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=question.sampler.startup_trials)
-
-
-def _pruner(question: Question) -> optuna.pruners.BasePruner:
-    if question.pruner.name == "none":
-        return optuna.pruners.NopPruner()
-    return optuna.pruners.MedianPruner(n_startup_trials=question.pruner.startup_trials, n_warmup_steps=question.pruner.warmup_epochs)
-
-
-def _suggest(trial: Trial, name: str, space: IntegerSpace | FloatSpace | Choice) -> object:
-    if isinstance(space, IntegerSpace):
-        return trial.suggest_int(name, space.low, space.high, log=space.log)
-    if isinstance(space, FloatSpace):
-        return trial.suggest_float(name, space.low, space.high, log=space.log)
-    return trial.suggest_categorical(name, space.choices)
+def shortened(params: Params, epochs: int) -> Params:
+    """The same fit with other epochs, and with its share of the steps that it has at least."""
+    return params.override({"train.epochs": epochs, "train.min_steps": params.train.min_steps * epochs // params.train.epochs})

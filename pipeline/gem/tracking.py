@@ -83,7 +83,7 @@ def run(
     """A run that ends FINISHED, KILLED (an exception of `killed_by`) or FAILED (any other); exceptions pass through."""
     tags = {STAGE_TAG: stage, **code_tags(), **{key: os.environ[key] for key in ("DVC_STAGE", "DVC_EXP_NAME") if key in os.environ}}
     nested = mlflow.active_run() is not None
-    opened = mlflow.start_run(run_id=resume) if resume else mlflow.start_run(run_name=name, nested=nested, parent_run_id=parent, tags=tags)
+    opened = mlflow.start_run(run_id=resume, nested=nested) if resume else mlflow.start_run(run_name=name, nested=nested, parent_run_id=parent, tags=tags)
     status = RunStatus.to_string(RunStatus.FAILED)
     try:
         yield Run(opened.info.run_id)
@@ -101,6 +101,12 @@ def exists(run_id: str) -> bool:
         return mlflow.get_run(run_id).info.lifecycle_stage == "active"
     except mlflow.exceptions.MlflowException:
         return False
+
+
+def close(run_id: str) -> None:
+    """Ends a run whose process died as KILLED; one that ended by itself stays as it is."""
+    if exists(run_id) and mlflow.get_run(run_id).info.status == RunStatus.to_string(RunStatus.RUNNING):
+        mlflow.MlflowClient().set_terminated(run_id, RunStatus.to_string(RunStatus.KILLED))
 
 
 def complete(run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:

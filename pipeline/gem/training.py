@@ -421,6 +421,11 @@ class _Loop:
 @torch.no_grad()
 def evidence_lower_bound(network: Network, data: Encoded, generator: torch.Generator) -> float:
     """The unweighted bound E_q[log p(x | z)] - KL, one posterior draw per sample, mean over samples."""
-    none, hidden = data.expression[:0], data.metadata["technical"][:0]
-    terms = network(Batch(data.observed, none, none, data.metadata, data.index, data.target, hidden, data.labels), generator)
+    terms = posterior_terms(network, data, generator)
     return float(-terms["nll_reconstruction"] - sum(terms[f"kl_{group}"].sum() for group in GROUPS))
+
+
+def posterior_terms(network: Network, data: Encoded, generator: torch.Generator) -> dict[str, Tensor]:
+    """The terms that one posterior draw per sample decides."""
+    none, hidden = data.expression[:0], data.metadata["technical"][:0]
+    return network(Batch(data.observed, none, none, data.metadata, data.index, data.target, hidden, data.labels), generator)

@@ -12,7 +12,8 @@ from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import read_params
 from pipeline.gem.errors import exit_with
 from pipeline.gem.experiment import COHORT, log_context, train_into
-from pipeline.gem.training import TrainingData, choose_device
+from pipeline.gem.training import choose_device
+from pipeline.gem.training_data import TrainingData
 
 OUTPUT = Path("experiments/default")
 

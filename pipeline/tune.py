@@ -28,7 +28,8 @@ from pipeline.gem.progress import duration
 from pipeline.gem.question import FOLDER, Question, read_question
 from pipeline.gem.search import Search
 from pipeline.gem.storage import sha256_of
-from pipeline.gem.training import TrainingData, choose_device
+from pipeline.gem.training import choose_device
+from pipeline.gem.training_data import TrainingData
 from pipeline.gem.trials import Trials, log10_twins
 from pipeline.gem.workers import Workers
 

@@ -13,7 +13,8 @@ from pipeline.gem.predictors import Prediction, Predictors
 from pipeline.gem.resampling import Resamples
 from pipeline.gem.scenes import Controls, Scene, Scenes
 from pipeline.gem.scoring import TrueChange, Truths, measure, score
-from pipeline.gem.training import TrainingData, fit
+from pipeline.gem.training import fit
+from pipeline.gem.training_data import TrainingData
 
 SEEDS = {"gem": [1, 2], "gem_reference": [1, 2], "gem_tuned": [1], "gem_tuned_reference": [1]}
 Said = dict[str, list[Prediction]]

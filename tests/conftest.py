@@ -111,7 +111,8 @@ def generator() -> torch.Generator:
 def model_directory(cohort, params, tmp_path_factory) -> Path:
     """A model directory with two training seeds, for whoever only reads it."""
     from pipeline.gem.experiment import write_model_directory
-    from pipeline.gem.training import TrainingData, fit
+    from pipeline.gem.training import fit
+    from pipeline.gem.training_data import TrainingData
 
     changed, folder = params.override({"train.seeds": [1, 2], "train.epochs": 8}), tmp_path_factory.mktemp("experiments") / "default"
     data = TrainingData.load(cohort, torch.device("cpu"))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.gem.differential import de_direction, de_jaccard, differential_genes
-from pipeline.gem.metrics import absolute_error, condition_means, delta_pearson, discrimination, squared_error
+from pipeline.gem.metrics import absolute_error, delta_pearson, discrimination, squared_error
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = ROOT / ".venv-cell-eval" / "bin" / "python"
@@ -54,6 +54,10 @@ def judged(screen, tmp_path_factory) -> dict[str, dict]:
     done = subprocess.run([PYTHON, SCORE, path], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def condition_means(values: np.ndarray, condition: np.ndarray) -> np.ndarray:
+    return np.stack([values[condition == index].mean(axis=0, dtype=np.float64) for index in range(condition.max() + 1)])
 
 
 @pytest.fixture(scope="module")

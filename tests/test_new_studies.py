@@ -12,7 +12,8 @@ from pipeline.gem.likelihood import normal_log_likelihood
 from pipeline.gem.model import CONDITIONED, NEW_STUDY, PREDICTED, RECONSTRUCTED, Gaussian, Interaction, OwnTarget
 from pipeline.gem.splits import TRAIN
 from pipeline.gem.trained import GEM, Targets
-from pipeline.gem.training import TrainingData, _Loop, fit, hidden_study, study_spread
+from pipeline.gem.training import _Loop, fit, hidden_study
+from pipeline.gem.training_data import TrainingData, study_spread
 
 
 @pytest.fixture

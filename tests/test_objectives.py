@@ -10,7 +10,8 @@ from pipeline.gem.errors import DivergedError, InputError
 from pipeline.gem.model import Gaussian
 from pipeline.gem.objectives import figures_of, mean_leakage
 from pipeline.gem.question import BETTER
-from pipeline.gem.training import Fit, TrainingData, fit
+from pipeline.gem.training import Fit, fit
+from pipeline.gem.training_data import TrainingData
 
 
 @pytest.fixture(scope="module")

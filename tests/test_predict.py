@@ -383,7 +383,8 @@ def test_the_lines_of_the_readme_run(model_directory, tmp_path):
 
 
 def test_models_of_counts_predict_too(cohort, params, asked):
-    from pipeline.gem.training import TrainingData, fit
+    from pipeline.gem.training import fit
+    from pipeline.gem.training_data import TrainingData
 
     for name in ("negative_binomial", "multinomial"):
         changed = params.override({"model.observation": name, "train.epochs": 1})

@@ -12,7 +12,8 @@ from pipeline.gem.metrics import calibration, pit_histogram, randomised_pit
 from pipeline.gem.model import CONDITIONED, PREDICTED
 from pipeline.gem.predictive import predictive
 from pipeline.gem.trained import GEM, decode
-from pipeline.gem.training import TrainingData, fit
+from pipeline.gem.training import fit
+from pipeline.gem.training_data import TrainingData
 
 DRAWS, SEED = 5, 3
 

@@ -19,7 +19,8 @@ from pipeline.gem import report
 from pipeline.gem.cohort import Cohort
 from pipeline.gem.evaluation import nested
 from pipeline.gem.regret import PARTS
-from pipeline.gem.training import TrainingData, fit
+from pipeline.gem.training import fit
+from pipeline.gem.training_data import TrainingData
 
 VOID = {"meta", "br", "img", "input", "hr", "link"}
 

@@ -6,7 +6,8 @@ import torch
 
 from pipeline.gem import GEM
 from pipeline.gem.temperature import RANGE, calibration_error, fit_temperature, negative_log_likelihood, probabilities
-from pipeline.gem.training import TrainingData, fit
+from pipeline.gem.training import fit
+from pipeline.gem.training_data import TrainingData
 
 
 def drawn(rng: np.random.Generator, samples: int = 5000, classes: int = 4, factor: float = 1.0) -> tuple[np.ndarray, np.ndarray]:

@@ -10,8 +10,10 @@ import torch
 from pipeline.gem.errors import DivergedError, InputError
 from pipeline.gem.model import objective
 from pipeline.gem.observation import Observed
+from pipeline.gem.schedule import Plan, kl_warmup, one_cycle
 from pipeline.gem.trained import predictive_log_likelihood
-from pipeline.gem.training import Encoded, Plan, TrainingData, choose_device, drop_fields, fit, kl_warmup, one_cycle
+from pipeline.gem.training import choose_device, drop_fields, fit
+from pipeline.gem.training_data import Encoded, TrainingData
 
 CPU = torch.device("cpu")
 # Enough for the tiny cohort to leave the training mean behind, a few seconds.

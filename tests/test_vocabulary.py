@@ -10,7 +10,8 @@ from pipeline.gem.embedding import Features
 from pipeline.gem.errors import InputError
 from pipeline.gem.metadata import MetadataEncoder
 from pipeline.gem.trained import GEM
-from pipeline.gem.training import TrainingData, fit
+from pipeline.gem.training import fit
+from pipeline.gem.training_data import TrainingData
 from pipeline.gem.vocabulary import Vocabulary
 
 EMBEDDING = {"kind": "embedding", "table": "drugs.parquet"}

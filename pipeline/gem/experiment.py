@@ -12,7 +12,8 @@ from pipeline.gem.config import GROUPS, Params
 from pipeline.gem.progress import duration
 from pipeline.gem.seeds import fit_seeds
 from pipeline.gem.storage import sha256, write_json
-from pipeline.gem.training import Epoch, Fit, TrainingData
+from pipeline.gem.training import Epoch, Fit
+from pipeline.gem.training_data import TrainingData
 
 COHORT = Path("data/cohort")
 MODEL_PARAMETERS = ("model", "train")  # the sections that describe a fit, with the same names in every run

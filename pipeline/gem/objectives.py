@@ -8,7 +8,8 @@ import torch
 from pipeline.gem.errors import DivergedError, InputError
 from pipeline.gem.latent_scores import leakage
 from pipeline.gem.question import BY_EPOCH
-from pipeline.gem.training import Fit, TrainingData, posterior_terms
+from pipeline.gem.training import Fit, posterior_terms
+from pipeline.gem.training_data import TrainingData
 
 _SEED = 0   # of posterior draws and of the probe: the same for every trial
 

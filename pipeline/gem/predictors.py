@@ -24,7 +24,7 @@ from pipeline.gem.scenes import Scene, Scenes
 from pipeline.gem.simulator import Truth, log_fractions
 from pipeline.gem.splits import is_control
 from pipeline.gem.trained import GEM, Query
-from pipeline.gem.training import CHOICE_SPLITS
+from pipeline.gem.training_data import CHOICE_SPLITS
 
 FLOORS = ("no_change", "training_mean", "perturbed_mean", "matched_mean", "additive", "additive_nearest", "ridge", "bilinear")
 MODELS = ("gem", "gem_reference", "gem_tuned", "gem_tuned_reference")

@@ -14,7 +14,8 @@ import torch
 
 from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import Params
-from pipeline.gem.training import Epoch, Fit, TrainingData, fit
+from pipeline.gem.training import Epoch, Fit, fit
+from pipeline.gem.training_data import TrainingData
 
 _PATIENCE = 0.2  # seconds between two looks at whether a process has ended
 

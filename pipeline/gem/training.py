@@ -1,141 +1,25 @@
-"""Fitting GEM: the data a fit sees, the loop, one record per epoch. Knows no tracker.
+"""Fitting GEM: the loop, and one record per epoch. Knows no tracker.
 
 N samples, B batch, G genes. Everything in nats per sample where not said otherwise.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
-import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
-from pipeline.gem.cohort import Cohort
-from pipeline.gem.config import GROUPS, Data, Params, Train
+from pipeline.gem.config import GROUPS, Params, Train
 from pipeline.gem.errors import DivergedError, InputError
-from pipeline.gem.expression import log_cpm
-from pipeline.gem.labels import label_texts
-from pipeline.gem.metadata import MetadataEncoder
 from pipeline.gem.model import PREDICTED, Batch, Network, objective
-from pipeline.gem.observation import Observed
-from pipeline.gem.references import reference_lists
-from pipeline.gem.seen import Seen
-from pipeline.gem.splits import TRAIN, contexts, is_control
-from pipeline.gem.trained import GEM, Query, Targets, distinct_rows, predictive_log_likelihood
+from pipeline.gem.schedule import Plan, kl_warmup, one_cycle
+from pipeline.gem.trained import GEM, Query, predictive_log_likelihood
+from pipeline.gem.training_data import Encoded, TrainingData
 
-CHOICE_SPLITS = ("validation_combination", "validation")  # where early stopping looks: the first that exists
-_WARMUP_SHARE = 0.25      # of the one-cycle schedule: where the learning rate peaks
-_START_RATE = 0.04        # of the peak: where it starts
 _VARIANCE_RATE = 10.0     # learning rate of the log variances, relative to the weights
-_SMALLEST_BATCH = 8
-_MOST_DROPOUT = 0.15      # of metadata in a small cohort
 _VALIDATION_SEED = 0      # of the prior draws: the same in every epoch and every fit
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Samples ready for the network: log-CPM (N, G), distinct metadata rows per group, labels (N, heads), target genes and total counts (N,)."""
-
-    observed: Observed
-    metadata: dict[str, Tensor]
-    index: dict[str, Tensor]
-    labels: Tensor
-    target: Tensor
-    totals: Tensor
-
-    @property
-    def expression(self) -> Tensor:
-        return self.observed.expression
-
-    @classmethod
-    def of(cls, cohort: Cohort, split: str, encoder: MetadataEncoder, device: torch.device, counted: bool = False) -> "Encoded":
-        """`counted`: with the counts themselves, which observation models of counts need."""
-        samples, counts = cohort.rows([split]), cohort.counts([split])
-        expression = torch.from_numpy(log_cpm(counts, samples["total"].to_numpy())).to(device)
-        observed = Observed(expression, torch.from_numpy(counts.astype(np.int32)).to(device) if counted else None)
-        metadata, index = {}, {}
-        for group, matrix in encoder.encode(samples, unknown="missing").items():
-            rows, inverse = distinct_rows(matrix)
-            metadata[group], index[group] = torch.from_numpy(rows).to(device), torch.from_numpy(inverse).to(device)
-        labels = list(encoder.labels(samples).values())
-        stacked = np.stack(labels, axis=1) if labels else np.zeros((len(samples), 0), dtype=np.int64)
-        target = torch.from_numpy(Targets.of(cohort)(samples)).to(device)
-        totals = torch.from_numpy(samples["total"].to_numpy()).to(device)
-        return cls(observed, metadata, index, torch.from_numpy(stacked).to(device), target, totals)
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What a fit sees of a cohort; loaded and encoded once, shared by every fit of a process."""
-
-    encoder: MetadataEncoder
-    genes: np.ndarray
-    targets: Targets
-    train: Encoded
-    references: "References"
-    study_spread: Tensor         # (G,) log-CPM: how much studies differ from each other in their controls of a context
-    study_column: str | None
-    validation: Encoded | None
-    choice_split: str | None     # where early stopping and every choice look
-    seen: Seen
-
-    @classmethod
-    def load(cls, cohort: Cohort, device: torch.device, counted: bool = False) -> "TrainingData":
-        """`counted` as in Encoded.of."""
-        samples = cohort.rows([TRAIN])
-        encoder = MetadataEncoder.fit(samples, cohort.declared.covariates, cohort.features)
-        train = Encoded.of(cohort, TRAIN, encoder, device, counted)
-        choice = next((split for split in CHOICE_SPLITS if cohort.has(split)), None)
-        validation = Encoded.of(cohort, choice, encoder, device, counted) if choice else None
-        targets = Targets.of(cohort)
-        spread = torch.from_numpy(study_spread(samples, train.expression.cpu().numpy(), cohort.declared)).to(device)
-        references, seen = References.of(samples, cohort, device), Seen.of(samples, cohort.declared)
-        return cls(encoder, cohort.genes, targets, train, references, spread, cohort.declared.study_column, validation, choice, seen)
-
-
-def study_spread(samples: pd.DataFrame, expression: np.ndarray, data: Data) -> np.ndarray:
-    """(G,) float32 standard deviation between studies, within a context, of the means of their controls (N, G); log-CPM.
-
-    All samples stand for controls where there are none. Zero where no context has two studies.
-    """
-    control = is_control(samples, data).to_numpy()
-    rows = samples[control] if control.any() else samples
-    if data.study_column is None:
-        return np.zeros(expression.shape[1], dtype=np.float32)
-    keys = pd.MultiIndex.from_arrays([contexts(rows, data), label_texts(rows[data.study_column]).fillna("?")], names=["context", "study"])
-    means = pd.DataFrame(expression[control] if control.any() else expression, index=keys).groupby(level=["context", "study"]).mean()
-    within = means - means.groupby(level="context").transform("mean")
-    freedom = len(means) - means.index.get_level_values("context").nunique()
-    if freedom < 1:
-        return np.zeros(expression.shape[1], dtype=np.float32)
-    return np.sqrt((within**2).sum(axis=0).to_numpy() / freedom).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class References:
-    """For each training sample its best matching controls: `rows[start[i] : start[i] + number[i]]`."""
-
-    rows: Tensor
-    start: Tensor
-    number: Tensor
-
-    @classmethod
-    def of(cls, samples: pd.DataFrame, cohort: Cohort, device: torch.device) -> "References":
-        """Never the sample itself, but where it has no other control."""
-        others = reference_lists(samples, samples, cohort.declared, same=True)
-        lists = [found if len(found) else np.array([row]) for row, found in enumerate(others)]
-        number = np.array([len(rows) for rows in lists])
-        start = np.concatenate([[0], np.cumsum(number)[:-1]])
-        return cls(*(torch.from_numpy(array).to(device) for array in (np.concatenate(lists), start, number)))
-
-    def draw(self, samples: Tensor, generator: torch.Generator) -> Tensor:
-        """(B,) a reference row for each of the sample rows (B,)."""
-        share = torch.rand(len(samples), generator=generator, device=samples.device)
-        number = self.number[samples]
-        return self.rows[self.start[samples] + torch.minimum((share * number).long(), number - 1)]
 
 
 @dataclass(frozen=True)
@@ -180,49 +64,11 @@ class Fit:
     choice_split: str | None
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a fit goes through its samples."""
-
-    batch_size: int
-    epochs: int
-    patience: int   # epochs
-    weight_decay: float
-    metadata_dropout: Mapping[str, float]
-
-    @classmethod
-    def of(cls, samples: int, params: Train) -> "Plan":
-        """As params.yaml says, unless that makes fewer than `min_steps` steps: then smaller batches, then more epochs and patience.
-
-        A hundred samples in batches of 64 would make 60 steps in 30 epochs, and the model would hardly leave its start. Regularisation
-        is a prior, which weighs the more the fewer samples there are: below `small_cohort` it grows in proportion.
-        """
-        scarcity = max(1.0, params.small_cohort / samples)
-        dropout = {group: max(given, min(given * scarcity, _MOST_DROPOUT)) for group, given in params.metadata_dropout.model_dump().items()}
-        wanted = samples * params.epochs // max(1, params.min_steps)
-        batch_size = min(params.batch_size, max(wanted, _SMALLEST_BATCH)) if params.min_steps else params.batch_size
-        epochs = max(params.epochs, -(-params.min_steps // -(-samples // batch_size)))
-        return cls(batch_size, epochs, -(-params.patience * epochs // params.epochs), params.weight_decay * scarcity, dropout)
-
-
 def choose_device(params: Train) -> torch.device:
     """`auto` is CUDA where there is one. InputError for `cuda` where there is none."""
     if params.device == "cuda" and not torch.cuda.is_available():
         raise InputError("params.yaml: train.device is cuda, but torch finds no CUDA device here; set auto or cpu")
     return torch.device("cuda" if params.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def kl_warmup(step: int, steps: int, share: float) -> float:
-    """From 0 to 1 over the first `share` of the steps, linearly."""
-    return 1.0 if share == 0 else min(1.0, step / (share * steps))
-
-
-def one_cycle(step: int, steps: int) -> float:
-    """Share of the peak learning rate: a linear rise, then half a cosine down to zero (Smith & Topin 2019)."""
-    peak = max(1.0, _WARMUP_SHARE * steps)
-    if step < peak:
-        return _START_RATE + (1 - _START_RATE) * step / peak
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - peak) / max(1.0, steps - peak))))
 
 
 def drop_fields(metadata: Tensor, blocks: list[tuple[int, int]], field: float, identity: float, generator: torch.Generator) -> Tensor:

@@ -16,7 +16,8 @@ from pipeline.gem.objectives import figures_of
 from pipeline.gem.question import BY_EPOCH, Question
 from pipeline.gem.samplers import Values
 from pipeline.gem.search import note_epochs, shortened
-from pipeline.gem.training import Epoch, TrainingData, fit
+from pipeline.gem.training import Epoch, fit
+from pipeline.gem.training_data import TrainingData
 
 
 @dataclass(frozen=True)

@@ -118,3 +118,13 @@ def model_directory(cohort, params, tmp_path_factory) -> Path:
     data = TrainingData.load(cohort, torch.device("cpu"))
     write_model_directory(folder, [fit(data, changed, seed) for seed in changed.train.seeds], changed)
     return folder
+
+
+@pytest.fixture(scope="session")
+def migrated_store(tmp_path_factory) -> Path:
+    """An empty MLflow database, to be copied: making one takes seconds."""
+    import mlflow
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from closure import ROOT
+from conftest import ROOT
 
 from pipeline.gem import yamlfile
 

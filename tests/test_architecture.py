@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
-from closure import ROOT, files_read, import_closure, imported
+from closure import files_read
 
 from pipeline.gem import yamlfile
+from pipeline.gem.closure import ROOT, import_closure, imported
 from pipeline.gem.config import read_params
 from pipeline.gem.question import read_question
 
@@ -30,10 +31,14 @@ def test_no_verb_imports_a_verb(verb):
     assert not {f"pipeline.{other}" for other in VERBS} & imported(f"pipeline/{verb}.py")
 
 
+def test_mlflow_is_known_to_the_tracking_and_to_what_it_loads_itself():
+    assert [file for file in CODE if "mlflow" in packages_of(file)] == ["pipeline/gem/served.py", "pipeline/gem/tracking.py"]
+    assert not [file for file in CODE if "pipeline.gem.served" in imported(file)], "it is found by name, so that a fit does not depend on it"
+
+
 @pytest.mark.parametrize(
     ("library", "home"),
     [
-        ("mlflow", "tracking"),
         ("yaml", "yamlfile"),
         ("anndata", "sources"),
         ("rich", "tables"),

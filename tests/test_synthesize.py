@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pandas as pd
 import pytest
-from closure import ROOT
+from conftest import ROOT
 
 from pipeline import synthesize
 from pipeline.gem.config import read_params

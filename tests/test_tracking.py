@@ -1,5 +1,6 @@
 """Tracking: real MLflow on a real SQLite store."""
 
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,7 +13,8 @@ from pipeline.gem import tracking
 
 
 @pytest.fixture(autouse=True)
-def _store(tmp_path, monkeypatch):
+def _store(tmp_path, monkeypatch, migrated_store):
+    shutil.copy(migrated_store, tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     before = mlflow.get_tracking_uri()
@@ -22,9 +24,9 @@ def _store(tmp_path, monkeypatch):
 
 
 def test_the_default_store_has_mlflows_own_names(tmp_path):
-    with tracking.run("one", "train"):
+    with tracking.run("one", "train") as run:
         pass
-    assert (tmp_path / "mlflow.db").exists()
+    assert mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(run.id).info.run_name == "one"
 
 
 def test_another_store_is_named_by_the_environment(tmp_path, monkeypatch):

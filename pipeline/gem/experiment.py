@@ -10,6 +10,7 @@ from pipeline.gem import figures, tracking
 from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import GROUPS, Params
 from pipeline.gem.progress import duration
+from pipeline.gem.registration import register
 from pipeline.gem.seeds import fit_seeds
 from pipeline.gem.storage import sha256, write_json
 from pipeline.gem.training import Epoch, Fit
@@ -42,7 +43,7 @@ def reporter(run: tracking.Run, params: Params, label: str) -> Callable[[int, Ep
 
 
 def train_into(directory: Path, data: TrainingData, params: Params, cohort: Cohort, label: str, run: tracking.Run) -> None:
-    """Fits one model per seed, writes the model directory, and completes its run."""
+    """Fits one model per seed, writes the model directory, completes its run, and registers the model."""
     if data.choice_split is None:
         print(f"{label}: this cohort has no validation split: all epochs are trained, none is chosen")
     fits = fit_seeds(data, params, cohort.folder, reporter(run, params, label))
@@ -52,7 +53,8 @@ def train_into(directory: Path, data: TrainingData, params: Params, cohort: Coho
     run.artifacts([directory / "history.csv", directory / "report.json"])
     run.artifacts([directory / "figures" / "learning.png"], "figures")
     best = fits[0].best
-    print(f"{label}: best epoch {best.epoch} of {len(fits[0].history)}, model in {directory / 'model.pt'}")
+    print(f"{label}: best epoch {best.epoch} of {len(fits[0].history)}, model in {directory / 'model.pt'}", flush=True)
+    register(directory, fits[0], params, cohort, label, run.id)
 
 
 def best_metrics(finished: Fit) -> dict[str, float]:

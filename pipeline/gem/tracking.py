@@ -1,4 +1,5 @@
-"""MLflow: the only place that knows it. Runs of train, tune and evaluate in one experiment, comparable in one table.
+"""MLflow: the only place that knows it. Runs of train, tune and evaluate in one experiment, comparable in one table; models
+in its registry (what it loads of them is `served`).
 
 Local by default (mlflow.db and mlruns/ in the repository's root, MLflow's own names); any server through
 MLFLOW_TRACKING_URI. Numbers come in from outside: nothing here computes one.
@@ -11,9 +12,11 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
+import pandas as pd
 
 # Before the import: MLflow decides about telemetry when it is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -22,10 +25,14 @@ import mlflow
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import Metric, RunStatus, RunTag
+from mlflow.models import Model, ModelSignature
+from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from pipeline.gem import yamlfile
 from pipeline.gem.errors import GemError
 
+# What a store that does not answer raises: requests' errors are OSErrors.
+UNREACHABLE = (mlflow.exceptions.MlflowException, OSError)
 LOCAL_STORE = "sqlite:///mlflow.db"
 MODEL_TAG, STAGE_TAG, PREDICTOR_TAG = "model.sha256", "stage", "predictor"
 _LONGEST_PARAMETER = 6000   # MLflow cuts longer ones silently
@@ -39,9 +46,16 @@ def connect(experiment: str) -> None:
     if not uri.startswith("sqlite"):
         mlflow.set_experiment(experiment)
         return
+    with alone():
+        mlflow.set_experiment(experiment)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """No other process of this repository is inside at the same time."""
     Path(".gem").mkdir(exist_ok=True)
     with filelock.FileLock(".gem/mlflow.lock"):
-        mlflow.set_experiment(experiment)
+        yield
 
 
 class Run:
@@ -129,6 +143,79 @@ def find_model_run(model_sha256: str, predictor: str, stage: str) -> str | None:
     scored = [run for run in found if run.data.tags.get(PREDICTOR_TAG) == predictor]
     made = [run for run in found if PREDICTOR_TAG not in run.data.tags and run.data.tags.get(STAGE_TAG) == stage]
     return (scored + made)[0].info.run_id if scored or made else None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A model as MLflow keeps it: all that it needs to predict elsewhere."""
+
+    loader: str                        # module with `_load_pyfunc`
+    file: Path
+    code: Path                         # folder of the package that holds the loader
+    requirements: list[str]            # of pip, pinned
+    inputs: list[str]                  # columns, all optional, of any values: a query holds what one has
+    outputs: Mapping[str, type | None] # columns in their order; None: of any values, and not always there
+    parameters: Mapping[str, object]   # by name: the default; lists of text, or plain values
+    example: pd.DataFrame
+
+    def signature(self) -> ModelSignature:
+        columns = ((_column(name, None) for name in self.inputs), (_column(name, kind) for name, kind in self.outputs.items()))
+        return ModelSignature(*(Schema([*one]) for one in columns), ParamSchema([_parameter(name, value) for name, value in self.parameters.items()]))
+
+
+_TYPES = {bool: DataType.boolean, int: DataType.long, str: DataType.string}
+
+
+def _column(name: str, kind: type | None) -> ColSpec:
+    # Declared as text, an optional column would still refuse numbers, and cells that are all empty.
+    return ColSpec(AnyType(), name, required=False) if kind is None else ColSpec(_TYPES[kind], name)
+
+
+def _parameter(name: str, default: object) -> ParamSpec:
+    return ParamSpec(name, DataType.string, default, (-1,)) if isinstance(default, list) else ParamSpec(name, _TYPES[type(default)], default)
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model."""
+
+    number: int
+    tags: Mapping[str, str]
+
+
+def versions(name: str) -> list[Version]:
+    """All versions of a registered model, the oldest first."""
+    found = mlflow.MlflowClient().search_model_versions(f"name = '{name}'")
+    return sorted((Version(int(one.version), dict(one.tags)) for one in found), key=lambda one: one.number)
+
+
+def add_version(name: str, packed: Packed, tags: Mapping[str, str], run_id: str | None) -> Version:
+    """Logs a model to its run and registers it; its name is made where it is new."""
+    logged = Model.log(
+        None, name=name, flavor=_Untried, flavor_name="pyfunc", run_id=run_id, loader_module=packed.loader, data_path=str(packed.file),
+        code_paths=[str(packed.code)], pip_requirements=packed.requirements, signature=packed.signature(),
+        input_example=(packed.example, dict(packed.parameters)), validate_serving_input=False,
+    )  # fmt: skip
+    made = mlflow.register_model(logged.model_uri, name, await_registration_for=0, tags=dict(tags))
+    return Version(int(made.version), dict(tags))
+
+
+class _Untried:
+    """MLflow's pyfunc whose example is not tried out when it is logged: that takes long, and leaves the copied code on sys.path."""
+
+    @staticmethod
+    def save_model(validate_serving_input: bool, **how) -> None:
+        mlflow.pyfunc.save_model(**how)
+
+
+def alias(name: str, label: str) -> int | None:
+    """The version of a registered model that has an alias."""
+    found = mlflow.MlflowClient().get_registered_model(name).aliases.get(label)
+    return None if found is None else int(found)
+
+
+def set_alias(name: str, label: str, version: Version) -> None:
+    mlflow.MlflowClient().set_registered_model_alias(name, label, str(version.number))
 
 
 def data_digest(folder: str, fallback: str) -> str:

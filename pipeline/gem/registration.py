@@ -1,0 +1,159 @@
+"""Trained models in MLflow's registry: a version each, packed to predict without this repository, and one of them champion.
+
+What is to be registered is noted on disk first and struck out when it is done: what a registry that is down missed is made
+up by the next registration, once.
+"""
+
+import importlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from pipeline.gem import tracking
+from pipeline.gem.closure import ROOT, import_closure, requirements
+from pipeline.gem.cohort import Cohort
+from pipeline.gem.config import Frozen, Params
+from pipeline.gem.storage import sha256, write_json
+from pipeline.gem.tracking import MODEL_TAG, Packed, Version
+from pipeline.gem.trained import GEM
+from pipeline.gem.training import Fit
+
+NAME, CHAMPION = "gem", "champion"
+VALUE_TAG = "predictive_log_likelihood"   # nats, on the choice split
+COMPARABLE = {"data.sha256": "data", "model.observation": "observation model", "train.predictive_draws": "number of draws"}   # tag: in words
+PENDING = Path(".gem/unregistered")
+_SERVED = "pipeline.gem.served"
+_EXAMPLES = 3   # rows of the input example
+
+
+class Pending(Frozen):
+    """A model that is to be registered."""
+
+    directory: str                       # of the model
+    run_id: str
+    tags: dict[str, str]
+    example: list[dict[str, str | float | None]]
+
+
+def register(directory: Path, fit: Fit, params: Params, cohort: Cohort, label: str, run_id: str) -> None:
+    """Makes a version of the directory's model, unless there is one of the same bytes, and finds the champion.
+
+    Where the registry does not answer, the training stands: it says on standard error what is missing, and the next call makes up for it.
+    """
+    tags = {
+        MODEL_TAG: sha256(directory / "model.pt"),
+        "label": label,
+        "data.sha256": cohort.visible_sha256,
+        "model.observation": params.model.observation,
+        "train.predictive_draws": str(params.train.predictive_draws),
+        "choice_split": fit.choice_split or "none",
+    }
+    value = fit.best.validation_predictive_log_likelihood
+    if value is not None:
+        tags[VALUE_TAG] = repr(float(value))
+    pending = Pending(directory=str(directory), run_id=run_id, tags=tags, example=_example(fit.gem, cohort))
+    write_json(PENDING / f"{tags[MODEL_TAG]}.json", pending.model_dump())
+    register_pending()
+
+
+def register_pending() -> bool:
+    """Registers all that is noted, the oldest first; False where the registry does not answer."""
+    for note in sorted(PENDING.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
+        pending = Pending.model_validate_json(note.read_bytes())
+        model = Path(pending.directory) / "model.pt"
+        if not model.exists() or sha256(model) != pending.tags[MODEL_TAG]:
+            print(f"{pending.tags['label']}: {model} has changed since; what it was is not registered", file=sys.stderr)
+        else:
+            try:
+                with tracking.alone():
+                    _register(model, pending)
+            except tracking.UNREACHABLE as error:
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                print(f"warning: {model} is trained, but not registered as {NAME}: {reason}; the next training registers it,", end=" ", file=sys.stderr)
+                print("or `python -m pipeline.register`", file=sys.stderr)
+                return False
+        note.unlink()
+    return True
+
+
+def _register(model: Path, pending: Pending) -> None:
+    known, label = tracking.versions(NAME), pending.tags["label"]
+    made = next((version for version in known if version.tags.get(MODEL_TAG) == pending.tags[MODEL_TAG]), None)
+    if made is None:
+        with packed(model, pending.example) as one:
+            made = tracking.add_version(NAME, one, pending.tags, pending.run_id if tracking.exists(pending.run_id) else None)
+        known.append(made)
+    before = next((version for version in known if version.number == tracking.alias(NAME, CHAMPION)), None)
+    best = champion(known, made, before)
+    if before is None or best.number != before.number:
+        tracking.set_alias(NAME, CHAMPION, best)
+    print(f"{label}: version {made.number} of the registered model {NAME}; {said(best, before)}", flush=True)
+
+
+def champion(known: list[Version], made: Version, before: Version | None) -> Version:
+    """The best of the versions that compare with the one just `made`; `before` stays where it is as good.
+
+    Values on other data, or of another observation model, do not compare: the champion is one of those trained like the newest.
+    Where nothing was there to judge by, the newest itself.
+    """
+    rivals = [version for version in known if VALUE_TAG in version.tags and not differences(version, made)]
+    if VALUE_TAG not in made.tags:
+        return made
+    best = max(float(version.tags[VALUE_TAG]) for version in rivals)
+    equal = [version for version in rivals if float(version.tags[VALUE_TAG]) == best]
+    return next((version for version in equal if before is not None and version.number == before.number), equal[0])
+
+
+def differences(one: Version, other: Version) -> list[str]:
+    """Why values of two versions do not compare, in words."""
+    return [words for tag, words in COMPARABLE.items() if one.tags.get(tag) != other.tags.get(tag)]
+
+
+def said(best: Version, before: Version | None) -> str:
+    """What happened to the champion."""
+    value = f"{float(best.tags[VALUE_TAG]):.1f} nats on {best.tags['choice_split']}" if VALUE_TAG in best.tags else "no validation split to judge by"
+    if before is None:
+        return f"{CHAMPION} is version {best.number} ({value})"
+    if best.number == before.number:
+        return f"{CHAMPION} stays version {best.number} ({value})"
+    why = differences(best, before)
+    if why:
+        return f"{CHAMPION} is now version {best.number} ({value}); version {before.number} does not compare: another {' and '.join(why)}"
+    was = f"; version {before.number} had {float(before.tags[VALUE_TAG]):.1f}" if VALUE_TAG in before.tags else ""
+    return f"{CHAMPION} is now version {best.number} ({value}{was})"
+
+
+@contextmanager
+def packed(model: Path, example: list[dict]) -> Iterator[Packed]:
+    """The model with the code behind its prediction, and that alone; the copies last as long as the context."""
+    # By name: training need not run again when prediction changes.
+    served, gem, files = importlib.import_module(_SERVED), GEM.load(model), import_closure(_SERVED)
+    with tempfile.TemporaryDirectory() as folder:
+        for file in files:
+            copy = Path(folder) / file
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / file, copy)
+        yield Packed(
+            loader=_SERVED,
+            file=model,
+            code=Path(folder) / files[0].split("/")[0],
+            requirements=requirements(files),
+            inputs=served.inputs(gem),
+            outputs=served.outputs(gem),
+            parameters=served.parameters(),
+            example=pd.DataFrame(example, dtype=object),
+        )
+
+
+def _example(gem: GEM, cohort: Cohort) -> list[dict[str, str | float | None]]:
+    """Training samples, from the first to the last, as a query."""
+    rows = cohort.rows(["train"])
+    chosen = rows.iloc[np.unique(np.linspace(0, len(rows) - 1, _EXAMPLES).round().astype(int))][gem.metadata.names]
+    plain = chosen.astype(object).where(chosen.notna(), None)
+    return [{name: value if value is None or isinstance(value, str) else float(value) for name, value in row.items()} for row in plain.to_dict("records")]

@@ -149,6 +149,18 @@ def test_every_run_carries_the_data_and_the_code(repository, runs):
         assert run.data.tags["git.dirty"] == "false"
 
 
+def test_every_trained_model_is_registered_and_the_champion_is_the_best_of_them(repository, client):
+    versions = {one.tags["model.sha256"]: one for one in client.search_model_versions("name = 'gem'")}
+    values = {}
+    for directory in ("default", "latent_kl"):
+        folder = repository.folder / "experiments" / directory
+        version = versions[sha256(folder / "model.pt")]   # one for both where the search's baseline wins
+        values[version.version] = json.loads((folder / "report.json").read_text())["validation"]["predictive_log_likelihood"]
+        assert float(version.tags["predictive_log_likelihood"]) == values[version.version]
+    assert len(versions) == len(values)
+    assert values[client.get_model_version_by_alias("gem", "champion").version] == max(values.values())
+
+
 def test_figures_are_in_the_runs(client, runs):
     def names(run: str, folder: str) -> set[str]:
         return {item.path for item in client.list_artifacts(by_name(runs, run).info.run_id, folder)}

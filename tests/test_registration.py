@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,6 +31,12 @@ from pipeline.gem.tracking import MODEL_TAG, Version
 from pipeline.gem.training import TrainingData, fit
 
 SAMPLED = {"mode": "sample", "samples": 2, "total_count": 5000, "seed": 7}
+LOADING = f"""
+import mlflow, pandas, sys
+said = mlflow.pyfunc.load_model("models:/{NAME}@{CHAMPION}").predict(pandas.read_parquet("query.parquet"), params={SAMPLED})
+said.to_parquet("said.parquet")
+print(sys.modules["pipeline"].__file__)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +66,8 @@ def registered(fit, params, cohort, name: str = "default") -> Path:
     return directory
 
 
-def version_of(number: int, value: float | None, data: str = "a", observation: str = "normal", draws: int = 16) -> Version:
-    tags = {"data.sha256": data, "model.observation": observation, "train.predictive_draws": str(draws), "choice_split": "validation_random"}
+def version_of(number: int, value: float | None, data: str = "a", observation: str = "normal", draws: int = 16, model: int = 0) -> Version:
+    tags = {MODEL_TAG: f"model {model or number}", "data.sha256": data, "model.observation": observation, "train.predictive_draws": str(draws), "choice_split": "validation_random"}
     return Version(number, tags | ({} if value is None else {VALUE_TAG: repr(value)}))
 
 
@@ -75,6 +82,8 @@ OLD = [version_of(1, -9.0), version_of(2, -8.0), version_of(3, -8.0)]
         (version_of(4, -8.0), 2, 2),                              # a tie stays
         (version_of(4, -8.0), 3, 3),
         (version_of(4, -9.5), None, 2),                           # no champion yet: the best, of equals the oldest
+        (version_of(4, -8.0, model=2), 2, 4),                     # the champion itself, with newer code
+        (version_of(4, -8.0, model=3), 2, 2),
         (version_of(4, -99.0, data="b"), 2, 4),                   # values on other data do not compare
         (version_of(4, -99.0, observation="multinomial"), 2, 4),
         (version_of(4, -99.0, draws=4), 2, 4),
@@ -95,6 +104,7 @@ def test_what_happened_to_the_champion_is_said():
     assert "stays version 2 (-8.0 nats" in said(OLD[1], OLD[1])
     assert "now version 2 (-8.0 nats on validation_random; version 1 had -9.0)" in said(OLD[1], OLD[0])
     assert "version 2 does not compare: another data and observation model" in said(version_of(4, 1.0, "b", "multinomial"), OLD[1])
+    assert "the model of version 2 with newer code" in said(version_of(4, -8.0, model=2), OLD[1])
     assert "no validation split" in said(version_of(1, None), None)
 
 
@@ -114,6 +124,15 @@ def test_each_model_is_a_version_the_same_bytes_are_not_another_and_a_worse_one_
     assert mlflow.get_run(found.run_id).info.run_name == "default"
 
 
+def test_the_same_model_with_newer_code_is_a_version_that_takes_its_place(local, fits, params, cohort, monkeypatch):
+    registered(fits[1], params, cohort)
+    monkeypatch.setattr(registration, "requirements", lambda files: ["numpy==0.1"])
+    registered(fits[1], params, cohort)
+    versions = tracking.versions(NAME)
+    assert len({one.tags[MODEL_TAG] for one in versions}) == 1 and len({one.tags["code.sha256"] for one in versions}) == 2
+    assert tracking.alias(NAME, CHAMPION) == 2
+
+
 def test_a_version_holds_the_code_that_prediction_imports_and_pins_its_packages(local, fits, params, cohort):
     registered(fits[1], params, cohort)
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/{NAME}@{CHAMPION}"))
@@ -124,7 +143,7 @@ def test_a_version_holds_the_code_that_prediction_imports_and_pins_its_packages(
     assert {"torch", "numpy", "pandas", "pyarrow", "pydantic", "scipy", "PyYAML", "mlflow"} <= set(pinned)
     assert pinned == {name: version(name).split("+")[0] for name in pinned}
     outside = {name.split(".")[0] for file in code for name in imported(file)} - sys.stdlib_module_names - {"pipeline", "yaml"}
-    assert outside - set(pinned) == {"anndata"}, "only what no request can reach may stay behind: .h5ad files"
+    assert outside - set(pinned) == {"anndata", "h5py"}, "only what no request can reach may stay behind: .h5ad files"
     assert (folder / "data" / "model.pt").read_bytes() == Path("experiments/default/model.pt").read_bytes()
 
 
@@ -210,9 +229,18 @@ def listening(folder: Path, store: str, health: str, *command: str) -> Iterator[
         process.wait(timeout=30)
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """A model in use where this repository is not."""
+
+    address: str                # of `mlflow models serve`
+    loading: subprocess.Popen   # Python that predicts query.parquet as said.parquet in `folder`, and prints where its code is
+    folder: Path
+
+
 @pytest.fixture(scope="module")
-def served(fits, params, cohort, migrated_store, tmp_path_factory) -> Iterator[str]:
-    """The address of `mlflow models serve`, of a model that was registered on a tracking server."""
+def served(fits, params, cohort, migrated_store, tmp_path_factory) -> Iterator[Elsewhere]:
+    """Of a model that was registered on a tracking server; server and Python start side by side."""
     folder, before = tmp_path_factory.mktemp("served"), mlflow.get_tracking_uri()
     database = shutil.copy(migrated_store, folder / "server.db")
     where = ("--backend-store-uri", f"sqlite:///{database}", "--artifacts-destination", str(folder / "artifacts"))
@@ -222,9 +250,13 @@ def served(fits, params, cohort, migrated_store, tmp_path_factory) -> Iterator[s
         tracking.connect("gem")
         registered(fits[2], params, cohort)
         mlflow.set_tracking_uri(before)
+        (folder / "python").mkdir()
+        query_of(cohort).to_parquet(folder / "python" / "query.parquet")
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        loading = subprocess.Popen([sys.executable, "-c", LOADING], cwd=folder / "python", env=elsewhere(store), text=True, **pipes)
         model = ("--model-uri", f"models:/{NAME}@{CHAMPION}", "--env-manager", "local")
         with listening(folder / "empty", store, "/ping", "models", "serve", *model) as address:
-            yield address
+            yield Elsewhere(address, loading, folder / "python")
 
 
 def post(address: str, body: dict) -> tuple[int, dict]:
@@ -238,19 +270,18 @@ def post(address: str, body: dict) -> tuple[int, dict]:
 
 def query_of(cohort) -> pd.DataFrame:
     """Some of the columns, with gaps, numbers and units."""
-    rows = cohort.rows(["test_random"]).head(6)
     names = ["study", "tissue", "age_years", "perturbation", "perturbation_dose", "perturbation_time"]
-    return rows[names].astype(object).where(rows[names].notna(), None).reset_index(drop=True)
+    return cohort.rows(["test_random"])[names].head(6).reset_index(drop=True)
 
 
 def split(query: pd.DataFrame) -> dict:
-    return {"dataframe_split": query.to_dict("split")}
+    return {"dataframe_split": query.astype(object).where(query.notna(), None).to_dict("split")}
 
 
-@pytest.mark.parametrize("how", [{}, SAMPLED, SAMPLED | {"deterministic_latents": True}])
+@pytest.mark.parametrize("how", [{}, {"interval": True, "latents": True}, SAMPLED, SAMPLED | {"deterministic_latents": True}])
 def test_a_server_answers_the_numbers_of_the_model_in_python(served, fits, cohort, how):
     query, gem = query_of(cohort), fits[2].gem
-    status, said = post(served, split(query) | {"params": how})
+    status, said = post(served.address, split(query) | {"params": how})
     assert status == 200, said
     expected = gem.predict(query, **how)
     found = pd.DataFrame(said["predictions"])
@@ -265,7 +296,7 @@ def test_a_server_starts_from_reference_counts(served, fits, cohort):
     counts = cohort.counts(["test_control"])[: len(query)]
     reference = pd.DataFrame(counts, columns=gem.genes, index=[str(row) for row in range(len(query))])
     conditioning = ["biological"]
-    status, said = post(served, split(query.assign(reference_counts=counts.tolist())) | {"params": {"conditioning": conditioning}})
+    status, said = post(served.address, split(query.assign(reference_counts=counts.tolist())) | {"params": {"conditioning": conditioning}})
     assert status == 200, said
     expected = gem.predict(query.assign(reference_id=reference.index), reference=reference, conditioning=tuple(conditioning))
     np.testing.assert_array_equal(pd.DataFrame(said["predictions"])[gem.genes], expected[gem.genes])
@@ -281,27 +312,15 @@ def test_a_server_starts_from_reference_counts(served, fits, cohort):
     ],
 )
 def test_a_server_says_what_is_wrong_with_a_query_and_shows_no_traceback(served, cohort, change, how, told):
-    status, said = post(served, split(query_of(cohort).head(1).assign(**change)) | {"params": how})
+    status, said = post(served.address, split(query_of(cohort).head(1).assign(**change)) | {"params": how})
     assert status == 400
     assert told in said["message"]
     assert "stack_trace" not in said
 
 
-def test_a_model_loaded_by_its_alias_predicts_the_same_where_this_repository_is_not(local, fits, params, cohort):
-    registered(fits[2], params, cohort)
-    query = query_of(cohort).assign(age_years=lambda table: table["age_years"].astype(float))
-    (local / "empty").mkdir()
-    query.to_parquet(local / "empty" / "query.parquet")
-    code = f"""
-import mlflow, pandas, sys
-said = mlflow.pyfunc.load_model("models:/{NAME}@{CHAMPION}").predict(pandas.read_parquet("query.parquet"), params={SAMPLED})
-said.to_parquet("said.parquet")
-print(sys.modules["pipeline"].__file__)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=local / "empty", env=elsewhere(f"sqlite:///{local}/mlflow.db"), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.splitlines()[-1]).is_relative_to(local / "mlruns")
-    assert str(ROOT) not in done.stdout
-    pd.testing.assert_frame_equal(pd.read_parquet(local / "empty" / "said.parquet"), fits[2].gem.predict(query, **SAMPLED))
+def test_a_model_loaded_by_its_alias_predicts_the_same_where_this_repository_is_not(served, fits):
+    printed, complaints = served.loading.communicate(timeout=120)
+    assert served.loading.returncode == 0, complaints
+    assert "code/pipeline" in printed and str(ROOT) not in printed
+    query = pd.read_parquet(served.folder / "query.parquet")
+    pd.testing.assert_frame_equal(pd.read_parquet(served.folder / "said.parquet"), fits[2].gem.predict(query, **SAMPLED))

@@ -19,12 +19,13 @@ from pipeline.gem import tracking
 from pipeline.gem.closure import ROOT, import_closure, requirements
 from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import Frozen, Params
-from pipeline.gem.storage import sha256, write_json
+from pipeline.gem.storage import sha256, sha256_of, write_json
 from pipeline.gem.tracking import MODEL_TAG, Packed, Version
 from pipeline.gem.trained import GEM
 from pipeline.gem.training import Fit
 
 NAME, CHAMPION = "gem", "champion"
+CODE_TAG = "code.sha256"                  # of what predicts, and of the packages that it needs
 VALUE_TAG = "predictive_log_likelihood"   # nats, on the choice split
 COMPARABLE = {"data.sha256": "data", "model.observation": "observation model", "train.predictive_draws": "number of draws"}   # tag: in words
 PENDING = Path(".gem/unregistered")
@@ -42,7 +43,7 @@ class Pending(Frozen):
 
 
 def register(directory: Path, fit: Fit, params: Params, cohort: Cohort, label: str, run_id: str) -> None:
-    """Makes a version of the directory's model, unless there is one of the same bytes, and finds the champion.
+    """Makes a version of the directory's model, unless there is one of the same bytes and code, and finds the champion.
 
     Where the registry does not answer, the training stands: it says on standard error what is missing, and the next call makes up for it.
     """
@@ -83,11 +84,12 @@ def register_pending() -> bool:
 
 
 def _register(model: Path, pending: Pending) -> None:
-    known, label = tracking.versions(NAME), pending.tags["label"]
-    made = next((version for version in known if version.tags.get(MODEL_TAG) == pending.tags[MODEL_TAG]), None)
+    known, label, files = tracking.versions(NAME), pending.tags["label"], import_closure(_SERVED)
+    tags = pending.tags | {CODE_TAG: sha256_of(requirements(files), {file: sha256(ROOT / file) for file in files})}
+    made = next((version for version in known if all(version.tags.get(tag) == tags[tag] for tag in (MODEL_TAG, CODE_TAG))), None)
     if made is None:
-        with packed(model, pending.example) as one:
-            made = tracking.add_version(NAME, one, pending.tags, pending.run_id if tracking.exists(pending.run_id) else None)
+        with packed(model, files, pending.example) as one:
+            made = tracking.add_version(NAME, one, tags, pending.run_id if tracking.exists(pending.run_id) else None)
         known.append(made)
     before = next((version for version in known if version.number == tracking.alias(NAME, CHAMPION)), None)
     best = champion(known, made, before)
@@ -100,14 +102,15 @@ def champion(known: list[Version], made: Version, before: Version | None) -> Ver
     """The best of the versions that compare with the one just `made`; `before` stays where it is as good.
 
     Values on other data, or of another observation model, do not compare: the champion is one of those trained like the newest.
-    Where nothing was there to judge by, the newest itself.
+    Where nothing was there to judge by, the newest itself. Of a model that was registered with several states of the code, the
+    newest speaks.
     """
-    rivals = [version for version in known if VALUE_TAG in version.tags and not differences(version, made)]
     if VALUE_TAG not in made.tags:
         return made
-    best = max(float(version.tags[VALUE_TAG]) for version in rivals)
-    equal = [version for version in rivals if float(version.tags[VALUE_TAG]) == best]
-    return next((version for version in equal if before is not None and version.number == before.number), equal[0])
+    rivals = {version.tags[MODEL_TAG]: version for version in known if VALUE_TAG in version.tags and not differences(version, made)}
+    best = max(float(version.tags[VALUE_TAG]) for version in rivals.values())
+    equal = {model: version for model, version in rivals.items() if float(version.tags[VALUE_TAG]) == best}
+    return equal.get(before.tags.get(MODEL_TAG) if before else None, next(iter(equal.values())))
 
 
 def differences(one: Version, other: Version) -> list[str]:
@@ -125,15 +128,17 @@ def said(best: Version, before: Version | None) -> str:
     why = differences(best, before)
     if why:
         return f"{CHAMPION} is now version {best.number} ({value}); version {before.number} does not compare: another {' and '.join(why)}"
+    if best.tags[MODEL_TAG] == before.tags[MODEL_TAG]:
+        return f"{CHAMPION} is now version {best.number} ({value}): the model of version {before.number} with newer code"
     was = f"; version {before.number} had {float(before.tags[VALUE_TAG]):.1f}" if VALUE_TAG in before.tags else ""
     return f"{CHAMPION} is now version {best.number} ({value}{was})"
 
 
 @contextmanager
-def packed(model: Path, example: list[dict]) -> Iterator[Packed]:
-    """The model with the code behind its prediction, and that alone; the copies last as long as the context."""
+def packed(model: Path, files: list[str], example: list[dict]) -> Iterator[Packed]:
+    """The model with the files behind its prediction, and these alone; the copies last as long as the context."""
     # By name: training need not run again when prediction changes.
-    served, gem, files = importlib.import_module(_SERVED), GEM.load(model), import_closure(_SERVED)
+    served, gem = importlib.import_module(_SERVED), GEM.load(model)
     with tempfile.TemporaryDirectory() as folder:
         for file in files:
             copy = Path(folder) / file

@@ -103,7 +103,7 @@ def test_training_on_earlier_data_again_brings_back_the_best_of_these():
 def test_what_happened_to_the_champion_is_said():
     assert "stays version 2 (-8.0 nats" in said(OLD[1], OLD[1])
     assert "now version 2 (-8.0 nats on validation_random; version 1 had -9.0)" in said(OLD[1], OLD[0])
-    assert "version 2 does not compare: another data and observation model" in said(version_of(4, 1.0, "b", "multinomial"), OLD[1])
+    assert "version 2 does not compare: other data, another observation model" in said(version_of(4, 1.0, "b", "multinomial"), OLD[1])
     assert "the model of version 2 with newer code" in said(version_of(4, -8.0, model=2), OLD[1])
     assert "no validation split" in said(version_of(1, None), None)
 

@@ -27,7 +27,7 @@ from pipeline.gem.training import Fit
 NAME, CHAMPION = "gem", "champion"
 CODE_TAG = "code.sha256"                  # of what predicts, and of the packages that it needs
 VALUE_TAG = "predictive_log_likelihood"   # nats, on the choice split
-COMPARABLE = {"data.sha256": "data", "model.observation": "observation model", "train.predictive_draws": "number of draws"}   # tag: in words
+COMPARABLE = {"data.sha256": "other data", "model.observation": "another observation model", "train.predictive_draws": "another number of draws"}
 PENDING = Path(".gem/unregistered")
 _SERVED = "pipeline.gem.served"
 _EXAMPLES = 3   # rows of the input example
@@ -127,7 +127,7 @@ def said(best: Version, before: Version | None) -> str:
         return f"{CHAMPION} stays version {best.number} ({value})"
     why = differences(best, before)
     if why:
-        return f"{CHAMPION} is now version {best.number} ({value}); version {before.number} does not compare: another {' and '.join(why)}"
+        return f"{CHAMPION} is now version {best.number} ({value}); version {before.number} does not compare: {', '.join(why)}"
     if best.tags[MODEL_TAG] == before.tags[MODEL_TAG]:
         return f"{CHAMPION} is now version {best.number} ({value}): the model of version {before.number} with newer code"
     was = f"; version {before.number} had {float(before.tags[VALUE_TAG]):.1f}" if VALUE_TAG in before.tags else ""

@@ -28,7 +28,8 @@ from pipeline.gem.experiment import write_model_directory
 from pipeline.gem.registration import CHAMPION, NAME, PENDING, VALUE_TAG, champion, register, register_pending, said
 from pipeline.gem.storage import sha256
 from pipeline.gem.tracking import MODEL_TAG, Version
-from pipeline.gem.training import TrainingData, fit
+from pipeline.gem.training import fit
+from pipeline.gem.training_data import TrainingData
 
 SAMPLED = {"mode": "sample", "samples": 2, "total_count": 5000, "seed": 7}
 LOADING = f"""

@@ -1,15 +1,19 @@
 """A temporary clone of this repository with tiny parameters: real git, real DVC, real MLflow, real Optuna."""
 
+import importlib
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 from conftest import ROOT
 
 from pipeline.gem import yamlfile
+from pipeline.gem.errors import exit_with
 
 PARTS = ("pipeline", "experiments", "data/tables", "params.yaml", "dvc.yaml", ".dvcignore", ".gitignore", "requirements.lock")
 TINY_STUDY = (   # whatever the committed study asks: smaller sizes, fewer epochs
@@ -70,10 +74,9 @@ class Repository:
     def dvc(self, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
         return self.run(sys.executable, "-m", "dvc", *arguments, expect=expect)
 
-    def start(self, module: str, *arguments: str, **environment: str) -> subprocess.Popen:
+    def start(self, module: str, *arguments: str, **environment: str) -> "Stage":
         """A stage in the background; its output goes to `module`.log here, after what is there."""
-        with open(self.folder / f"{module}.log", "a") as log:
-            return subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=self.folder, env=self.environment(None) | environment, stdout=log, stderr=log)
+        return Stage(self.folder, module, arguments, self.environment(None) | environment)
 
     def git(self, *arguments: str) -> str:
         identity = ("-c", "user.name=Test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false")
@@ -82,3 +85,42 @@ class Repository:
     def commit(self, message: str) -> None:
         self.git("add", "--all")
         self.git("commit", "--quiet", "--message", message)
+
+
+class Stage:
+    """A stage in a process forked from this one, which has imported everything: a third of the time of a new interpreter."""
+
+    def __init__(self, folder: Path, module: str, arguments: tuple[str, ...], environment: dict[str, str]):
+        main = importlib.import_module(module).main
+        self._process = multiprocessing.get_context("fork").Process(target=_run, args=(main, folder, module, arguments, environment))
+        self._process.start()
+        self.pid = self._process.pid
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code; negative for a signal."""
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, f"still running after {timeout} s"
+        return self._process.exitcode
+
+
+def _run(main, folder: Path, module: str, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+    warnings.resetwarnings()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    log = os.open(f"{module}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))   # noqa: SIM115 - until the process ends
+    sys.argv = [module, *arguments]
+    try:
+        exit_with(main)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()

@@ -68,7 +68,7 @@ def test_one_seed_claims_nothing():
 
 
 def test_a_baseline_that_wins_or_failed_is_said():
-    assert compare(table(t0=[2.0, 2.0], t4=[1.0, 1.0]), METRIC, 0, {}).verdict.endswith("the baseline, and nothing tried was better")
+    assert compare(table(t0=[2.0, 2.0], t4=[1.0, 1.0]), METRIC, 0, {}).verdict.endswith("the baseline, and no other candidate was better")
     assert compare(table(t0=[None, 2.0], t4=[1.0, 1.0]), METRIC, 4, {}).verdict.endswith("the baseline failed: nothing to compare with")
 
 

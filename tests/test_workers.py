@@ -17,7 +17,7 @@ import optuna
 import pandas as pd
 import pytest
 from conftest import ROOT, TINY
-from repository import Repository
+from repository import Repository, Stage
 
 STUDY = """
 question: What does a killed worker cost?
@@ -59,7 +59,7 @@ def tune(repository):
     """Starts the search; whatever is left of it ends with the test."""
     started = []
 
-    def start(*arguments: str, **environment: str) -> subprocess.Popen:
+    def start(*arguments: str, **environment: str) -> Stage:
         started.append(repository.start("pipeline.tune", "--study", "killed", *arguments, **environment))
         return started[-1]
 

@@ -41,7 +41,7 @@ class Decision:
         spread = "" if self.deviation is None else f" ± {self.deviation:.4g}"
         said = f"trial {self.trial}: {self.metric} {self.mean:.6g}{spread} over {self.seeds} fresh seed{'s' if self.seeds > 1 else ''}"
         if self.trial == 0:
-            return f"{said}; the baseline, and nothing tried was better"
+            return f"{said}; the baseline, and no other candidate was better"
         if self.difference is None:
             return f"{said}; the baseline failed: nothing to compare with"
         said += f"; {self.difference:+.4g} from the baseline"

@@ -160,7 +160,8 @@ class Search:
             found = {}
             if enough:
                 with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="PedAnovaImportanceEvaluator computes", category=UserWarning)   # it warns of what `sign` is for
+                    # It warns of what `sign` is for, and that few trials tell little.
+                    warnings.filterwarnings("ignore", category=UserWarning)
                     found = optuna.importance.get_param_importances(self.claims.study, evaluator=evaluator, target=target)
             table[name] = table["parameter"].map(found).astype(float)
         return table.sort_values(["ped_anova", "parameter"], ascending=[False, True], na_position="last").reset_index(drop=True)

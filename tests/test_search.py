@@ -351,10 +351,13 @@ def test_a_worker_of_another_machine_is_given_up_by_its_heartbeat(params, tmp_pa
 
 
 def test_a_point_that_kills_every_worker_is_given_up(params):
-    for _ in range(5):
+    for _ in range(4):
         if (child := os.fork()) == 0:
-            run(search(params), 1, lambda asked: os.kill(os.getpid(), signal.SIGKILL))
-        os.waitpid(child, 0)
+            try:
+                run(search(params), 1, lambda asked: os.kill(os.getpid(), signal.SIGKILL))
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     found = run(search(params), 1)
     assert found.counts() == {"complete": 0, "pruned": 0, "failed": 1}
     assert found.claims.reasons() == ["its worker died 4 times"]

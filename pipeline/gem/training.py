@@ -19,7 +19,6 @@ from pipeline.gem.trained import GEM, Query, predictive_log_likelihood
 from pipeline.gem.training_data import Encoded, TrainingData
 
 _VARIANCE_RATE = 10.0     # learning rate of the log variances, relative to the weights
-_HIDDEN_TECHNICAL = 0.15  # chance of a technical field to be hidden where the study is
 _VALIDATION_SEED = 0      # of the prior draws: the same in every epoch and every fit
 
 
@@ -212,10 +211,7 @@ class _Loop:
             )
 
     def _new_study(self, technical: Tensor) -> Tensor:
-        """The technical rows of that term: the study hidden, and now and then more, so that a query which says little gets an average technique."""
-        if not len(self.without_study):
-            return technical[:0]
-        return drop_fields(technical * self.without_study, self.blocks["technical"], _HIDDEN_TECHNICAL, 0.0, self.generator)
+        return technical * self.without_study if len(self.without_study) else technical[:0]
 
     def _virtual_studies(self, samples: int) -> Tensor:
         """(R, G) log-CPM: for a share of the samples an effect as a new study would have, of random size; zero for the others."""

@@ -76,7 +76,9 @@ class Repository:
 
     def start(self, module: str, *arguments: str, **environment: str) -> "Stage":
         """A stage in the background; its output goes to `module`.log here, after what is there."""
-        return Stage(self.folder, module, arguments, self.environment(None) | environment)
+        # Absolute: a forked process has the stores that this one opened, and `sqlite:///mlflow.db` is another in every folder.
+        store = f"sqlite:///{self.folder}/mlflow.db"
+        return Stage(self.folder, module, arguments, self.environment(store) | environment)
 
     def git(self, *arguments: str) -> str:
         identity = ("-c", "user.name=Test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false")

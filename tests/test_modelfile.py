@@ -25,7 +25,7 @@ def content(model_directory) -> dict:
     return torch.load(model_directory / "model.pt", weights_only=True)
 
 
-def refused(folder: Path, content: object, message: str) -> None:
+def assert_refused(folder: Path, content: object, message: str) -> None:
     torch.save(content, folder / "model.pt")
     with pytest.raises(IntegrityError, match=message):
         GEM.load(folder)
@@ -60,18 +60,18 @@ HOSTILE = {
 def test_hostile_weights_are_refused(content, tmp_path, kind):
     change, message = HOSTILE[kind]
     name = "linear_decoder.weight"
-    refused(tmp_path, content | {"weights": content["weights"] | {name: change(content["weights"][name])}}, message)
+    assert_refused(tmp_path, content | {"weights": content["weights"] | {name: change(content["weights"][name])}}, message)
 
 
 def test_missing_and_surplus_weights_are_named(content, tmp_path):
     weights = dict(content["weights"])
     weights["stranger"] = weights.pop("linear_decoder.weight")
-    refused(tmp_path, content | {"weights": weights}, r"1 missing \(linear_decoder.weight\); 1 unknown \(stranger\)")
+    assert_refused(tmp_path, content | {"weights": weights}, r"1 missing \(linear_decoder.weight\); 1 unknown \(stranger\)")
 
 
 @pytest.mark.parametrize("change", [{"hidden": 10**12}, {"interactions": 10**12}, {"latent": {"technical": 4096, "biological": 4096, "perturbation": 4096}}])
 def test_a_network_that_no_machine_could_hold_is_refused_without_being_made(content, tmp_path, change):
-    refused(tmp_path, content | {"model": content["model"] | change}, "do not fit")
+    assert_refused(tmp_path, content | {"model": content["model"] | change}, "do not fit")
 
 
 @pytest.mark.parametrize(
@@ -94,18 +94,18 @@ def test_a_network_that_no_machine_could_hold_is_refused_without_being_made(cont
     ],
 )
 def test_content_of_another_kind_is_refused_by_its_key(content, tmp_path, key, value, message):
-    refused(tmp_path, content | {key: value}, message)
+    assert_refused(tmp_path, content | {key: value}, message)
 
 
 def test_features_that_are_not_finite_are_refused(content, tmp_path):
     field = next(field for field in content["metadata"]["perturbation"] if field["features"])
     field["features"]["values"][0, 0] = torch.inf
-    refused(tmp_path, content, "perturbation: features holds a number that is not finite")
+    assert_refused(tmp_path, content, "perturbation: features holds a number that is not finite")
 
 
 def test_a_list_that_is_named_many_times_is_refused_before_it_grows(content, tmp_path):
     names = [f"{number}" for number in range(10_000)]
-    refused(tmp_path, content | {"seen": {"columns": [], "several": [], "control": None, "combinations": [names] * 10_000}}, "more values than bytes")
+    assert_refused(tmp_path, content | {"seen": {"columns": [], "several": [], "control": None, "combinations": [names] * 10_000}}, "more values than bytes")
 
 
 def test_a_compressed_archive_is_refused_before_it_is_unpacked(model_directory, tmp_path):
@@ -118,7 +118,7 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(model_directory, 
 
 @pytest.mark.parametrize("content", [None, 3, [], {}, {"format_version": None}, {"format_version": 3}, {"format_version": True}])
 def test_any_other_content_is_refused(tmp_path, content):
-    refused(tmp_path, content, "model.pt: ")
+    assert_refused(tmp_path, content, "model.pt: ")
 
 
 def test_a_pickle_that_is_no_archive_is_refused(tmp_path):

@@ -152,7 +152,8 @@ def test_the_lock_of_a_server_is_free_when_its_holder_dies(postgres, monkeypatch
     if child == 0:
         with StudyStorage().lock():
             os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(child, 0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL   # it died with the lock in its hands, and the next line does not wait
     storage = StudyStorage()
     with storage.lock():
         pass

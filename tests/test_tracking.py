@@ -117,6 +117,22 @@ def test_the_code_is_tagged_with_commit_and_dirt(tmp_path):
     assert len(dirty["git.diff_sha256"]) == 64
 
 
+def test_machines_that_make_the_experiment_in_the_same_moment_share_it(monkeypatch):
+    """MLflow looks the name up, finds nothing, and fails to make what another machine has made meanwhile."""
+    theirs = mlflow.MlflowClient().create_experiment("shared")
+    looked_up = mlflow.tracking._tracking_service.client.TrackingServiceClient.get_experiment_by_name
+    answers = iter([lambda *_: None, looked_up])
+
+    def too_early(client, name):
+        return next(answers)(client, name)
+
+    monkeypatch.setattr(mlflow.tracking._tracking_service.client.TrackingServiceClient, "get_experiment_by_name", too_early)
+    tracking.connect("shared")
+    with tracking.run("one", "train") as run:
+        pass
+    assert mlflow.get_run(run.id).info.experiment_id == theirs
+
+
 def test_two_processes_may_open_a_fresh_store_at_once(tmp_path):
     fresh = tmp_path / "fresh"
     fresh.mkdir()

@@ -11,7 +11,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,11 +43,10 @@ def connect(experiment: str) -> None:
     """Points MLflow at its store and experiment. The first process makes the local database, the others wait."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", LOCAL_STORE)
     mlflow.set_tracking_uri(uri)
-    if not uri.startswith("sqlite"):
-        mlflow.set_experiment(experiment)
-        return
-    with alone():
-        mlflow.set_experiment(experiment)
+    with alone() if uri.startswith("sqlite") else nullcontext():
+        found = mlflow.set_experiment(experiment)
+        # Where another machine makes the experiment in the same moment, MLflow returns it but leaves "Default" active.
+        mlflow.set_experiment(experiment_id=found.experiment_id)
 
 
 @contextmanager

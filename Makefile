@@ -5,6 +5,7 @@ PIP_ARGS ?=
 STUDY ?= latent_kl
 TRIALS ?=
 WORKERS ?= 1
+TESTERS ?= 2
 PORT ?= 5000
 DASHBOARD_PORT ?= 8080
 UI = http://127.0.0.1:$(PORT)/\#/experiments/1/runs
@@ -26,7 +27,7 @@ all: repro results  ## set up, run every stage that is out of date, show the res
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
-	@echo "variables: STUDY=$(STUDY) TRIALS=$(TRIALS) WORKERS=$(WORKERS) PORT=$(PORT) TORCH=$(TORCH) PIP_ARGS=$(PIP_ARGS)"
+	@echo "variables: STUDY=$(STUDY) TRIALS=$(TRIALS) WORKERS=$(WORKERS) TESTERS=$(TESTERS) PORT=$(PORT) TORCH=$(TORCH) PIP_ARGS=$(PIP_ARGS)"
 
 environment: .venv/installed  ## create .venv: torch on its own line, everything else pinned with hashes
 
@@ -56,8 +57,8 @@ results: check  ## the table of the last evaluation
 	@echo
 	@echo "Compare the runs in the browser:  make ui   (then open http://127.0.0.1:$(PORT))"
 
-test: environment .venv-cell-eval/installed  ## the whole test suite
-	python -m pytest
+test: environment .venv-cell-eval/installed  ## the whole test suite, in TESTERS processes; one file: python -m pytest tests/test_x.py
+	python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
 lint: environment  ## style of the code
 	ruff check .

@@ -1,7 +1,10 @@
-"""A tiny cohort for all tests, made once by the real stages' code."""
+"""A tiny cohort for all tests, made once by the real stages' code; and how the test processes share the work."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -46,6 +49,32 @@ TINY = {
 }
 
 
+# Files that take longest, longest first: a file is tested by one process, and a long one that starts last keeps the others waiting.
+LONGEST = tuple(f"test_{name}.py" for name in ("pipeline", "workers", "real_data", "registration", "sealed", "postgres", "oracle", "properties"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A folder for all test processes: the first that asks makes it, the others wait; read only."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own   # pytest-xdist gives each process a folder in a common one
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, made = shared / name, shared / f"{name}.made"
+        with filelock.FileLock(f"{folder}.lock"):
+            if not made.exists():
+                folder.mkdir(exist_ok=True)
+                make(folder)
+                made.touch()
+        return folder
+
+    return folder_of
+
+
 def at_source(folder: Path) -> dict[str, object]:
     """The parameters that point at a synthetic source folder."""
     return {
@@ -79,22 +108,18 @@ def dosed(params) -> Data:
 
 
 @pytest.fixture(scope="session")
-def source_folder(params, tmp_path_factory) -> Path:
+def source_folder(params, made_once) -> Path:
     """A synthetic source folder, written by the real stage's code."""
     from pipeline.synthesize import write_source
 
-    folder = tmp_path_factory.mktemp("source") / "synthetic"
-    write_source(params.synthesize, folder)
-    return folder
+    return made_once("source", lambda folder: write_source(params.synthesize, folder / "synthetic")) / "synthetic"
 
 
 @pytest.fixture(scope="session")
-def cohort(params, source_folder, tmp_path_factory) -> Cohort:
+def cohort(params, source_folder, made_once) -> Cohort:
     """The prepared tiny cohort; read only."""
     data = params.override(at_source(source_folder)).data
-    folder = tmp_path_factory.mktemp("cohort") / "cohort"
-    write_cohort(open_source(data), data, params.splits, folder)
-    return Cohort(folder)
+    return Cohort(made_once("prepared", lambda folder: write_cohort(open_source(data), data, params.splits, folder / "cohort")) / "cohort")
 
 
 @pytest.fixture
@@ -108,23 +133,22 @@ def generator() -> torch.Generator:
 
 
 @pytest.fixture(scope="session")
-def model_directory(cohort, params, tmp_path_factory) -> Path:
+def model_directory(cohort, params, made_once) -> Path:
     """A model directory with two training seeds, for whoever only reads it."""
     from pipeline.gem.experiment import write_model_directory
     from pipeline.gem.training import fit
     from pipeline.gem.training_data import TrainingData
 
-    changed, folder = params.override({"train.seeds": [1, 2], "train.epochs": 8}), tmp_path_factory.mktemp("experiments") / "default"
-    data = TrainingData.load(cohort, torch.device("cpu"))
-    write_model_directory(folder, [fit(data, changed, seed) for seed in changed.train.seeds], changed)
-    return folder
+    def make(folder: Path) -> None:
+        changed, data = params.override({"train.seeds": [1, 2], "train.epochs": 8}), TrainingData.load(cohort, torch.device("cpu"))
+        write_model_directory(folder / "default", [fit(data, changed, seed) for seed in changed.train.seeds], changed)
+
+    return made_once("experiments", make) / "default"
 
 
 @pytest.fixture(scope="session")
-def migrated_store(tmp_path_factory) -> Path:
+def migrated_store(made_once) -> Path:
     """An empty MLflow database, to be copied: making one takes seconds."""
     import mlflow
 
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
+    return made_once("store", lambda folder: mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()) / "mlflow.db"

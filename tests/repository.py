@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 import warnings
+from functools import cache
 from pathlib import Path
 
+import torch
 from conftest import ROOT
 
 from pipeline.gem import yamlfile
@@ -80,6 +82,19 @@ class Repository:
         store = f"sqlite:///{self.folder}/mlflow.db"
         return Stage(self.folder, module, arguments, self.environment(store) | environment)
 
+    def said(self, module: str) -> str:
+        """What all calls of a stage by `start` have said."""
+        return (self.folder / f"{module}.log").read_text()
+
+    def stage(self, module: str, *arguments: str, expect: int = 0, **environment: str) -> str:
+        """What `python` does and says, without the seconds that an interpreter needs to import everything."""
+        log = self.folder / f"{module}.log"
+        before = len(log.read_text()) if log.exists() else 0
+        code = self.start(module, *arguments, **environment).wait(timeout=300)
+        said = self.said(module)[before:]
+        assert code == expect, f"{module} gave {code}, expected {expect}\n{said[-3000:]}"
+        return said
+
     def git(self, *arguments: str) -> str:
         identity = ("-c", "user.name=Test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false")
         return self.run("git", *identity, *arguments).stdout
@@ -89,11 +104,20 @@ class Repository:
         self.git("commit", "--quiet", "--message", message)
 
 
+@cache
+def _import_late_ones() -> None:
+    """What the first optimiser and the first store import for seconds: once, before anything is forked."""
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
+    importlib.import_module("mlflow.store.model_registry.sqlalchemy_store")
+
+
 class Stage:
     """A stage in a process forked from this one, which has imported everything: a third of the time of a new interpreter."""
 
     def __init__(self, folder: Path, module: str, arguments: tuple[str, ...], environment: dict[str, str]):
         main = importlib.import_module(module).main
+        _import_late_ones()
         self._process = multiprocessing.get_context("fork").Process(target=_run, args=(main, folder, module, arguments, environment))
         self._process.start()
         self.pid = self._process.pid

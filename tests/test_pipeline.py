@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 
 import mlflow
 import numpy as np
@@ -43,11 +42,9 @@ def by_name(runs, name: str):
 
 
 def test_a_second_repro_does_nothing(repository):
-    started = time.monotonic()
     said = repository.dvc("repro").stdout
     assert "Data and pipelines are up to date" in said
     assert "Running stage" not in said
-    assert time.monotonic() - started < 20
 
 
 def test_a_changed_table_of_a_person_makes_prepare_run_again(repository):
@@ -180,7 +177,7 @@ def test_trial_zero_is_the_baseline(repository):
 
 
 def test_the_results_are_shown_as_a_table(repository):
-    said = repository.python("pipeline.evaluate", "--show").stdout
+    said = repository.stage("pipeline.evaluate", "--show")
     for word in ("test_combination", "ridge", "gem_tuned", "oracle_metadata", "skill"):
         assert word in said
 
@@ -188,7 +185,7 @@ def test_the_results_are_shown_as_a_table(repository):
 def test_where_the_store_lost_its_runs_evaluate_opens_them_anew(repository):
     """As after `dvc pull` on another machine: the models are there, their runs are not."""
     elsewhere = repository.folder / "elsewhere.db"
-    repository.python("pipeline.evaluate", store=f"sqlite:///{elsewhere}")
+    repository.stage("pipeline.evaluate", MLFLOW_TRACKING_URI=f"sqlite:///{elsewhere}")
     client = mlflow.MlflowClient(f"sqlite:///{elsewhere}")
     found = {run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name("gem").experiment_id])}
     best = yamlfile.read(repository.folder / "experiments/latent_kl/best.yaml").values
@@ -201,7 +198,7 @@ def test_where_the_store_lost_its_runs_evaluate_opens_them_anew(repository):
 def test_a_raised_budget_continues_the_study_and_promotion_does_not_search_again(repository, client):
     """The last test of the module: it changes the repository."""
     before = pd.read_csv(repository.folder / "experiments/latent_kl/trials.csv")
-    repository.python("pipeline.params", "--set", "tune.trials=5")
+    repository.stage("pipeline.params", "--set", "tune.trials=5")
     repository.dvc("repro", "tune")
     after = pd.read_csv(repository.folder / "experiments/latent_kl/trials.csv")
     pd.testing.assert_frame_equal(after.iloc[:3], before)
@@ -212,7 +209,7 @@ def test_a_raised_budget_continues_the_study_and_promotion_does_not_search_again
     assert parents[0].data.metrics["trials/complete"] + parents[0].data.metrics["trials/pruned"] == 5
 
     text = (repository.folder / "params.yaml").read_text()
-    said = repository.python("pipeline.params", "--promote", "latent_kl").stdout
+    said = repository.stage("pipeline.params", "--promote", "latent_kl")
     best = yamlfile.read(repository.folder / "experiments/latent_kl/best.yaml").values
     promoted = yamlfile.read(repository.folder / "params.yaml").values
     assert promoted["model"]["latent"] == best["model"]["latent"]

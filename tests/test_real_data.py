@@ -106,7 +106,8 @@ def test_the_lines_that_make_an_h5ad_make_one(tmp_path, monkeypatch, rng):
 def test_the_yeast_cohort_runs_through_every_stage(tmp_path):
     repository = Repository(tmp_path / "repository", TINY | {"tune.trials": 1, "train.epochs": 8})
     follow(repository, "yeast_snf2")
-    repository.dvc("repro")
+    for stage in ("prepare", "train", "tune", "evaluate"):
+        repository.stage(f"pipeline.{stage}", *(("--study", "latent_kl") if stage == "tune" else ()))
     manifest = json.loads((repository.folder / "data/cohort/manifest.json").read_text())
     assert manifest["samples"] == 96 and 6000 < manifest["genes"] < 7126
     assert set(manifest["splits"]) == {"train", "validation", "test_random", "test_control"}
@@ -125,7 +126,7 @@ def test_the_airway_cohort_of_eight_samples_is_compared_on_a_real_combination(tm
     """Four donors, one perturbation: no validation split, so that nothing is chosen, and every stage says so."""
     repository = Repository(tmp_path / "repository", TINY | {"tune.trials": 2})
     follow(repository, "airway")
-    repository.python("pipeline.params")
+    repository.stage("pipeline.params")
     said = repository.dvc("repro").stdout
     for reason in ("validation is absent: a share of 0.0", "validation_combination is absent: no pair is named", "test_control is absent: 4 controls are too few"):
         assert reason in said

@@ -57,14 +57,14 @@ def with_noise(source: Path, target: Path, tests: pd.Series) -> None:
 def repositories(tmp_path_factory) -> tuple[Repository, Repository]:
     """(as it is, with noise in place of the tests), each after prepare, train and tune."""
     plain, noisy = (Repository(tmp_path_factory.mktemp("sealed") / name, TINY) for name in ("plain", "noisy"))
-    plain.python("pipeline.synthesize")
-    plain.python("pipeline.prepare")
+    plain.stage("pipeline.synthesize")
+    plain.stage("pipeline.prepare")
     splits = pd.read_parquet(plain.folder / "data/cohort/splits.parquet")
     with_noise(plain.folder / "data/synthetic", noisy.folder / "data/synthetic", splits["sample_id"][splits["split"].isin(ROLES["test"])])
-    noisy.python("pipeline.prepare")
+    noisy.stage("pipeline.prepare")
     for repository in (plain, noisy):
-        repository.python("pipeline.train")
-        repository.python("pipeline.tune", "--study", "latent_kl")
+        repository.stage("pipeline.train")
+        repository.stage("pipeline.tune", "--study", "latent_kl")
     return plain, noisy
 
 

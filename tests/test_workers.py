@@ -36,12 +36,12 @@ confirm: {top: 1, seeds: [2, 3], epochs: 1}
 
 
 @pytest.fixture(scope="module")
-def prepared(cohort, tmp_path_factory) -> Repository:
+def prepared(cohort, migrated_store, tmp_path_factory) -> Repository:
     """With a cohort, a study and an empty store."""
     repository = Repository(tmp_path_factory.mktemp("workers") / "prepared", TINY | {"train.patience": 99})
     (repository.folder / "experiments" / "killed.yaml").write_text(STUDY)
     shutil.copytree(cohort.folder, repository.folder / "data" / "cohort")
-    repository.run(sys.executable, "-c", "from pipeline.gem import tracking; tracking.connect('gem')")
+    shutil.copy(migrated_store, repository.folder / "mlflow.db")
     return repository
 
 
@@ -70,7 +70,7 @@ def tune(repository):
 
 
 def said(repository: Repository) -> str:
-    return (repository.folder / "pipeline.tune.log").read_text()
+    return repository.said("pipeline.tune")
 
 
 def until(found: Callable[[], object], seconds: float = 120.0) -> object:
@@ -130,8 +130,8 @@ def test_two_workers_keep_the_budget_and_a_second_call_of_the_same_study_is_refu
     process = tune("--workers", "2")
     both = until(lambda: running(repository, 2))
     assert len({trials_of(repository)[number].user_attrs["worker"] for number in both}) == 2
-    refused = repository.python("pipeline.tune", "--study", "killed", expect=2).stderr
-    assert re.fullmatch(rf"error: killed is being searched here by process {process.pid}; .*\n", refused)
+    assert tune().wait(timeout=60) == 2
+    assert re.search(rf"^error: killed is being searched here by process {process.pid}; .*\n", said(repository), flags=re.MULTILINE)
     assert process.wait(timeout=240) == 0, said(repository)
     assert_exact(repository)
     lines = [line for line in said(repository).splitlines() if line.startswith("tune: trial ") and " left" in line]
@@ -176,7 +176,7 @@ def test_workers_whose_parent_was_killed_stop_within_seconds_and_the_next_call_g
     workers = children(process.pid)
     process.kill()
     process.wait()
-    until(lambda: not any(is_alive(pid) for pid in workers), seconds=5)
+    until(lambda: not any(is_alive(pid) for pid in workers), seconds=30)
     assert tune("--workers", "2").wait(timeout=240) == 0, said(repository)
     assert_exact(repository)
 

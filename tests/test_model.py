@@ -59,6 +59,7 @@ def batch(size=6, genes=GENES, sizes=METADATA_SIZES, heads=HEADS, seed=1) -> Bat
         shift=torch.randn(size, genes, generator=generator),
         target=torch.randint(-1, genes, (size,), generator=generator),
         new_study=(torch.rand(4, sizes["technical"], generator=generator) < 0.5).float(),
+        short={group: torch.zeros(4, width) for group, width in sizes.items()},
         metadata={group: (torch.rand(4, width, generator=generator) < 0.5).float() for group, width in sizes.items()},
         index={group: torch.randint(0, 4, (size,), generator=generator) for group in sizes},
         labels=torch.stack([torch.randint(-1, classes, (size,), generator=generator) for _, classes in heads.values()], 1)
@@ -179,7 +180,7 @@ def test_the_references_decoded_samples_and_losses_are_reproduced(twin, referenc
 def test_terms_are_sums_over_genes_and_latents_averaged_over_samples_once(small, referred):
     """The conditioned term is computed on the samples that have a reference in the batch, the first `referred`."""
     made, size, whole = network(small), 6, batch()
-    data = replace(whole, reference=whole.reference[:referred], shift=whole.shift[:referred])
+    data = replace(whole, reference=whole.reference[:referred], shift=whole.shift[:referred], short={})
     terms = made(data, torch.Generator().manual_seed(5))
     # The same noise, drawn in the order posterior, prior, conditioned, new study; then everything sample by sample.
     generator = torch.Generator().manual_seed(5)
@@ -336,14 +337,14 @@ def test_the_objective_is_the_weighted_sum_of_its_terms(params, small, generator
     train = params.train.model_copy(
         update={
             "kl_weight": KLWeight(technical=2.0, biological=3.0, perturbation=5.0), "predictive_weight": 7.0, "conditioned_weight": 11.0,
-            "new_study_weight": 17.0, "classifier_weight": 13.0, "free_bits": 0.0,
+            "new_study_weight": 17.0, "short_query_weight": 19.0, "classifier_weight": 13.0, "free_bits": 0.0,
         }
     )
     kl = {group: terms[f"kl_{group}"].sum() for group in GROUPS}
     for warmup in (0.0, 0.3, 1.0):
         expected = (
             terms["nll_reconstruction"] + 7 * terms["nll_predictive"] + 11 * terms["nll_conditioned"] + 17 * terms["nll_new_study"]
-            + 13 * terms["classification"]
+            + 13 * terms["classification"] + 19 * terms["kl_short_query"]
             + warmup * (2 * kl["technical"] + 3 * kl["biological"] + 5 * kl["perturbation"])
         )
         torch.testing.assert_close(objective(terms, train, warmup), expected)

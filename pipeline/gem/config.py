@@ -215,9 +215,10 @@ class Train(Frozen):
     kl_warmup: Annotated[float, Field(ge=0, le=1)]
     predictive_weight: NonNegative
     conditioned_weight: NonNegative
-    new_study_weight: NonNegative
-    virtual_studies: Probability
     conditioned_share: Annotated[float, Field(gt=0, le=1)]
+    virtual_studies: Probability
+    new_study_weight: NonNegative
+    short_query_weight: NonNegative
     classifier_weight: NonNegative
     free_bits: NonNegative
     metadata_dropout: MetadataDropout

@@ -117,6 +117,7 @@ class Batch:
     index: Mapping[str, Tensor]
     target: Tensor                    # (B,) position of the gene that the perturbation itself hits, -1 without
     new_study: Tensor                 # (U, D) the technical rows with the study hidden; no rows leave that term out
+    short: Mapping[str, Tensor]       # the rows of `metadata` with fields hidden at random; none leave that term out
     labels: Tensor                    # (B, heads) class index, -1 missing
 
     @property
@@ -266,8 +267,23 @@ class Network(nn.Module):
             terms["nll_new_study"] = self._new_study(observed, decoded[PREDICTED], latents[PREDICTED], batch, generator)
         divergence = kl_normal(*posterior, *prior).mean(dim=0)
         terms |= {f"kl_{group}": divergence[place] for group, place in self.slices().items()}
+        if batch.short:
+            terms["kl_short_query"] = self._short_query(batch)
         terms["classification"] = self._classification(latents[0], batch.labels)
         return terms
+
+    def _short_query(self, batch: Batch) -> Tensor:
+        """KL(prior of all fields | prior of some), summed over latents: what a query that says little should expect.
+
+        Least where the prior of some fields has the mean and variance of the mixture of all experiments that they could
+        describe. The full query is the teacher and has no gradient; no group learns what only another one knows.
+        """
+        divergence = []
+        for group, shorter in batch.short.items():
+            with torch.no_grad():
+                teacher = self.prior(group, batch.metadata[group])
+            divergence.append(kl_normal(*teacher, *self.prior(group, shorter)).sum(dim=1)[batch.index[group]].mean())
+        return torch.stack(divergence).sum()
 
     def _new_study(self, observed: Observed, decoded: Tensor, latents: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
         """Negative log likelihood of the predicted samples with the technical latents of a study that nobody knows.
@@ -297,6 +313,8 @@ def objective(terms: Mapping[str, Tensor], params: Train, warmup: float) -> Tens
         loss = loss + params.conditioned_weight * terms["nll_conditioned"]
     if "nll_new_study" in terms:
         loss = loss + params.new_study_weight * terms["nll_new_study"]
+    if "kl_short_query" in terms:
+        loss = loss + params.short_query_weight * terms["kl_short_query"]
     for group in GROUPS:
         weight = warmup * getattr(params.kl_weight, group)
         loss = loss + weight * terms[f"kl_{group}"].clamp_min(params.free_bits).sum()

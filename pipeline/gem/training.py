@@ -5,7 +5,7 @@ N samples, B batch, G genes. Everything in nats per sample where not said otherw
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -34,6 +34,7 @@ class Epoch:
     nll_predictive: float
     nll_conditioned: float | None
     nll_new_study: float | None
+    kl_short_query: float | None
     kl_technical: float
     kl_biological: float
     kl_perturbation: float
@@ -83,6 +84,16 @@ def drop_fields(metadata: Tensor, blocks: list[tuple[int, int]], field: float, i
     shown = drawn[0] >= field
     named = shown & (drawn[1] >= identity)
     return metadata * torch.stack([shown, named], dim=2).flatten(1).repeat_interleave(sizes, dim=1)
+
+
+def hide_fields(metadata: Tensor, blocks: list[tuple[int, int]], generator: torch.Generator) -> Tensor:
+    """Metadata rows (U, D) with fields set to missing, a row's own share of them, uniform between none and all."""
+    sizes = torch.tensor([sum(block) for block in blocks], device=metadata.device)
+    if metadata.shape[1] == 0:
+        return metadata
+    share = torch.rand(len(metadata), 1, generator=generator, device=metadata.device)
+    shown = torch.rand(len(metadata), len(blocks), generator=generator, device=metadata.device) >= share
+    return metadata * shown.repeat_interleave(sizes, dim=1)
 
 
 def fit(data: TrainingData, params: Params, seed: int, on_epoch: Callable[[Epoch], None] = lambda epoch: None) -> Fit:
@@ -186,6 +197,7 @@ class _Loop:
             loss=float((history * torch.tensor(weights, device=history.device)).sum() / self.samples),
             nll_conditioned=means.pop("nll_conditioned", None),
             nll_new_study=means.pop("nll_new_study", None),
+            kl_short_query=means.pop("kl_short_query", None),
             **means,
             **validation,
             seconds=time.monotonic() - started,
@@ -206,12 +218,21 @@ class _Loop:
             referred = rows[: math.ceil(self.params.conditioned_share * len(rows))] if self.params.conditioned_weight else rows[:0]
             reference = train.expression[self.data.references.draw(referred, self.generator)]
             shift = self._virtual_studies(len(referred))
-            yield Batch(
-                train.observed.rows(rows), reference, shift, metadata, index, train.target[rows], self._new_study(metadata["technical"]), train.labels[rows]
-            )
+            hidden_study, short = self._new_study(metadata["technical"]), self._short_queries(metadata)
+            yield Batch(train.observed.rows(rows), reference, shift, metadata, index, train.target[rows], hidden_study, short, train.labels[rows])
 
     def _new_study(self, technical: Tensor) -> Tensor:
         return technical * self.without_study if len(self.without_study) else technical[:0]
+
+    def _short_queries(self, metadata: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The rows (U, D) per group with fields hidden: from queries that lack one to those that have but one.
+
+        Not of a linear prior: it cannot say of what is hidden what is shown implies, and its decay keeps levels around their mean.
+        """
+        if not self.params.short_query_weight:
+            return {}
+        groups = GROUPS[1:] if self.gem.params.additive_technical else GROUPS
+        return {group: hide_fields(metadata[group], self.blocks[group], self.generator) for group in groups}
 
     def _virtual_studies(self, samples: int) -> Tensor:
         """(R, G) log-CPM: for a share of the samples an effect as a new study would have, of random size; zero for the others."""
@@ -274,4 +295,4 @@ def evidence_lower_bound(network: Network, data: Encoded, generator: torch.Gener
 def posterior_terms(network: Network, data: Encoded, generator: torch.Generator) -> dict[str, Tensor]:
     """The terms that one posterior draw per sample decides."""
     none, hidden = data.expression[:0], data.metadata["technical"][:0]
-    return network(Batch(data.observed, none, none, data.metadata, data.index, data.target, hidden, data.labels), generator)
+    return network(Batch(data.observed, none, none, data.metadata, data.index, data.target, hidden, {}, data.labels), generator)

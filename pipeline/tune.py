@@ -152,7 +152,7 @@ class Call:
         confirmation.run(lambda asked: trials.confirm(asked, candidates, confirmation.epochs), interruption, tell_confirmed, tracking.close)
 
     def confirmation(self, search: Search) -> Confirmation:
-        return Confirmation(search, self.question.confirm.epochs or self.params.train.epochs)
+        return Confirmation(search, self.question.confirmation(search.budget(self.trials)), self.params.train.epochs)
 
     def conclude(self, search: Search, parent: tracking.Run, interruption: Interruption) -> None:
         """Writes the answers and the winner's model, and completes the study's run."""

@@ -64,7 +64,7 @@ def test_a_difference_that_every_seed_shows_is_more_than_noise_and_one_that_seed
 def test_one_seed_claims_nothing():
     decision = compare(table(t0=[1.0], t4=[2.0]), METRIC, 4, {})
     assert decision.low is None and decision.deviation is None
-    assert "one seed cannot tell a difference from noise, add seeds to `confirm`" in decision.verdict
+    assert "one seed cannot tell a difference from noise: ask for more trials, or for more seeds in `confirm`" in decision.verdict
 
 
 def test_a_baseline_that_wins_or_failed_is_said():
@@ -77,7 +77,7 @@ def test_a_baseline_that_wins_or_failed_is_said():
 
 def confirmation(params, **changes) -> Confirmation:
     asked = question(pruner={"name": "none"}, confirm={"top": 2, "seeds": [5, 6, 7]} | changes)
-    return Confirmation(run(search(params, asked), 8), epochs=9)
+    return Confirmation(run(search(params, asked), 8), asked.confirm, epochs=9)
 
 
 def confirm(found: Confirmation, evaluate) -> None:
@@ -114,7 +114,7 @@ def test_a_confirmation_told_to_stop_goes_on_with_the_pairs_that_are_owed(params
 
     with pytest.raises(StoppedError):
         confirm(found, stop)
-    again = Confirmation(search(params, found.search.question), 9)
+    again = Confirmation(search(params, found.search.question), found.how, 9)
     confirm(again, lambda asked: done.append(asked.values) or 0.0)
     pairs = [tuple(sorted(values.items())) for values in done]
     assert len(pairs) == len(set(pairs)) == 9
@@ -124,12 +124,13 @@ def test_a_confirmation_told_to_stop_goes_on_with_the_pairs_that_are_owed(params
 def test_more_seeds_or_candidates_add_pairs_and_keep_those_that_are_there(params):
     found = confirmation(params)
     confirm(found, noisy(found))
-    more = Confirmation(search(params, question(pruner={"name": "none"}, confirm={"top": 3, "seeds": [5, 6, 7, 8]})), 9)
+    asked = question(pruner={"name": "none"}, confirm={"top": 3, "seeds": [5, 6, 7, 8]})
+    more = Confirmation(search(params, asked), asked.confirm, 9)
     assert more.search.name == found.search.name, "who is confirmed is no part of the question"
     done = []
     confirm(more, lambda asked: done.append(asked.values) or -99.0)
     assert len(done) == 4 * 4 - 9
-    other_epochs = Confirmation(more.search, 10)
+    other_epochs = Confirmation(more.search, asked.confirm, 10)
     assert other_epochs.table()[METRIC].isna().all(), "other epochs are other fits"
 
 
@@ -151,3 +152,12 @@ def test_when_no_candidate_is_confirmed_the_reasons_are_said(params):
     confirm(found, diverge)
     with pytest.raises(DivergedError, match="no candidate was confirmed with every seed: loss is not finite at step 3"):
         found.decide()
+
+
+def test_a_look_around_is_confirmed_cheaply_and_a_search_with_every_seed(params):
+    asked = question(pruner={"name": "none"}, confirm={"top": 2, "seeds": [5, 6, 7], "from_trials": 8})
+    searched = run(search(params, asked), 8)
+    few, enough = (Confirmation(searched, asked.confirmation(trials), epochs=9) for trials in (7, 8))
+    assert (len(few.candidates()), few.how.seeds, few.epochs) == (2, (5,), asked.epochs)
+    assert (len(enough.candidates()), enough.how.seeds, enough.epochs) == (3, (5, 6, 7), 9)
+    assert few.claims.name != enough.claims.name, "fits of other lengths are not mixed"

@@ -135,7 +135,7 @@ CHOICES = [(rf"{name}:  +\{{.*\}}\n", f"{name}: {{type: categorical, choices: [{
         ([(r"sampler: .*", "sampler: {name: grid, seed: 1}")], f"sampler: grid needs steps: {KL}, train.kl_weight.biological, train.kl_weight.perturbation has none"),
         ([(r"sampler: .*", "sampler: {name: grid, seed: 1}"), *CHOICES[3:]], "sampler: the grid has more than 100,000 points"),
         ([(r"pruner: .*", "pruner: {name: hyperband, min_epochs: 5, reduction: 3}")], "pruner: min_epochs (5) must be below epochs (5)"),
-        ([(r"confirm: \{top: 1, seeds: \[2\]", "confirm: {top: 1, seeds: [2, 1]")], "confirm: seeds: 1 is a seed of the trials, on which the best were chosen"),
+        ([(r"seeds: \[2, 3, 4\]", "seeds: [2, 1]")], "confirm: seeds: 1 is a seed of the trials, on which the best were chosen"),
         ([(r"\nseeds: \[1\]", "\nseeds: [1, 1]")], "seeds: a seed stands twice"),
         ([(r"objective:(.|\n)*?direction: maximize\n", TWO.replace("leakage, direction: minimize", "predictive_log_likelihood, direction: maximize")), NO_PRUNER], "objective: a metric stands twice"),
         ([(r"objective:(.|\n)*?direction: maximize\n", TWO.replace("leakage", "leakag")), NO_PRUNER], "objective.1.metric is 'leakag'"),

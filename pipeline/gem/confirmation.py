@@ -14,6 +14,7 @@ from scipy.stats import t as student
 from pipeline.gem.claims import Asked, Claims
 from pipeline.gem.errors import DivergedError
 from pipeline.gem.interruption import Interruption
+from pipeline.gem.question import Confirm
 from pipeline.gem.samplers import Values
 from pipeline.gem.search import Search
 
@@ -46,7 +47,7 @@ class Decision:
             return f"{said}; the baseline failed: nothing to compare with"
         said += f"; {self.difference:+.4g} from the baseline"
         if self.low is None:
-            return f"{said}: one seed cannot tell a difference from noise, add seeds to `confirm`"
+            return f"{said}: one seed cannot tell a difference from noise: ask for more trials, or for more seeds in `confirm`"
         within = self.low <= 0 <= self.high
         return f"{said} (95 % interval {self.low:.4g} to {self.high:.4g}): {'within noise' if within else 'more than noise'}"
 
@@ -54,18 +55,19 @@ class Decision:
 class Confirmation:
     """The pairs of candidate and seed that a search still owes, run by the same workers, continued by every call."""
 
-    def __init__(self, search: Search, epochs: int):
-        self.search, self.epochs = search, epochs
+    def __init__(self, search: Search, how: Confirm, epochs: int):
+        """`epochs` of each fit where `how` does not say them."""
+        self.search, self.how, self.epochs = search, how, how.epochs or epochs
         question = search.question
-        self.claims = Claims(search.storage, f"{search.name}.confirm-{epochs}", [objective.direction for objective in question.objectives])
+        self.claims = Claims(search.storage, f"{search.name}.confirm-{self.epochs}", [objective.direction for objective in question.objectives])
 
     def candidates(self) -> dict[int, Values]:
         """Number of a trial to the values of all searched keys: the baseline, then the best others."""
-        others = [trial for trial in self.search.ranked() if trial.params != self.search.baseline][: self.search.question.confirm.top]
+        others = [trial for trial in self.search.ranked() if trial.params != self.search.baseline][: self.how.top]
         return {0: self.search.question.baseline_values} | {trial.number: self.search.values_of(trial) for trial in others}
 
     def pairs(self) -> list[dict[str, int]]:
-        return [{"trial": trial, "seed": seed} for seed in self.search.question.confirm.seeds for trial in self.candidates()]
+        return [{"trial": trial, "seed": seed} for seed in self.how.seeds for trial in self.candidates()]
 
     def run(self, evaluate: Callable[[Asked], float | list[float]], interruption: Interruption, on_trial, on_lost: Callable[[str], None]) -> None:
         """Takes part until every pair is there; `asked.values` holds trial and seed."""
@@ -87,7 +89,7 @@ class Confirmation:
         found = {(trial.params["trial"], trial.params["seed"]): trial.values for trial in self.claims.finished}
         rows = []
         for trial in self.candidates():
-            for seed in self.search.question.confirm.seeds:
+            for seed in self.how.seeds:
                 values = found.get((trial, seed)) or [None] * len(names)
                 rows.append({"trial": trial, "seed": seed, **dict(zip(names, values, strict=True))})
         return pd.DataFrame(rows, columns=["trial", "seed", *names]).astype(dict.fromkeys(names, float))

@@ -117,6 +117,7 @@ class Confirm(Frozen):
     top: Count
     seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)]
     epochs: Count | None = None   # None: train.epochs
+    from_trials: Annotated[int, Field(ge=0)] = 0   # a smaller search is a look around: its best trial once more, as short as a trial
 
 
 class Question(Frozen):
@@ -136,6 +137,12 @@ class Question(Frozen):
     trials: Count | None = None         # None: tune.trials of params.yaml
     time_limit: Positive | None = None  # minutes of one call, after which no trial starts
     confirm: Confirm
+
+    def confirmation(self, trials: int) -> Confirm:
+        """How a search of so many trials is confirmed."""
+        if trials >= self.confirm.from_trials:
+            return self.confirm
+        return Confirm(top=1, seeds=self.confirm.seeds[:1], epochs=self.epochs)
 
     @field_validator("space")
     @classmethod

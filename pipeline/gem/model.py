@@ -47,7 +47,7 @@ class MLP(nn.Sequential):
         )
 
 
-class Additive(nn.Linear):
+class LinearPrior(nn.Linear):
     """A linear map of sparse one-hot rows; the gain makes up for how seldom each of its weights has a gradient."""
 
     GAIN = 4.0
@@ -141,7 +141,7 @@ class Network(nn.Module):
         )
         if params.additive_technical:
             # Levels add up from metadata to genes: what is said of a new study is the sum of its known levels.
-            self.priors["technical"] = Additive(max(metadata_sizes["technical"], 1), 2 * self.sizes["technical"])
+            self.priors["technical"] = LinearPrior(max(metadata_sizes["technical"], 1), 2 * self.sizes["technical"])
         self.encoder = MLP(genes, 2 * total, params.blocks, params)
         # Effects of library and platform multiply counts: they add up on the log scale, whatever the biology.
         self.bent_from = self.sizes["technical"] if params.additive_technical else 0

@@ -7,6 +7,7 @@ Run     python -m pipeline.evaluate             (--show prints the table of the 
 
 import argparse
 import platform
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import pandas as pd
 import torch
 from threadpoolctl import threadpool_limits
 
-from pipeline.gem import closeups, figures, tracking, yamlfile
+from pipeline.gem import closeups, figures, provenance, tracking, yamlfile
 from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import Params, flatten, read_params
 from pipeline.gem.credibility import comparison_table, portrait, real_portraits
@@ -176,11 +177,11 @@ def describe(cohort: Cohort) -> dict[str, str]:
 
 def origin(cohort: Cohort, params: Params) -> dict[str, str]:
     """What decides the numbers, but for the parameters."""
-    tags = tracking.code_tags()
+    tags = provenance.code_tags()
     commit = tags.get("git.commit", "not under git") + (" with changes that are not committed" if tags.get("git.dirty") == "true" else "")
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "pandas": pd.__version__}
     return {
-        "data, hash": tracking.data_digest(str(COHORT), cohort.visible_sha256),
+        "data, hash": provenance.data_digest(str(COHORT), cohort.visible_sha256),
         "code, commit": commit,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "threads, instruction set": f"{params.train.threads} in training, 1 in evaluation; {torch.backends.cpu.get_cpu_capability()}",
@@ -190,7 +191,7 @@ def origin(cohort: Cohort, params: Params) -> dict[str, str]:
 def record(scores: pd.DataFrame, directories: dict[str, Path], params: Params, cohort: Cohort) -> None:
     """The metrics of a model go to the run that trained it; baselines and oracles get runs beside them."""
     tracking.connect(params.tracking.experiment)
-    digest = tracking.data_digest(str(COHORT), cohort.visible_sha256)
+    digest = provenance.data_digest(str(COHORT), cohort.visible_sha256)
     with tracking.run("evaluate", "evaluate") as parent:
         parent.params(params.flat("evaluate"))
         parent.dataset("cohort", digest, "evaluation")
@@ -209,7 +210,13 @@ def record_model(predictor: str, directory: Path, scores: pd.DataFrame, params: 
     """Adds the scores of a model to the run that made it."""
     model_hash = sha256(directory / "model.pt")
     found = named_metrics(scores, predictor) | named_metrics(scores, f"{predictor}{REFERENCE_SUFFIX}", "reference_")
-    known = tracking.find_model_run(model_hash, predictor, "train" if directory == DEFAULT else "tune")
+    try:
+        known = tracking.find_model_run(model_hash, predictor, "train" if directory == DEFAULT else "tune")
+    except tracking.UNREACHABLE as error:
+        if not tracking.is_down(error):
+            raise
+        print(f"warning: {predictor}: its scores are in {OUTPUT}, but not in its run; `dvc repro -f -s evaluate` records them", file=sys.stderr)
+        return
     if known is None:
         # A model restored from DVC's cache may have been trained elsewhere: its run is opened anew.
         with tracking.run(predictor, "evaluate") as run:

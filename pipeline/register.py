@@ -1,7 +1,7 @@
-"""Registers in MLflow the models that training could not, because the registry did not answer: a tool for users, no stage.
+"""Tells MLflow what it missed while it did not answer, and registers the models that training could not: a tool for users, no stage.
 
-Reads   .gem/unregistered/, the model directories named there
-Writes  versions of the registered model gem, its alias champion
+Reads   .gem/untracked/, .gem/unregistered/, the model directories named there
+Writes  runs; versions of the registered model gem, its alias champion
 Run     python -m pipeline.register
 """
 
@@ -13,10 +13,12 @@ from pipeline.gem.registration import PENDING, register_pending
 
 def main() -> None:
     params = read_params()
-    if not any(PENDING.glob("*.json")):
-        print("register: every trained model is registered")
-        return
     tracking.connect(params.tracking.experiment)
+    if runs := tracking.unsent():
+        raise InputError(f"register: MLflow has not been told all of {runs} run{'s' if runs > 1 else ''}: it does not answer, or they go on")
+    if not any(PENDING.glob("*.json")):
+        print("register: every run is told, every trained model is registered")
+        return
     if not register_pending():
         raise InputError("register: the registry does not answer; see above")
 

@@ -5,13 +5,16 @@ Writes  experiments/default/: model.pt, seeds/, history.csv, report.json, figure
 Run     python -m pipeline.train     (about a minute on the default cohort)
 """
 
+import os
 from pathlib import Path
 
 from pipeline.gem import tracking
+from pipeline.gem.alone import alone
 from pipeline.gem.cohort import Cohort
-from pipeline.gem.config import read_params
-from pipeline.gem.errors import exit_with
+from pipeline.gem.config import Params, read_params
+from pipeline.gem.errors import StoppedError, exit_with
 from pipeline.gem.experiment import COHORT, log_context, train_into
+from pipeline.gem.interruption import Interruption, end_with_parent
 from pipeline.gem.training import choose_device
 from pipeline.gem.training_data import TrainingData
 
@@ -20,14 +23,24 @@ OUTPUT = Path("experiments/default")
 
 def main() -> None:
     params = read_params()
+    with alone("train", f"{OUTPUT} is being trained here by process {{process}}; wait for it, or stop it"), Interruption() as interruption:
+        if "DVC_STAGE" in os.environ:
+            end_with_parent()
+        try:
+            train(params, interruption)
+        except StoppedError as stopped:
+            raise StoppedError(f"train: {stopped}; nothing of it was written; train again with: make") from None
+
+
+def train(params: Params, interruption: Interruption) -> None:
     device = choose_device(params.train)
     cohort = Cohort(COHORT)
     data = TrainingData.load(cohort, device, params.model.counted)
     print(f"train: {len(data.train.expression):,} samples x {len(data.genes):,} genes on {device}, judged on {data.choice_split or 'nothing'}")
     tracking.connect(params.tracking.experiment)
-    with tracking.run("default", "train") as run:
+    with tracking.run("default", "train", killed_by=(StoppedError,)) as run:
         log_context(run, params, cohort)
-        train_into(OUTPUT, data, params, cohort, "train", run)
+        train_into(OUTPUT, data, params, cohort, "train", run, interruption)
 
 
 if __name__ == "__main__":

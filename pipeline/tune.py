@@ -8,14 +8,12 @@ Run     python -m pipeline.tune --study latent_kl [--workers 2]     (a second ca
 import argparse
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import filelock
 import torch
 
-from pipeline.gem import tracking
+from pipeline.gem import provenance, tracking
+from pipeline.gem.alone import alone
 from pipeline.gem.answers import summarise, write_answers
 from pipeline.gem.claims import reason_of
 from pipeline.gem.cohort import Cohort
@@ -48,7 +46,8 @@ def main() -> None:
         torch.set_num_threads(1)
         # The first optimiser imports for a second: once, before the workers are forked.
         torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
-    with alone(chosen.study), Interruption() as interruption:
+    busy = f"{chosen.study} is being searched here by process {{process}}; wait for it, or stop it and run `make tune WORKERS=2`"
+    with alone(f"tune-{chosen.study}", busy), Interruption() as interruption:
         if "DVC_STAGE" in os.environ:
             end_with_parent()
         call = Call(chosen.study, question, params, chosen.workers)
@@ -70,19 +69,6 @@ def arguments() -> argparse.Namespace:
     return chosen
 
 
-@contextmanager
-def alone(study: str) -> Iterator[None]:
-    """InputError where another process here is at this study: both would write its answers. Another machine has its own folder."""
-    Path(".gem").mkdir(exist_ok=True)
-    note = Path(f".gem/tune-{study}.pid")
-    try:
-        with filelock.FileLock(f".gem/tune-{study}.lock", timeout=0):
-            note.write_text(str(os.getpid()))
-            yield
-    except filelock.Timeout:
-        raise InputError(f"{study} is being searched here by process {note.read_text()}; wait for it, or stop it and run `make tune WORKERS=2`") from None
-
-
 class Call:
     """One call of the stage: a cohort loaded once, a search to take part in, answers to write."""
 
@@ -94,7 +80,7 @@ class Call:
         self.cohort = Cohort(COHORT)
         self.data = TrainingData.load(self.cohort, device, counted(question, params))
         self.visible = self.cohort.visible_sha256
-        self.digest = tracking.data_digest(str(COHORT), self.visible)
+        self.digest = provenance.data_digest(str(COHORT), self.visible)
         self.trials = question.trials or params.tune.trials
         self.deadline = None if question.time_limit is None else time.monotonic() + 60 * question.time_limit
 
@@ -180,8 +166,8 @@ class Call:
         # Every machine fits the winner for its folder, and the tracker has it once.
         same = sha256_of(winner.flat(*MODEL_PARAMETERS), len(search.finished))[:12]
         once = search.run_once(f"winner_{same}", tracking.exists, create)
-        with tracking.run(name, "tune", resume=once, killed_by=(StoppedError,)) as run, interruption.allowed():
-            train_into(output, self.data, winner, self.cohort, name, run)
+        with tracking.run(name, "tune", resume=once, killed_by=(StoppedError,)) as run:
+            train_into(output, self.data, winner, self.cohort, name, run, interruption)
 
 
 def counted(question: Question, params: Params) -> bool:

@@ -84,12 +84,12 @@ class Repository:
 
     def said(self, module: str) -> str:
         """What all calls of a stage by `start` have said."""
-        return (self.folder / f"{module}.log").read_text()
+        log = self.folder / f"{module}.log"
+        return log.read_text() if log.exists() else ""
 
     def stage(self, module: str, *arguments: str, expect: int = 0, **environment: str) -> str:
         """What `python` does and says, without the seconds that an interpreter needs to import everything."""
-        log = self.folder / f"{module}.log"
-        before = len(log.read_text()) if log.exists() else 0
+        before = len(self.said(module))
         code = self.start(module, *arguments, **environment).wait(timeout=300)
         said = self.said(module)[before:]
         assert code == expect, f"{module} gave {code}, expected {expect}\n{said[-3000:]}"

@@ -4,12 +4,8 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +15,7 @@ import pandas as pd
 import psycopg
 import pytest
 from conftest import TINY
+from processes import TrackingServer, free_port, until
 from repository import Repository
 
 from pipeline.gem.errors import InputError
@@ -28,12 +25,6 @@ BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 MACHINES, TRIALS = 3, 9
 
 needs_postgres = pytest.mark.skipif(not BINARIES, reason="no PostgreSQL under /usr/lib/postgresql; apt-get install postgresql")
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -58,24 +49,15 @@ def postgres() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[str]:
+def server(tmp_path_factory, migrated_store) -> Iterator[str]:
     """The address of an MLflow server."""
-    folder, port = tmp_path_factory.mktemp("server"), free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
-    quiet = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    with open(folder / "log", "w") as log, subprocess.Popen(command, cwd=folder, env=quiet, stdout=log, stderr=log, start_new_session=True) as process:
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(0.2)
-        else:
-            raise AssertionError((folder / "log").read_text())
-        yield address
-        os.killpg(process.pid, signal.SIGKILL)
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(migrated_store, folder / "mlflow.db")
+    server = TrackingServer(folder)
+    try:
+        yield server.start().address
+    finally:
+        server.kill()
 
 
 @pytest.fixture
@@ -111,9 +93,7 @@ def test_three_machines_keep_the_budget_and_lose_no_trial_though_one_is_killed(p
     environment = {"OPTUNA_STORAGE": postgres, "MLFLOW_TRACKING_URI": server, "GEM_HEARTBEAT_SECONDS": "1"}
     processes = [repository.start("pipeline.tune", "--study", "latent_kl", **environment) for repository in machines]
     try:
-        end = time.monotonic() + 120
-        while running(postgres) < MACHINES and time.monotonic() < end:
-            time.sleep(0.05)
+        until(lambda: running(postgres) >= MACHINES)
         processes[0].send_signal(signal.SIGKILL)
         codes = [process.wait(timeout=240) for process in processes]
     finally:

@@ -22,12 +22,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-from pipeline.gem import registration, tracking
+from pipeline.gem import registration, registry, tracking
 from pipeline.gem.closure import import_closure, imported
 from pipeline.gem.experiment import write_model_directory
 from pipeline.gem.registration import CHAMPION, NAME, PENDING, VALUE_TAG, champion, register, register_pending, said
+from pipeline.gem.registry import Version
 from pipeline.gem.storage import sha256
-from pipeline.gem.tracking import MODEL_TAG, Version
+from pipeline.gem.tracking import MODEL_TAG
 from pipeline.gem.training import fit
 from pipeline.gem.training_data import TrainingData
 
@@ -115,7 +116,7 @@ def test_each_model_is_a_version_the_same_bytes_are_not_another_and_a_worse_one_
     assert values[2] > values[1]
     for seed, number, best in ((1, 1, 1), (2, 2, 2), (1, 2, 2), (2, 2, 2)):
         directory = registered(fits[seed], params, cohort)
-        assert len(tracking.versions(NAME)) == number
+        assert len(registry.versions(NAME)) == number
         assert client.get_model_version_by_alias(NAME, CHAMPION).version == best
     assert f"{CHAMPION} stays version 2" in capsys.readouterr().out
     found = client.get_model_version_by_alias(NAME, CHAMPION)
@@ -129,9 +130,9 @@ def test_the_same_model_with_newer_code_is_a_version_that_takes_its_place(local,
     registered(fits[1], params, cohort)
     monkeypatch.setattr(registration, "requirements", lambda files: ["numpy==0.1"])
     registered(fits[1], params, cohort)
-    versions = tracking.versions(NAME)
+    versions = registry.versions(NAME)
     assert len({one.tags[MODEL_TAG] for one in versions}) == 1 and len({one.tags["code.sha256"] for one in versions}) == 2
-    assert tracking.alias(NAME, CHAMPION) == 2
+    assert registry.alias(NAME, CHAMPION) == 2
 
 
 def test_a_version_holds_the_code_that_prediction_imports_and_pins_its_packages(local, fits, params, cohort):
@@ -176,8 +177,8 @@ def test_a_registry_that_does_not_answer_stops_nothing_says_so_and_is_made_up_fo
     assert "not registered as gem" in warned and "python -m pipeline.register" in warned
     assert len(list(PENDING.iterdir())) == 1
     registered(fits[2], params, cohort, "other")
-    assert [one.tags["label"] for one in tracking.versions(NAME)] == ["default", "other"]
-    assert register_pending() and len(tracking.versions(NAME)) == 2
+    assert [one.tags["label"] for one in registry.versions(NAME)] == ["default", "other"]
+    assert register_pending() and len(registry.versions(NAME)) == 2
     assert not list(PENDING.iterdir())
 
 
@@ -187,7 +188,7 @@ def test_a_model_that_was_trained_again_meanwhile_is_not_registered_as_what_it_w
     fits[2].gem.save(Path("experiments/default/model.pt"))
     assert register_pending()
     assert "has changed since" in capsys.readouterr().err
-    assert tracking.versions(NAME) == [] and not list(PENDING.iterdir())
+    assert registry.versions(NAME) == [] and not list(PENDING.iterdir())
 
 
 def free_port() -> int:

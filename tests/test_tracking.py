@@ -9,7 +9,7 @@ import mlflow
 import pytest
 from conftest import ROOT
 
-from pipeline.gem import tracking
+from pipeline.gem import provenance, tracking
 
 
 @pytest.fixture(autouse=True)
@@ -93,16 +93,16 @@ def test_a_models_run_is_found_by_hash_predictor_and_stage():
 
 
 def test_the_datas_digest_is_dvcs_hash_where_dvc_wrote_one(tmp_path):
-    assert tracking.data_digest("data/cohort", "0123456789abcdef" * 4) == "0123456789abcdef" * 2
+    assert provenance.data_digest("data/cohort", "0123456789abcdef" * 4) == "0123456789abcdef" * 2
     (tmp_path / "dvc.lock").write_text("stages:\n  prepare:\n    outs:\n    - path: data/cohort\n      md5: 7d4.dir\n")
-    assert tracking.data_digest("data/cohort", "0" * 64) == "7d4.dir"
+    assert provenance.data_digest("data/cohort", "0" * 64) == "7d4.dir"
 
 
 def test_the_code_is_tagged_with_commit_and_dirt(tmp_path):
     def git(*arguments: str) -> None:
         subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments], cwd=tmp_path, check=True, capture_output=True)
 
-    assert tracking.code_tags() == {}
+    assert provenance.code_tags() == {}
     git("init", "--quiet")
     (tmp_path / "params.yaml").write_text("a: 1\n")
     (tmp_path / "pipeline").mkdir()
@@ -110,9 +110,9 @@ def test_the_code_is_tagged_with_commit_and_dirt(tmp_path):
     (tmp_path / "requirements.lock").write_text("")
     git("add", ".")
     git("commit", "--quiet", "--message", "start")
-    assert tracking.code_tags()["git.dirty"] == "false"
+    assert provenance.code_tags()["git.dirty"] == "false"
     (tmp_path / "params.yaml").write_text("a: 2\n")
-    dirty = tracking.code_tags()
+    dirty = provenance.code_tags()
     assert dirty["git.dirty"] == "true"
     assert len(dirty["git.diff_sha256"]) == 64
 

@@ -7,16 +7,14 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 
 import mlflow
 import optuna
 import pandas as pd
 import pytest
 from conftest import ROOT, TINY
+from processes import children, is_alive, until
 from repository import Repository, Stage
 
 STUDY = """
@@ -71,24 +69,6 @@ def tune(repository):
 
 def said(repository: Repository) -> str:
     return repository.said("pipeline.tune")
-
-
-def until(found: Callable[[], object], seconds: float = 120.0) -> object:
-    """What `found` gives as soon as it gives something."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if result := found():
-            return result
-        time.sleep(0.1)
-    raise AssertionError(f"nothing within {seconds} s")
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
 
 
 def trials_of(repository: Repository) -> list[optuna.trial.FrozenTrial]:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.gem import figures, tracking
+from pipeline.gem import figures, provenance, tracking
 from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import GROUPS, Params
+from pipeline.gem.interruption import Interruption
 from pipeline.gem.progress import duration
 from pipeline.gem.registration import register
 from pipeline.gem.seeds import fit_seeds
-from pipeline.gem.storage import sha256, write_json
+from pipeline.gem.storage import sha256, write_atomically, write_json
 from pipeline.gem.training import Epoch, Fit
 from pipeline.gem.training_data import TrainingData
 
@@ -23,16 +24,17 @@ MODEL_PARAMETERS = ("model", "train")  # the sections that describe a fit, with 
 def log_context(run: tracking.Run, params: Params, cohort: Cohort) -> None:
     """What every fit's run carries: flat parameters and the data's hash."""
     run.params(params.flat(*MODEL_PARAMETERS))
-    run.dataset("cohort", tracking.data_digest(str(COHORT), cohort.visible_sha256), "training")
+    run.dataset("cohort", provenance.data_digest(str(COHORT), cohort.visible_sha256), "training")
 
 
-def reporter(run: tracking.Run, params: Params, label: str) -> Callable[[int, Epoch], None]:
+def reporter(run: tracking.Run, params: Params, label: str, interruption: Interruption) -> Callable[[int, Epoch], None]:
     """Says every epoch of every seed (losses, the choice score, time left), and records those of the first."""
     several = len(params.train.seeds) > 1
 
     def report(seed: int, epoch: Epoch) -> None:
         if seed == params.train.seeds[0]:
-            run.metrics(epoch.metrics(), step=epoch.epoch)
+            with interruption.deferred():
+                run.metrics(epoch.metrics(), step=epoch.epoch)
         score = epoch.validation_predictive_log_likelihood
         shown = "no validation split" if score is None else f"validation log-likelihood {score:9.1f} nats, mse {epoch.validation_mse:.4f}"
         left = duration((epoch.epochs - epoch.epoch) * epoch.seconds)
@@ -42,11 +44,17 @@ def reporter(run: tracking.Run, params: Params, label: str) -> Callable[[int, Ep
     return report
 
 
-def train_into(directory: Path, data: TrainingData, params: Params, cohort: Cohort, label: str, run: tracking.Run) -> None:
-    """Fits one model per seed, writes the model directory, completes its run, and registers the model."""
+def train_into(
+    directory: Path, data: TrainingData, params: Params, cohort: Cohort, label: str, run: tracking.Run, interruption: Interruption
+) -> None:
+    """Fits one model per seed, writes the model directory, completes its run, and registers the model.
+
+    StoppedError where the process is told to stop while it fits; what has been fitted is written, and told the tracker after that.
+    """
     if data.choice_split is None:
         print(f"{label}: this cohort has no validation split: all epochs are trained, none is chosen")
-    fits = fit_seeds(data, params, cohort.folder, reporter(run, params, label))
+    with interruption.allowed():
+        fits = fit_seeds(data, params, cohort.folder, reporter(run, params, label, interruption))
     write_model_directory(directory, fits, params)
     run.tags({tracking.MODEL_TAG: sha256(directory / "model.pt"), "choice_split": data.choice_split or "none"})
     run.metrics(best_metrics(fits[0]))
@@ -77,7 +85,7 @@ def write_model_directory(directory: Path, fits: list[Fit], params: Params) -> N
         for seed, finished in zip(params.train.seeds, fits, strict=True)
         for epoch in finished.history
     )
-    history.to_csv(directory / "history.csv", index=False)
+    write_atomically(directory / "history.csv", history.to_csv(index=False).encode())
     write_json(directory / "report.json", _report(fits))
     figures.learning_curves(history, directory / "figures" / "learning.png")
 

@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline.gem import tracking
+from pipeline.gem import registry, tracking
 from pipeline.gem.closure import ROOT, import_closure, requirements
 from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import Frozen, Params
+from pipeline.gem.registry import Packed, Version
 from pipeline.gem.storage import sha256, sha256_of, write_json
-from pipeline.gem.tracking import MODEL_TAG, Packed, Version
+from pipeline.gem.tracking import MODEL_TAG
 from pipeline.gem.trained import GEM
 from pipeline.gem.training import Fit
 
@@ -84,17 +85,17 @@ def register_pending() -> bool:
 
 
 def _register(model: Path, pending: Pending) -> None:
-    known, label, files = tracking.versions(NAME), pending.tags["label"], import_closure(_SERVED)
+    known, label, files = registry.versions(NAME), pending.tags["label"], import_closure(_SERVED)
     tags = pending.tags | {CODE_TAG: sha256_of(requirements(files), {file: sha256(ROOT / file) for file in files})}
     made = next((version for version in known if all(version.tags.get(tag) == tags[tag] for tag in (MODEL_TAG, CODE_TAG))), None)
     if made is None:
         with packed(model, files, pending.example) as one:
-            made = tracking.add_version(NAME, one, tags, pending.run_id if tracking.exists(pending.run_id) else None)
+            made = registry.add_version(NAME, one, tags, tracking.server_name(pending.run_id) if tracking.exists(pending.run_id) else None)
         known.append(made)
-    before = next((version for version in known if version.number == tracking.alias(NAME, CHAMPION)), None)
+    before = next((version for version in known if version.number == registry.alias(NAME, CHAMPION)), None)
     best = champion(known, made, before)
     if before is None or best.number != before.number:
-        tracking.set_alias(NAME, CHAMPION, best)
+        registry.set_alias(NAME, CHAMPION, best)
     print(f"{label}: version {made.number} of the registered model {NAME}; {said(best, before)}", flush=True)
 
 

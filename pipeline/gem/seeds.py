@@ -5,8 +5,10 @@ Each fit has `train.threads` threads either way, so that where it ran does not c
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from queue import Empty, Queue
 
@@ -14,6 +16,7 @@ import torch
 
 from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import Params
+from pipeline.gem.interruption import end_with_parent
 from pipeline.gem.training import Epoch, Fit, fit
 from pipeline.gem.training_data import TrainingData
 
@@ -30,11 +33,25 @@ def fit_seeds(data: TrainingData, params: Params, folder: Path, report: Callable
     if processes == 1 or device.type != "cpu":
         return [fit(data, params, seed, lambda epoch, seed=seed: report(seed, epoch)) for seed in seeds]
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(processes, mp_context=context) as pool:
+    manager = SyncManager(ctx=context)
+    manager.start(_as_helper)
+    with manager, ProcessPoolExecutor(processes, mp_context=context, initializer=_as_helper) as pool:
         epochs = manager.Queue()
         running = [pool.submit(_fit_elsewhere, folder, params, seed, epochs) for seed in seeds]
-        _relay(epochs, running, report)
+        try:
+            _relay(epochs, running, report)
+        except BaseException:
+            # A fit that cannot tell of its epoch ends: it is not waited for.
+            pool.shutdown(wait=False, cancel_futures=True)
+            manager.shutdown()
+            raise
         return [one.result() for one in running]
+
+
+def _as_helper() -> None:
+    """Ctrl-C is for the parent to answer; and no fit goes on without it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
 
 
 def _fit_elsewhere(folder: Path, params: Params, seed: int, epochs: Queue) -> Fit:

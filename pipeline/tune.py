@@ -82,7 +82,6 @@ class Call:
         self.visible = self.cohort.visible_sha256
         self.digest = provenance.data_digest(str(COHORT), self.visible)
         self.trials = question.trials or params.tune.trials
-        self.deadline = None if question.time_limit is None else time.monotonic() + 60 * question.time_limit
 
     def open(self) -> Search:
         """The study, and the tracker that records it."""
@@ -131,7 +130,11 @@ class Call:
             print(f"{self.study}: this cohort has no validation split to judge a trial by: nothing is searched, the baseline is the answer")
             return
         trials = Trials(self.study, self.question, self.params, self.data, self.digest, parent, interruption)
-        search.run(self.trials, trials.search, interruption, Teller(search.budget(self.trials), search), tracking.close, self.deadline)
+        # Loading and opening are no part of it: a slow machine has its trials too.
+        deadline = None if self.question.time_limit is None else time.monotonic() + 60 * self.question.time_limit
+        search.run(self.trials, trials.search, interruption, Teller(search.budget(self.trials), search), tracking.close, deadline)
+        if not search.finished:
+            return
         search.require_usable()
         confirmation = self.confirmation(search)
         candidates = confirmation.candidates()
@@ -144,6 +147,11 @@ class Call:
         """Writes the answers and the winner's model, and completes the study's run."""
         output, decision, confirmed = FOLDER / self.study, None, None
         if self.data.validation is not None:
+            if not search.finished:
+                raise StoppedError(f"the time limit of {self.question.time_limit:g} minutes came before the first trial had ended")
+            if len(search.finished) < (budget := search.budget(self.trials)):
+                reached = f"the time limit of {self.question.time_limit:g} minutes was reached with {len(search.finished)} of {budget} trials"
+                print(f"{self.study}: {reached}; these answer for now, and python -m pipeline.tune --study {self.study} goes on", flush=True)
             search.require_usable()
             confirmation = self.confirmation(search)
             decision, confirmed = confirmation.decide(), confirmation.table()

@@ -255,6 +255,54 @@ def test_a_key_is_asked_only_where_its_condition_holds_and_keeps_the_baselines_v
     assert found.trials_table()["model.dropout"].isna().sum() == 1
 
 
+CONDITIONAL = {
+    "model.observation": {"type": "categorical", "choices": ["normal", "multinomial", "negative_binomial"]},
+    "model.blocks": {"type": "integer", "low": 0, "high": 3, "log": False},
+    "model.min_variance": {"type": "float", "low": 0.001, "high": 0.1, "log": True, "when": {"model.observation": ["normal"]}},
+    "model.dropout": {"type": "float", "low": 0.0, "high": 0.5, "step": 0.125, "log": False, "when": {"model.blocks": [2, 3]}},
+    "model.expansion": {"type": "integer", "low": 1, "high": 8, "log": True, "when": {"model.blocks": [2, 3], "model.observation": ["normal", "multinomial"]}},
+}
+CONDITIONAL_BASELINE = {"model": {"observation": "normal", "blocks": 1, "min_variance": 0.01, "dropout": 0.25, "expansion": 2}}
+
+
+def is_legal(value, space: dict) -> bool:
+    if space["type"] == "categorical":
+        return value in space["choices"]
+    inside = space["low"] <= value <= space["high"] and (space["type"] == "float" or isinstance(value, int))
+    return inside and ("step" not in space or ((value - space["low"]) / space["step"]).is_integer())
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "qmc"])
+def test_with_conditions_on_two_levels_only_legal_points_are_proposed_after_every_resume(params, sampler):
+    """Each asks all the keys whose conditions hold, and no other; those a sampler cannot relate are drawn independently."""
+    startup = {"startup_trials": 4} if sampler in ("tpe", "gp") else {}
+    asked = question(space=CONDITIONAL, baseline=CONDITIONAL_BASELINE, sampler={"name": sampler, "seed": 1} | startup, pruner={"name": "none"})
+
+    def evaluate(one) -> float:
+        return one.values.get("model.dropout", -1.0) + one.values.get("model.expansion", 0) - one.values["model.blocks"]
+
+    for budget in (7, 15):
+        found = run(search(params, asked), budget, evaluate)
+    shapes = set()
+    for trial in found.finished:
+        expected = [name for name, space in CONDITIONAL.items() if all(trial.params.get(other) in allowed for other, allowed in space.get("when", {}).items())]
+        assert list(trial.params) == expected
+        assert all(is_legal(value, CONDITIONAL[name]) for name, value in trial.params.items()), trial.params
+        shapes.add(tuple(expected))
+    assert found.counts()["complete"] == 15 and len({str(trial.params) for trial in found.finished}) == 15
+    assert len(shapes) >= 3, "conditions held, and did not"
+
+
+def test_cmaes_proposes_legal_points_of_a_space_with_a_choice_steps_and_whole_numbers(params):
+    space = {name: {key: value for key, value in one.items() if key != "when"} for name, one in CONDITIONAL.items()}
+    asked = question(space=space, baseline=CONDITIONAL_BASELINE, sampler={"name": "cmaes", "seed": 1, "startup_trials": 4}, pruner={"name": "none"})
+    for budget in (8, 20):
+        found = run(search(params, asked), budget, lambda one: one.values["model.dropout"] - one.values["model.blocks"])
+    assert all(list(trial.params) == list(space) for trial in found.finished)
+    assert all(is_legal(value, space[name]) for trial in found.finished for name, value in trial.params.items())
+    assert {trial.params["model.observation"] for trial in found.finished} == set(space["model.observation"]["choices"])
+
+
 @pytest.mark.parametrize(
     "pruner", [{"name": "median", "startup_trials": 2, "warmup_epochs": 1}, {"name": "asha", "min_epochs": 1, "reduction": 2}, {"name": "hyperband", "min_epochs": 1, "reduction": 2}]
 )

@@ -116,13 +116,13 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(model_directory, 
         GEM.load(tmp_path)
 
 
-@pytest.mark.parametrize("content", [None, 3, [], {}, {"format_version": None}, {"format_version": 3}, {"format_version": True}])
+@pytest.mark.parametrize("content", [None, 3, [], {}, {"format_version": None}, {"format_version": 4}, {"format_version": True}])
 def test_any_other_content_is_refused(tmp_path, content):
     assert_refused(tmp_path, content, "model.pt: ")
 
 
 def test_a_pickle_that_is_no_archive_is_refused(tmp_path):
-    (tmp_path / "model.pt").write_bytes(pickle.dumps({"format_version": 3}))
+    (tmp_path / "model.pt").write_bytes(pickle.dumps({"format_version": 4}))
     with pytest.raises(IntegrityError, match="not a GEM model file"):
         GEM.load(tmp_path)
 

@@ -9,11 +9,10 @@ import torch
 from test_model import batch, network
 from torch.distributions import Normal, kl_divergence
 
-from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import GROUPS, Latent
 from pipeline.gem.model import Gaussian
 from pipeline.gem.splits import TRAIN
-from pipeline.gem.trained import GEM, decode
+from pipeline.gem.trained import GEM
 from pipeline.gem.training import _Loop, fit, hidden_study, hide_fields
 from pipeline.gem.training_data import TrainingData
 
@@ -119,11 +118,6 @@ def fits(cohort, params) -> dict[str, GEM]:
     return {name: fit(whole, chosen.override({"train.short_query_weight": weight}), seed=1).gem for name, weight in (("with", 10.0), ("without", 0.0))}
 
 
-def decoded(gem: GEM, samples: pd.DataFrame) -> np.ndarray:
-    """(N, G) log-CPM at the mean of the latents."""
-    return decode(gem.network, query := gem.query(samples, unknown="missing"), query.latents.mean).detach().numpy()
-
-
 def expected(gem: GEM, samples: pd.DataFrame) -> np.ndarray:
     """(N, L) prior means."""
     return gem.query(samples, unknown="missing").latents.mean.numpy()
@@ -152,15 +146,8 @@ def test_a_query_without_technical_fields_is_close_to_the_mean_of_all_as_it_is(f
     assert lacking(fits["with"], cohort.rows([TRAIN]), ["study", "library_selection", "library_layout", "platform"]) < 0.15
 
 
-def error(gem: GEM, cohort: Cohort, columns: list[str]) -> float:
-    """Mean squared error of predictions for the validation split, from these columns alone."""
-    samples = cohort.rows(["validation"])
-    return float(((decoded(gem, samples[columns]) - cohort.expression(["validation"])) ** 2).mean())
-
-
 def test_a_field_that_another_one_implies_may_be_left_out(fits, cohort):
-    """A cell type belongs to one tissue: who names it need not name the tissue."""
-    names = fits["with"].metadata.names
-    others = [name for name in names if name != "tissue"]
-    lost = {name: error(gem, cohort, others) - error(gem, cohort, names) for name, gem in fits.items()}
-    assert lost["with"] < 0.5 * lost["without"]
+    """A cell type belongs to one tissue, a study has one platform: who names the one need not name the other."""
+    samples = cohort.rows(["validation"])
+    short = samples.drop(columns=["tissue", "library_selection", "library_layout", "platform", "perturbation_type"])
+    np.testing.assert_array_equal(expected(fits["with"], short), expected(fits["with"], samples))

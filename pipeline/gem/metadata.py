@@ -7,6 +7,7 @@ N samples, D_g encoded size of a group.
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ import pandas as pd
 from pipeline.gem.config import GROUPS, Covariates
 from pipeline.gem.embedding import Features
 from pipeline.gem.errors import InputError, did_you_mean, examples
+from pipeline.gem.implied import Cells, Implied, implications
 from pipeline.gem.labels import distinct, label_text, label_texts, list_cells
 from pipeline.gem.quantities import DIMENSIONLESS, parse_quantity
 from pipeline.gem.vocabulary import Vocabulary, scaled
@@ -22,19 +24,18 @@ from pipeline.gem.vocabulary import Vocabulary, scaled
 class MetadataEncoder:
     """Tables to matrices, one per group; fields in the order of their declaration."""
 
-    def __init__(self, groups: dict[str, list[Vocabulary]]):
-        self.groups = groups
+    def __init__(self, groups: dict[str, list[Vocabulary]], implied: list[Implied] | None = None):
+        self.groups, self.implied = groups, implied or []
 
     @classmethod
     def fit(cls, samples: pd.DataFrame, covariates: Covariates, features: Mapping[str, Features] | None = None) -> "MetadataEncoder":
         """Vocabularies of the rows of `samples`, which must be the training split alone; `features` of each embedding."""
         features = features or {}
-        return cls(
-            {
-                group: [Vocabulary.learn(name, kind, samples[name], features.get(name)) for name, kind in getattr(covariates, group).items()]
-                for group in GROUPS
-            }
-        )
+        groups = {
+            group: [Vocabulary.learn(name, kind, samples[name], features.get(name)) for name, kind in getattr(covariates, group).items()]
+            for group in GROUPS
+        }
+        return cls(groups, [one for fields in groups.values() for one in implications(samples, fields)])
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -50,30 +51,40 @@ class MetadataEncoder:
         return [field.name for fields in self.groups.values() for field in fields]
 
     def encode(self, samples: pd.DataFrame, unknown: str = "refuse") -> dict[str, np.ndarray]:
-        """Per group (N, D_g) float32. A column that is absent is missing everywhere.
+        """Per group (N, D_g) float32. A column that is absent is missing everywhere, but for what other columns imply.
 
         `unknown` is "refuse" (InputError naming column, row and the closest known values) or "missing".
         """
         if unknown not in ("refuse", "missing"):
             raise ValueError(f"unknown is {unknown!r}; expected 'refuse' or 'missing'")
         problems: list[str] = []
+        cells = self._cells(samples, problems)
+        for implied in self.implied:
+            implied.fill(cells, len(samples))
         encoded = {}
         for group, fields in self.groups.items():
-            parts = [self._encode_field(field, samples, unknown, problems) for field in fields]
+            parts = [self._encode_field(field, cells.get(field.name), len(samples), unknown, problems) for field in fields]
             encoded[group] = np.concatenate(parts, axis=1) if parts else np.zeros((len(samples), 0), dtype=np.float32)
         if problems:
             raise InputError(*problems)
         return encoded
 
-    def _encode_field(self, field: Vocabulary, samples: pd.DataFrame, unknown: str, problems: list[str]) -> np.ndarray:
-        if field.name not in samples:
-            return np.zeros((len(samples), field.size), dtype=np.float32)
-        try:
-            index, values = distinct(samples[field.name])
-        except ValueError as error:
-            problems.append(f"{field.name}: {error}")
-            return np.zeros((len(samples), field.size), dtype=np.float32)
+    def _cells(self, samples: pd.DataFrame, problems: list[str]) -> dict[str, Cells]:
+        found = {}
+        for name in self.names:
+            if name in samples:
+                try:
+                    found[name] = distinct(samples[name])
+                except ValueError as error:
+                    problems.append(f"{name}: {error}")
+        return found
+
+    @staticmethod
+    def _encode_field(field: Vocabulary, cells: Cells | None, rows: int, unknown: str, problems: list[str]) -> np.ndarray:
+        if cells is None:
+            return np.zeros((rows, field.size), dtype=np.float32)
         # Few distinct values stand for many rows; the last row of the table of codes is "missing".
+        index, values = cells
         codes = np.zeros((len(values) + 1, field.size), dtype=np.float32)
         for position, value in enumerate(values):
             code, problem = field.read(value, unknown)
@@ -104,14 +115,18 @@ class MetadataEncoder:
         own, others = ({field.name: (group, field) for group, fields in one.groups.items() for field in fields} for one in (self, other))
         alone = ((own.keys() - others.keys(), "model"), (others.keys() - own.keys(), "data"))
         found = [f"covariates {examples(sorted(names))} known to the {who} only" for names, who in alone if names]
+        if not found and self.implied != other.implied:
+            found = ["levels of one covariate always came with other levels of another"]
         return found + [f"{name}: {said}" for name in own if name in others and (said := _difference(own[name], others[name]))]
 
     def state(self) -> dict:
-        return {group: [field.state() for field in fields] for group, fields in self.groups.items()}
+        fields = {group: [field.state() for field in fields] for group, fields in self.groups.items()}
+        return fields | {"implied": [asdict(one) for one in self.implied]}
 
     @classmethod
     def from_state(cls, state: dict) -> "MetadataEncoder":
-        return cls({group: [Vocabulary.from_state(field) for field in state[group]] for group in GROUPS})
+        fields = {group: [Vocabulary.from_state(field) for field in state[group]] for group in GROUPS}
+        return cls(fields, [Implied(**one) for one in state["implied"]])
 
 
 def _difference(own: tuple[str, Vocabulary], other: tuple[str, Vocabulary]) -> str | None:

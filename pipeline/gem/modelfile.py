@@ -22,7 +22,7 @@ from pipeline.gem.config import Covariate, Frozen, Model, Positive
 from pipeline.gem.errors import InputError, IntegrityError, examples
 from pipeline.gem.storage import sha256_of
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class _Record(Frozen):
@@ -43,10 +43,17 @@ class FieldState(_Record):
     features: FeaturesState | None
 
 
+class ImpliedState(_Record):
+    given: str
+    told: str
+    levels: dict[str, str]
+
+
 class MetadataState(_Record):
     technical: list[FieldState]
     biological: list[FieldState]
     perturbation: list[FieldState]
+    implied: list[ImpliedState]
 
     def fields(self) -> list[FieldState]:
         return [*self.technical, *self.biological, *self.perturbation]
@@ -167,6 +174,10 @@ def _inconsistencies(contents: Contents) -> list[str]:
             problems.append(f"metadata: {field.name}: an embedding without features")
         if field.features is not None and (problem := _features_problem(field.features)):
             problems.append(f"metadata: {field.name}: features {problem}")
+    names = {field.name for field in contents.metadata.fields()}
+    strange = [one.told for one in contents.metadata.implied if not {one.given, one.told} <= names]
+    if strange:
+        problems.append(f"metadata: implied: {examples(strange)} by or of no covariate of it")
     width = len(contents.seen.columns)
     if any(len(combination) != width for combination in contents.seen.combinations):
         problems.append(f"seen: combinations of another length than {width}")

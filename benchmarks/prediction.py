@@ -1,7 +1,8 @@
 """How fast predictions are made: `pipeline.predict` against the loop that one writes first, in turns, in one process.
 
-The plain loop: the priors of every row, log-CPM to counts out of place, Python lists into a list column with zstd. Both
-read the same Parquet query and decode with the same weights; the ratio of a pair does not depend on how busy the machine is.
+The plain loop: the priors of every row, log-CPM to counts out of place, arrays into a list column with zstd. Both read the
+same Parquet query and decode with the same weights. Processor time counts, and only ratios of a pair: what else the machine
+does slows both. Memory is the peak of `python -m pipeline.predict` in a process of its own, for a fifth of the rows and for all.
 
 Run     make benchmark     (or python -m benchmarks.prediction --rows 100000 --genes 2000 --hidden 512)
 """
@@ -9,6 +10,8 @@ Run     make benchmark     (or python -m benchmarks.prediction --rows 100000 --g
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,11 +29,13 @@ import torch
 from pipeline import predict
 from pipeline.gem import prediction, prediction_tables
 from pipeline.gem.config import Covariates, read_params
+from pipeline.gem.folded import Means
 from pipeline.gem.metadata import MetadataEncoder
 from pipeline.gem.prediction import Request
 from pipeline.gem.seen import Seen
 from pipeline.gem.trained import GEM, Targets
 
+ROOT = Path(__file__).resolve().parent.parent
 LEVELS = {"study": 48, "cell_type": 60, "disease": 12, "sex": 2, "perturbation": 200, "perturbation_dose": 8}
 PLAIN_ROWS = 4096
 TOTAL = 1_000_000
@@ -45,10 +50,17 @@ def main() -> None:
     gem, samples = made(options.rows, options.genes, options.hidden)
     with tempfile.TemporaryDirectory() as folder:
         ratios, rates, split = compare(gem, samples, options.pairs, Path(folder))
+        peaks = {rows: peak_memory(samples.head(rows), Path(folder)) for rows in (options.rows // 5, options.rows)}
     print(f"{options.rows:,} rows ({len(samples.drop_duplicates()):,} distinct) x {options.genes:,} genes, hidden {options.hidden}, one core")
-    print(f"plain {statistics.median(rates['plain']):,.0f} rows/s, pipeline.predict {statistics.median(rates['fast']):,.0f} rows/s (medians)")
-    print(f"ratio of {len(ratios)} pairs: median {statistics.median(ratios):.1f}, {min(ratios):.1f} to {max(ratios):.1f}")
-    print("time of pipeline.predict: " + ", ".join(f"{name} {share:.0%}" for name, share in split.items()))
+    for name, several in rates.items():
+        print(f"{name:>20}  {statistics.median(several):8,.0f} rows/s ({min(several):,.0f} to {max(several):,.0f})")
+    print(f"{'ratio of a pair':>20}  {statistics.median(ratios):8.1f} ({min(ratios):.1f} to {max(ratios):.1f}, {len(ratios)} pairs)")
+    print("time of pipeline.predict")
+    for name, share in split.items():
+        print(f"{name:>20}  {share:8.0%}")
+    print("memory of pipeline.predict at its peak")
+    for rows, size in peaks.items():
+        print(f"{rows:>15,} rows  {size / 2**20:8,.0f} MiB")
 
 
 def one_core() -> None:
@@ -66,7 +78,7 @@ def made(rows: int, genes: int, hidden: int) -> tuple[GEM, pd.DataFrame]:
     kinds = {name: {"kind": "numeric", "scale": "log"} if name.endswith("dose") else {"kind": "categorical"} for name in LEVELS}
     named = {"technical": ["study"], "biological": ["cell_type", "disease", "sex"], "perturbation": ["perturbation", "perturbation_dose"]}
     covariates = Covariates.model_validate({group: {name: kinds[name] for name in names} for group, names in named.items()})
-    params = read_params(Path(__file__).parent.parent / "params.yaml").override({"model.hidden": hidden}).model
+    params = read_params(ROOT / "params.yaml").override({"model.hidden": hidden}).model
     seen = Seen(("cell_type", "perturbation"), combinations=tuple(sorted({*zip(samples["cell_type"], samples["perturbation"], strict=True)})))
     torch.manual_seed(0)
     gem = GEM.build(np.array([f"G{gene}" for gene in range(genes)]), MetadataEncoder.fit(samples, covariates), Targets(None, {}), params, seen=seen)
@@ -77,25 +89,25 @@ def made(rows: int, genes: int, hidden: int) -> tuple[GEM, pd.DataFrame]:
 
 
 def compare(gem: GEM, samples: pd.DataFrame, pairs: int, folder: Path) -> tuple[list[float], dict[str, list[float]], dict[str, float]]:
-    """(plain over fast time of each pair, rows/s of each run, share of each part of the fast loop's time)."""
+    """(plain over pipeline.predict's time of each pair, rows/s of each run, share of each part of its time)."""
     query = folder / "query.parquet"
     samples.to_parquet(query, index=False)
     gem.save(folder / "model.pt")
-    runs = {"plain": lambda: plain(gem, query, folder / "plain.parquet"), "fast": lambda: fast(gem, query, folder)}
-    seconds: dict[str, list[float]] = {"plain": [], "fast": []}
+    runs = {"plain loop": lambda: plain(gem, query, folder / "plain.parquet"), "pipeline.predict": lambda: fast(gem, query, folder)}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     parts = {"encoding and priors": 0.0, "decoding": 0.0, "counts": 0.0, "writing": 0.0}
     for _ in range(pairs):
         for name, run in runs.items():
             with ExitStack() as stack:
-                if name == "fast":
+                if name == "pipeline.predict":
                     timers(stack, gem, parts)
                 started = time.process_time()   # of all threads: other work on the machine does not count
                 run()
                 seconds[name].append(time.process_time() - started)
     check_same(folder / "plain.parquet", folder / "fast.parquet")
-    total = sum(seconds["fast"])
+    total = sum(seconds["pipeline.predict"])
     split = {name: spent / total for name, spent in parts.items()} | {"rest": 1 - sum(parts.values()) / total}
-    ratios = [slow / quick for slow, quick in zip(seconds["plain"], seconds["fast"], strict=True)]
+    ratios = [slow / quick for slow, quick in zip(seconds["plain loop"], seconds["pipeline.predict"], strict=True)]
     return ratios, {name: [len(samples) / second for second in several] for name, several in seconds.items()}, split
 
 
@@ -103,6 +115,18 @@ def fast(gem: GEM, query: Path, folder: Path) -> None:
     options = argparse.Namespace(query=query, output=folder / "fast.parquet", model=folder / "model.pt", reference=None, ensemble=False)
     with redirect_stdout(StringIO()):
         predict.write_prediction(options, Request(), [gem], None)
+
+
+def peak_memory(samples: pd.DataFrame, folder: Path, program: tuple[str, ...] = ("-m", "pipeline.predict")) -> int:
+    """Bytes that a process of pipeline.predict holds at its peak, with the model in `folder`."""
+    samples.to_parquet(folder / "asked.parquet", index=False)
+    files = ["--model", folder / "model.pt", "--query", folder / "asked.parquet", "--output", folder / "said.parquet"]
+    process = subprocess.Popen([sys.executable, *program, *files], cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"pipeline.predict ended with {process.returncode}")
+    return used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @torch.no_grad()
@@ -116,7 +140,7 @@ def plain(gem: GEM, query: Path, output: Path) -> None:
         latents = torch.cat([gem.network.prior(group, matrix).mean for group, matrix in encoded.items()], dim=1)
         cpm = torch.expm1(gem.network.decode(latents).clamp(min=0))
         counts = torch.round(cpm / cpm.sum(dim=1, keepdim=True) * TOTAL).int()
-        table = pa.Table.from_pandas(rows, preserve_index=False).append_column("counts", pa.array(counts.numpy().tolist(), pa.list_(pa.int32())))
+        table = pa.Table.from_pandas(rows, preserve_index=False).append_column("counts", pa.array(list(counts.numpy())))
         writer = writer or pq.ParquetWriter(output, table.schema, compression="zstd")
         writer.write_table(table)
     writer.close()
@@ -136,8 +160,9 @@ def timers(stack: ExitStack, gem: GEM, parts: dict[str, float]) -> None:
         return run
 
     for place, attribute, name in (
-        (GEM, "query", "encoding and priors"), (prediction, "decode", "decoding"), (type(gem.network.observation), "fractions", "counts"),
-        (prediction, "whole_counts", "counts"), (prediction_tables.ParquetOutput, "write", "writing"),
+        (GEM, "query", "encoding and priors"), (Means, "of", "decoding"), (Means, "__call__", "decoding"),
+        (type(gem.network.observation), "fractions", "counts"), (prediction, "whole_counts", "counts"),
+        (prediction_tables.ParquetOutput, "write", "writing"),
     ):  # fmt: skip
         stack.enter_context(patch.object(place, attribute, timed(name, getattr(place, attribute))))
 

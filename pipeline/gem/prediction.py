@@ -15,15 +15,17 @@ from torch import Tensor
 from pipeline.gem.config import GROUPS
 from pipeline.gem.errors import InputError, did_you_mean
 from pipeline.gem.expression import CPM, round_to_totals
+from pipeline.gem.folded import FoldedDecoder, Means
 from pipeline.gem.likelihood import sample_normal
 from pipeline.gem.queries import REFERENCE, Asked, known_columns
 from pipeline.gem.reference_samples import ReferenceFile, ReferenceSamples
 from pipeline.gem.trained import CONDITIONING, GEM, Query, decode
 
 MODES = {"mean": "mean", "sample": "sample", "mean estimation": "mean", "sample generation": "sample"}   # the public API's names too
-BLOCK_VALUES = 2**23   # counts in memory at a time
+BLOCK_VALUES = 2**22   # counts in memory at a time
 QUERY_ROWS = 2**15     # encoded at a time
-_ROWS = 256            # decoded at a time: 256 x G stay in the cache
+_CACHED_VALUES = 2**18 # decoded at a time: they stay in the cache,
+_FEW_ROWS = 64         # unless that were fewer rows than this
 _FLOAT32_TOTAL = 2**22 # above it, float32 leaves nothing for the remainders
 _DRAWS, _EXTREME = 99, 5   # between the 5th lowest and the 5th highest of 99 draws another one falls with 90 %
 
@@ -78,6 +80,7 @@ class Prediction:
     def __init__(self, models: list[GEM], request: Request, references: ReferenceSamples | None = None):
         """Several models speak as one: the mean of their log-CPM, or draws from each in turn."""
         self.models, self.request, self.references = models, request, references
+        self.decoders = [FoldedDecoder(model.network) for model in models]
         if len(models) > 1 and request.latents:
             raise InputError("latents: several models have no latents in common; ask for one model")
         self.generator = torch.Generator(models[0].device).manual_seed(request.seed)
@@ -94,6 +97,7 @@ class Prediction:
         """The answer to a block of a query, in the order of its rows, as many at a time as fit in memory."""
         chosen = self._references(asked)
         queries = [self._query(model, asked, chosen) for model in self.models]
+        means = [Means.of(decoder, query) for decoder, query in zip(self.decoders, queries, strict=True)]
         extrapolated = self.models[0].seen.extrapolated(asked.samples)
         answered = max(1, BLOCK_VALUES // len(self.models[0].genes))
         wanted = len(asked.index) * self.request.samples
@@ -101,7 +105,7 @@ class Prediction:
             row, number = np.divmod(np.arange(start, min(start + answered, wanted)), self.request.samples)
             index = asked.index[row]
             latents = self._latents(queries[0], index) if self.request.latents else {}
-            said = self._means(queries, index) if self.request.mode == "mean" else (self._draws(queries, index), None, None)
+            said = self._means(means, index) if self.request.mode == "mean" else (self._draws(queries, index), None, None)
             yield Block(row, number + 1, extrapolated[index], said[0], latents, *said[1:])
 
     def _query(self, model: GEM, asked: Asked, chosen: np.ndarray | None) -> Query:
@@ -118,7 +122,7 @@ class Prediction:
             return np.zeros(len(asked.samples), dtype=np.int64)
         return pd.Index(self.references.names).get_indexer([str(name) for name in asked.reference])
 
-    def _means(self, queries: list[Query], index: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    def _means(self, means: list[Means], index: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
         """((n, G) counts, their lower and upper ends) of the distinct rows `index` (n,), each decoded once."""
         used, place = np.unique(index, return_inverse=True)
         alone = len(used) == len(index)
@@ -126,12 +130,12 @@ class Prediction:
         rows_of = torch.from_numpy(used).to(self.generator.device)
         counts = np.empty((len(used), len(self.models[0].genes)), dtype=np.int32)
         low, high = (np.empty_like(counts) if self.request.interval else None for _ in range(2))
-        for rows in _slices(len(used)):
-            parts = [query.rows(rows_of[rows]) for query in queries]
-            shares = [_fractions(model, part) for model, part in zip(self.models, parts, strict=True)]
+        for rows in _slices(*counts.shape):
+            chosen = rows_of[rows]
+            shares = [model.network.observation.fractions(said(chosen)) for model, said in zip(self.models, means, strict=True)]
             counts[rows] = whole_counts(_together(shares), self.request.total_count)
             if self.request.interval:
-                low[rows], high[rows] = self._interval(parts)
+                low[rows], high[rows] = self._interval([said.query.rows(chosen) for said in means])
         return tuple(part if part is None or alone else part[place.reshape(-1)] for part in (counts, low, high))
 
     def _interval(self, queries: list[Query]) -> tuple[np.ndarray, np.ndarray]:
@@ -145,7 +149,7 @@ class Prediction:
         model = torch.randint(len(queries), (len(index),), generator=self.generator, device=self.generator.device).cpu().numpy()
         for number, query in enumerate(queries):
             mine = np.flatnonzero(model == number)
-            for rows in _slices(len(mine)):
+            for rows in _slices(len(mine), counts.shape[1]):
                 part = query.rows(torch.from_numpy(index[mine[rows]]).to(self.generator.device))
                 counts[mine[rows]] = self._draw(number, part)
         return counts
@@ -154,7 +158,7 @@ class Prediction:
         model = self.models[number]
         latents = query.latents.mean if self.request.deterministic_latents else sample_normal(*query.latents, self.generator)
         library = np.full(len(query.target), self.request.total_count)
-        decoded = decode(model.network, query, latents)
+        decoded = decode(self.decoders[number], query, latents)
         return model.network.observation.draw_counts(decoded, library, query.way, self.generator).astype(np.int32)
 
     def _latents(self, query: Query, index: np.ndarray) -> dict[str, np.ndarray]:
@@ -172,11 +176,6 @@ def whole_counts(shares: Tensor, total: int) -> np.ndarray:
         values /= values.sum(axis=1, keepdims=True)
     values *= total
     return round_to_totals(values, np.full(len(values), total), np.int32)
-
-
-def _fractions(model: GEM, query: Query) -> Tensor:
-    """(N, G) shares at the mean of the latents."""
-    return model.network.observation.fractions(decode(model.network, query, query.latents.mean))
 
 
 def _together(shares: list[Tensor]) -> Tensor:
@@ -218,10 +217,12 @@ def reconstruct(gem: GEM, file: ReferenceFile, total_count: int | None) -> Itera
 
 def _decoded_counts(gem: GEM, latents: Tensor, total: int) -> np.ndarray:
     counts = np.empty((len(latents), len(gem.genes)), dtype=np.int32)
-    for rows in _slices(len(latents)):
+    for rows in _slices(*counts.shape):
         counts[rows] = whole_counts(gem.network.observation.fractions(gem.network.decode(latents[rows])), total)
     return counts
 
 
-def _slices(rows: int) -> Iterator[slice]:
-    return (slice(start, start + _ROWS) for start in range(0, rows, _ROWS))
+def _slices(rows: int, genes: int) -> Iterator[slice]:
+    """Of as many rows as stay in the cache; products of few rows are slow."""
+    step = max(_FEW_ROWS, _CACHED_VALUES // max(1, genes))
+    return (slice(start, start + step) for start in range(0, rows, step))

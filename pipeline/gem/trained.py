@@ -62,18 +62,24 @@ class Query(NamedTuple):
     change: Tensor                # (N,) what that does to it, log-CPM
     way: Tensor                   # (N,) how each is decoded, which decides its noise: PREDICTED, NEW_STUDY or CONDITIONED
     carried: Tensor | None = None # (N, G) what is carried over of a reference's residual, log-CPM
+    level: Tensor | None = None   # (N, 3) number of each group's distinct metadata, which alone says the latents; None: they do not
 
     def rows(self, chosen: slice | Tensor) -> "Query":
-        carried = None if self.carried is None else self.carried[chosen]
-        return Query(self.latents.rows(chosen), self.target[chosen], self.change[chosen], self.way[chosen], carried)
+        return Query(self.latents.rows(chosen), *(None if part is None else part[chosen] for part in self[1:]))
 
 
 def decode(network: Network, query: Query, latents: Tensor) -> Tensor:
     """(N, G) log-CPM of latents (N, L) drawn for a query."""
-    decoded = network.decode(latents)
-    hit = (query.target >= 0).nonzero().squeeze(1)
-    decoded[hit, query.target[hit]] += query.change[hit]   # as Network.hit, but in place
-    return decoded if query.carried is None else decoded.add_(query.carried)
+    return complete(network.decode(latents), query, slice(None))
+
+
+def complete(decoded: Tensor, query: Query, rows: slice | Tensor) -> Tensor:
+    """What is decoded (N, G) for rows of a query, with what does not pass through latents: the change of the target gene, as
+    Network.hit but in place, and what is carried over."""
+    target = query.target[rows]
+    hit = (target >= 0).nonzero().squeeze(1)
+    decoded[hit, target[hit]] += query.change[rows][hit]
+    return decoded if query.carried is None else decoded.add_(query.carried[rows])
 
 
 @dataclass(frozen=True)
@@ -218,7 +224,8 @@ class GEM:
         change = self.network.own_target(metadata["perturbation"])[index["perturbation"]]
         target = torch.from_numpy(self.targets(samples)).to(self.device)
         if reference is None or not conditioning:
-            return Query(prior, target, change, self._ways(encoded["technical"]))
+            level = torch.stack([index[group] for group in GROUPS], dim=1)
+            return Query(prior, target, change, self._ways(encoded["technical"]), level=level)
         posterior, expression = self.posterior(reference), torch.from_numpy(reference).to(self.device)
         carried = torch.cat(
             [self.network.carried(expression[rows], posterior.rows(rows)) for rows in _blocks(len(expression))] or [expression]

@@ -117,16 +117,17 @@ def fast(gem: GEM, query: Path, folder: Path) -> None:
         predict.write_prediction(options, Request(), [gem], None)
 
 
-def peak_memory(samples: pd.DataFrame, folder: Path, program: tuple[str, ...] = ("-m", "pipeline.predict")) -> int:
-    """Bytes that a process of pipeline.predict holds at its peak, with the model in `folder`."""
+def peak_memory(samples: pd.DataFrame, folder: Path, first: str = "") -> int:
+    """Bytes that a process of pipeline.predict holds at its peak, with the model in `folder`; `first` is run before it. Linux.
+
+    The process says so itself: what its parent counts for it begins with the parent's own memory.
+    """
     samples.to_parquet(folder / "asked.parquet", index=False)
     files = ["--model", folder / "model.pt", "--query", folder / "asked.parquet", "--output", folder / "said.parquet"]
-    process = subprocess.Popen([sys.executable, *program, *files], cwd=ROOT, stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"pipeline.predict ended with {process.returncode}")
-    return used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    status = "next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))"
+    program = f"from pipeline import predict\n{first}\npredict.main()\nprint({status})"
+    done = subprocess.run([sys.executable, "-c", program, *map(str, files)], cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) * 1024
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT
+from generation import generate
 
 from pipeline import predict as verb
 from pipeline.gem import GEM, prediction
@@ -81,7 +82,7 @@ def test_the_output_is_the_query_then_extrapolated_then_whole_counts_that_sum_to
 @pytest.mark.parametrize("total", [1_000, 1_000_000, 2**31 - 1])
 def test_the_mean_is_what_the_network_decodes_at_the_mean_of_the_latents(monkeypatch, tmp_path, model_directory, asked, gem, total):
     counts = counts_of(answer(monkeypatch, tmp_path, model_directory, asked, "--total-count", total)).astype(np.int64)
-    expected = counts_from_log_cpm(gem.generate(asked), np.full(len(asked), total))
+    expected = counts_from_log_cpm(generate(gem, asked), np.full(len(asked), total))
     np.testing.assert_allclose(counts, expected, rtol=2e-5, atol=1)
     assert (counts.sum(axis=1) == total).all()
 
@@ -130,7 +131,7 @@ def test_nine_of_ten_further_samples_fall_into_the_interval(monkeypatch, tmp_pat
 def test_several_seeds_speak_as_the_mean_of_their_log_cpm(monkeypatch, tmp_path, model_directory, asked):
     said = counts_of(answer(monkeypatch, tmp_path, model_directory, asked, "--ensemble"))
     models, _ = GEM.load_seeds(model_directory)
-    each = [log_cpm(counts_from_log_cpm(one.generate(asked), np.full(40, 10**6)), np.full(40, 10**6)) for one in models]
+    each = [log_cpm(counts_from_log_cpm(generate(one, asked), np.full(40, 10**6)), np.full(40, 10**6)) for one in models]
     np.testing.assert_allclose(said, counts_from_log_cpm(np.mean(each, axis=0), np.full(40, 10**6)), rtol=0.01, atol=2)
     with pytest.raises(InputError, match="no latents in common"):
         answer(monkeypatch, tmp_path, model_directory, asked, "--ensemble", "--latents")
@@ -169,7 +170,7 @@ def test_genes_of_a_reference_are_matched_by_name_and_surplus_ones_count_in_the_
     permuted.reset_index().to_parquet(tmp_path / "reference.parquet", index=False)
     said = answer(monkeypatch, tmp_path, model_directory, query, "--reference", tmp_path / "reference.parquet")
     expression = log_cpm(source.to_numpy(), 2 * source.sum(axis=1).to_numpy())[[0, 0, 1, 2, 4]]
-    expected = counts_from_log_cpm(gem.generate(query, expression), np.full(5, 10**6))
+    expected = counts_from_log_cpm(generate(gem, query, expression), np.full(5, 10**6))
     np.testing.assert_allclose(counts_of(said), expected, rtol=1e-4, atol=2)
     told = capsys.readouterr().err
     assert "1 genes are unknown to the model and count in the totals only: foreign" in told and "another order" in told
@@ -404,15 +405,15 @@ def test_prediction_is_faster_than_a_plain_loop(tmp_path):
     assert sum(split.values()) == pytest.approx(1)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process its peak")
 def test_memory_does_not_grow_with_the_rows_of_a_query(tmp_path):
     """In small blocks, so that few rows are many of them; the counts of the further rows alone would be 76 MiB."""
     from benchmarks.prediction import made, peak_memory
 
     gem, samples = made(26_000, 1000, 16)
     gem.save(tmp_path / "model.pt")
-    blocks = "prediction.QUERY_ROWS, prediction.BLOCK_VALUES = 2**11, 2**19"
-    program = "-c", f"from pipeline import predict; from pipeline.gem import prediction; {blocks}; predict.main()"
-    few, many = (peak_memory(samples.head(rows), tmp_path, program) for rows in (6_000, 26_000))
+    blocks = "from pipeline.gem import prediction; prediction.QUERY_ROWS, prediction.BLOCK_VALUES = 2**11, 2**19"
+    few, many = (peak_memory(samples.head(rows), tmp_path, blocks) for rows in (6_000, 26_000))
     assert many < few + 38 * 2**20
 
 

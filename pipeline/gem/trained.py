@@ -18,7 +18,6 @@ from torch import Tensor
 from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import GROUPS, Model
 from pipeline.gem.errors import InputError, IntegrityError, examples
-from pipeline.gem.expression import counts_from_log_cpm
 from pipeline.gem.labels import label_texts
 from pipeline.gem.likelihood import sample_normal
 from pipeline.gem.metadata import MetadataEncoder
@@ -240,43 +239,6 @@ class GEM:
         columns = [field.name == self.hidden_study for field in self.metadata.groups["technical"] for _ in range(field.size)]
         unknown = ~technical[:, np.array(columns, dtype=bool)].any(axis=1) & any(columns)
         return torch.from_numpy(np.where(unknown, NEW_STUDY, PREDICTED)).to(self.device)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        samples: pd.DataFrame,
-        reference: np.ndarray | None = None,
-        conditioning: tuple[str, ...] = CONDITIONING,
-        *,
-        draw_latents: bool = False,
-        draw_observations: bool = False,
-        totals: np.ndarray | None = None,
-        generator: torch.Generator | None = None,
-        unknown: str = "refuse",
-    ) -> np.ndarray:
-        """(N, G) log-CPM of a query, from metadata or from a reference: the mean, or draws of latents and of noise.
-
-        Draws need a `generator`, those of counts the `totals` (N,) of the samples; ValueError without one.
-        """
-        if (draw_latents or draw_observations) and generator is None:
-            raise ValueError("draws need a torch.Generator")
-        if draw_observations and totals is None and self.params.counted:
-            raise ValueError("draws of counts need the total counts of the samples")
-        query = self.query(samples, reference, conditioning, unknown)
-        result = np.empty((len(samples), len(self.genes)), dtype=np.float32)
-        for rows in _blocks(len(samples)):
-            part = query.rows(rows)
-            decoded = decode(self.network, part, sample_normal(*part.latents, generator) if draw_latents else part.latents.mean)
-            if draw_observations:
-                said = self.network.observation.draw_log_cpm(decoded, None if totals is None else torch.from_numpy(totals[rows]), part.way, generator)
-            else:
-                said = self.network.observation.log_cpm(decoded)
-            result[rows] = said.cpu().numpy()
-        return result
-
-    def generate_counts(self, samples: pd.DataFrame, totals: np.ndarray, reference: np.ndarray | None = None, **how) -> np.ndarray:
-        """(N, G) whole counts whose rows sum exactly to `totals` (N,); `how` as in `generate`."""
-        return counts_from_log_cpm(self.generate(samples, reference, totals=totals, **how), totals)
 
     def calibrated(self, expression: np.ndarray, labels: np.ndarray) -> "GEM":
         """The same with the temperatures of its heads fitted to labels (N, heads) of log-CPM (N, G); 1 where there are no samples."""

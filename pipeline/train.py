@@ -29,7 +29,7 @@ def main() -> None:
         try:
             train(params, interruption)
         except StoppedError as stopped:
-            raise StoppedError(f"train: {stopped}; nothing of it was written; train again with: make") from None
+            raise StoppedError(f"train: {stopped}; what it has learnt is kept; go on with: make") from None
 
 
 def train(params: Params, interruption: Interruption) -> None:

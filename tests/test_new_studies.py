@@ -242,7 +242,7 @@ def test_seeds_fitted_side_by_side_are_those_fitted_one_after_another(data, para
 
     chosen = params.override({"train.seeds": [1, 2], "train.epochs": 2})
     told: list[tuple[int, int]] = []
-    found = fit_seeds(data, chosen, cohort.folder, lambda seed, epoch: told.append((seed, epoch.epoch)))
+    found = fit_seeds(data, chosen, cohort.folder, lambda seed, epoch: told.append((seed, epoch.epoch)), {})
     alone = [fit(data, chosen, seed) for seed in (1, 2)]
     assert [one.gem.to_bytes() for one in found] == [one.gem.to_bytes() for one in alone]
     assert sorted(told) == [(1, 1), (1, 2), (2, 1), (2, 2)]

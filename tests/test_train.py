@@ -40,7 +40,7 @@ def descendants(pid: int) -> set[int]:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_training_told_to_stop_writes_nothing_says_so_and_the_next_is_as_if_it_had_not_been(repository, cohort, migrated_store, tmp_path, name):
+def test_a_training_told_to_stop_says_so_and_the_next_goes_on_as_if_it_had_not_been(repository, cohort, migrated_store, tmp_path, name):
     stage = started(repository)
     stage.send_signal(getattr(signal, name))
     assert stage.wait(timeout=60) == 75, repository.said("pipeline.train")
@@ -50,11 +50,22 @@ def test_a_training_told_to_stop_writes_nothing_says_so_and_the_next_is_as_if_it
     client = mlflow.MlflowClient(f"sqlite:///{repository.folder}/mlflow.db")
     assert [run.info.status for run in client.search_runs([client.get_experiment_by_name("gem").experiment_id])] == ["KILLED"]
     if name == "SIGTERM":
-        repository.stage("pipeline.train")
+        assert "train: goes on after the last epoch" in repository.stage("pipeline.train")
+        assert not list((repository.folder / ".gem/checkpoints").iterdir())
         other = prepared(tmp_path / "other", cohort, migrated_store, LONG)
         other.stage("pipeline.train")
         both = [[sha256(one.folder / "experiments/default" / file) for file in ("model.pt", "history.csv", "report.json")] for one in (repository, other)]
         assert both[0] == both[1]
+
+
+def test_a_training_that_was_killed_goes_on(repository, cohort, migrated_store, tmp_path):
+    stage = started(repository)
+    stage.kill()
+    stage.wait()
+    assert "train: goes on after the last epoch" in repository.stage("pipeline.train")
+    other = prepared(tmp_path / "other", cohort, migrated_store, LONG)
+    assert "goes on" not in other.stage("pipeline.train")
+    assert len({sha256(one.folder / "experiments/default/model.pt") for one in (repository, other)}) == 1
 
 
 def test_a_second_training_of_the_same_folder_is_told_who_trains(repository):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.gem import figures, provenance, tracking
+from pipeline.gem.checkpoint import Checkpoint
 from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import GROUPS, Params
 from pipeline.gem.interruption import Interruption
@@ -49,13 +50,19 @@ def train_into(
 ) -> None:
     """Fits one model per seed, writes the model directory, completes its run, and registers the model.
 
-    StoppedError where the process is told to stop while it fits; what has been fitted is written, and told the tracker after that.
+    StoppedError where the process is told to stop while it fits: called again it goes on. What has been fitted is written, and told
+    the tracker after that.
     """
     if data.choice_split is None:
         print(f"{label}: this cohort has no validation split: all epochs are trained, none is chosen")
+    checkpoints = {seed: Checkpoint.of(params, cohort.visible_sha256, seed) for seed in params.train.seeds}
+    if any(checkpoint.path.exists() for checkpoint in checkpoints.values()):
+        print(f"{label}: goes on after the last epoch of a training that was stopped; what it had told is told again")
     with interruption.allowed():
-        fits = fit_seeds(data, params, cohort.folder, reporter(run, params, label, interruption))
+        fits = fit_seeds(data, params, cohort.folder, reporter(run, params, label, interruption), checkpoints)
     write_model_directory(directory, fits, params)
+    for checkpoint in checkpoints.values():
+        checkpoint.discard()
     run.tags({tracking.MODEL_TAG: sha256(directory / "model.pt"), "choice_split": data.choice_split or "none"})
     run.metrics(best_metrics(fits[0]))
     run.artifacts([directory / "history.csv", directory / "report.json"])

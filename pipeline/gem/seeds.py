@@ -6,7 +6,7 @@ Each fit has `train.threads` threads either way, so that where it ran does not c
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -14,6 +14,7 @@ from queue import Empty, Queue
 
 import torch
 
+from pipeline.gem.checkpoint import Checkpoint
 from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import Params
 from pipeline.gem.interruption import end_with_parent
@@ -23,21 +24,23 @@ from pipeline.gem.training_data import TrainingData
 _PATIENCE = 0.2  # seconds between two looks at whether a process has ended
 
 
-def fit_seeds(data: TrainingData, params: Params, folder: Path, report: Callable[[int, Epoch], None]) -> list[Fit]:
+def fit_seeds(
+    data: TrainingData, params: Params, folder: Path, report: Callable[[int, Epoch], None], checkpoints: Mapping[int, Checkpoint]
+) -> list[Fit]:
     """The fits of `train.seeds` in their order; `report` sees (seed, epoch) as they come. DivergedError as in `fit`.
 
-    `data` is what `TrainingData.load` makes of the cohort in `folder`: other processes load it again.
+    `data` is what `TrainingData.load` makes of the cohort in `folder`: other processes load it again. `checkpoints` by seed.
     """
     seeds, device = params.train.seeds, data.train.expression.device
     processes = min(len(seeds), max(1, (os.cpu_count() or 1) // params.train.threads))
     if processes == 1 or device.type != "cpu":
-        return [fit(data, params, seed, lambda epoch, seed=seed: report(seed, epoch)) for seed in seeds]
+        return [fit(data, params, seed, lambda epoch, seed=seed: report(seed, epoch), checkpoints.get(seed)) for seed in seeds]
     context = multiprocessing.get_context("spawn")
     manager = SyncManager(ctx=context)
     manager.start(_as_helper)
     with manager, ProcessPoolExecutor(processes, mp_context=context, initializer=_as_helper) as pool:
         epochs = manager.Queue()
-        running = [pool.submit(_fit_elsewhere, folder, params, seed, epochs) for seed in seeds]
+        running = [pool.submit(_fit_elsewhere, folder, params, seed, epochs, checkpoints.get(seed)) for seed in seeds]
         try:
             _relay(epochs, running, report)
         except BaseException:
@@ -54,9 +57,9 @@ def _as_helper() -> None:
     end_with_parent()
 
 
-def _fit_elsewhere(folder: Path, params: Params, seed: int, epochs: Queue) -> Fit:
+def _fit_elsewhere(folder: Path, params: Params, seed: int, epochs: Queue, checkpoint: Checkpoint | None) -> Fit:
     data = TrainingData.load(Cohort(folder), torch.device("cpu"), params.model.counted)
-    return fit(data, params, seed, lambda epoch: epochs.put((seed, epoch)))
+    return fit(data, params, seed, lambda epoch: epochs.put((seed, epoch)), checkpoint)
 
 
 def _relay(epochs: Queue, running: list[Future], report: Callable[[int, Epoch], None]) -> None:

@@ -6,11 +6,12 @@ N samples, B batch, G genes. Everything in nats per sample where not said otherw
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from pipeline.gem.checkpoint import Checkpoint
 from pipeline.gem.config import GROUPS, Params, Train
 from pipeline.gem.errors import DivergedError, InputError
 from pipeline.gem.model import PREDICTED, Batch, Network, objective
@@ -96,10 +97,13 @@ def hide_fields(metadata: Tensor, blocks: list[tuple[int, int]], generator: torc
     return metadata * shown.repeat_interleave(sizes, dim=1)
 
 
-def fit(data: TrainingData, params: Params, seed: int, on_epoch: Callable[[Epoch], None] = lambda epoch: None) -> Fit:
+def fit(
+    data: TrainingData, params: Params, seed: int, on_epoch: Callable[[Epoch], None] = lambda epoch: None, checkpoint: Checkpoint | None = None
+) -> Fit:
     """Trains one GEM. `on_epoch` sees every record and may raise to stop (a pruned trial).
 
-    The same data, parameters, seed and threads give the same bits. DivergedError where a loss is not finite.
+    The same data, parameters, seed and threads give the same bits, interrupted or not: with a `checkpoint` the fit goes on after the
+    last epoch that is kept there; `on_epoch` sees those before it too. DivergedError where a loss is not finite.
     """
     if params.model.counted and data.train.observed.counts is None:
         raise ValueError(f"model.observation {params.model.observation} is one of counts: load the data with them")
@@ -111,7 +115,7 @@ def fit(data: TrainingData, params: Params, seed: int, on_epoch: Callable[[Epoch
         gem.network.to(device)
         gem.network.start_from(data.train.expression)
         generator = torch.Generator(device).manual_seed(seed)
-        finished = _Loop(data, params.train, gem, generator).run(on_epoch)
+        finished = _Loop(data, params.train, gem, generator).run(on_epoch, checkpoint)
     judged = data.validation
     if judged is None:
         return finished
@@ -122,6 +126,26 @@ def hidden_study(data: TrainingData, params: Params) -> str | None:
     """The technical covariate that names the study, where a term of the objective is to hide it."""
     told = any(field.name == data.study_column for field in data.encoder.groups["technical"])
     return data.study_column if told and params.train.new_study_weight > 0 and params.model.additive_technical else None
+
+
+@dataclass
+class _Progress:
+    """What a fit has shown so far."""
+
+    history: list[Epoch] = field(default_factory=list)
+    best: Epoch | None = None
+    weights: dict[str, Tensor] | None = None   # of the best epoch
+
+    def add(self, record: Epoch, network: Network) -> None:
+        self.history.append(record)
+        score = record.validation_predictive_log_likelihood
+        # Without a validation split the last epoch is the answer.
+        if self.best is None or score is None or score > self.best.validation_predictive_log_likelihood:
+            self.best, self.weights = record, {name: value.clone() for name, value in network.state_dict().items()}
+
+    def is_over(self, plan: Plan) -> bool:
+        done = len(self.history)
+        return done >= plan.epochs or (self.best is not None and done - self.best.epoch >= plan.patience)
 
 
 class _Loop:
@@ -155,23 +179,44 @@ class _Loop:
             {"params": variances, "weight_decay": 0.0, "scale": _VARIANCE_RATE},
         ]
 
-    def run(self, on_epoch: Callable[[Epoch], None]) -> Fit:
-        history: list[Epoch] = []
-        best, best_score, weights = None, -math.inf, None
-        for number in range(1, self.plan.epochs + 1):
-            record = self._epoch(number)
-            history.append(record)
-            score = record.validation_predictive_log_likelihood
-            # Without a validation split the last epoch is the answer.
-            if score is None or score > best_score:
-                best, best_score = record, -math.inf if score is None else score
-                weights = {name: value.clone() for name, value in self.network.state_dict().items()}
+    def run(self, on_epoch: Callable[[Epoch], None], checkpoint: Checkpoint | None = None) -> Fit:
+        progress = _Progress()
+        if checkpoint is not None and (kept := checkpoint.load()):
+            progress = self._restore(kept)
+        for record in progress.history:
             on_epoch(record)
-            if number - best.epoch >= self.plan.patience:
-                break
-        self.network.load_state_dict(weights)
+        while not progress.is_over(self.plan):
+            record = self._epoch(len(progress.history) + 1)
+            progress.add(record, self.network)
+            if checkpoint is not None:
+                checkpoint.save(self._state(progress))
+            on_epoch(record)
+        self.network.load_state_dict(progress.weights)
         self.network.eval()
-        return Fit(self.gem, history, best, self.data.choice_split)
+        return Fit(self.gem, progress.history, progress.best, self.data.choice_split)
+
+    def _state(self, progress: "_Progress") -> dict:
+        """All that the next epochs depend on."""
+        return {
+            "history": [asdict(record) for record in progress.history],
+            "best": progress.best.epoch,
+            "best_weights": progress.weights,
+            "weights": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "dropout": [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if self.generator.device.type == "cuda" else [])],
+        }
+
+    def _restore(self, kept: dict) -> "_Progress":
+        self.network.load_state_dict(kept["weights"])
+        self.optimizer.load_state_dict(kept["optimizer"])
+        self.generator.set_state(kept["generator"])
+        cpu, *cuda = kept["dropout"]
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        history = [Epoch(**record) for record in kept["history"]]
+        return _Progress(history, history[kept["best"] - 1], kept["best_weights"])
 
     def _epoch(self, number: int) -> Epoch:
         started = time.monotonic()

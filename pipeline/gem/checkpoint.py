@@ -1,0 +1,47 @@
+"""How far a fit has come, kept while it runs: one that was stopped or killed goes on from its last epoch, to the same bits."""
+
+import io
+import pickle
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.gem.closure import ROOT, import_closure
+from pipeline.gem.config import Params
+from pipeline.gem.storage import replacing, sha256, sha256_of
+
+FOLDER = Path(".gem/checkpoints")   # outside the outputs, which DVC deletes before a stage runs
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The file of one fit. Its name hashes all that decides the fit's bits: settings, data, seed, code, torch."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, params: Params, data_sha256: str, seed: int, folder: Path = FOLDER) -> "Checkpoint":
+        settings = {name: value for name, value in params.flat("model", "train").items() if name != "train.seeds"}
+        code = {file: sha256(ROOT / file) for file in import_closure("pipeline.gem.training")}
+        return cls(folder / f"{sha256_of(settings, data_sha256, seed, code, torch.__version__)[:16]}.pt")
+
+    def save(self, state: dict) -> None:
+        """Replaces what was kept; tensors and plain values only."""
+        with replacing(self.path) as temporary:
+            torch.save(state, temporary)
+
+    def load(self) -> dict | None:
+        """What `save` was given last; None where there is nothing. A file that cannot be read is said, and counts as nothing."""
+        if not self.path.exists():
+            return None
+        try:
+            return torch.load(io.BytesIO(self.path.read_bytes()), weights_only=True)
+        except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            print(f"warning: {self.path}: cannot be read ({next(iter(str(error).splitlines()), '')}); the fit starts anew", file=sys.stderr)
+            return None
+
+    def discard(self) -> None:
+        self.path.unlink(missing_ok=True)

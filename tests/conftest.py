@@ -1,7 +1,7 @@
 """A tiny cohort for all tests, made once by the real stages' code; and how the test processes share the work."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
@@ -50,7 +50,7 @@ TINY = {
 
 
 # Files that take longest, longest first: a file is tested by one process, and a long one that starts last keeps the others waiting.
-LONGEST = tuple(f"test_{name}.py" for name in ("pipeline", "workers", "real_data", "registration", "sealed", "postgres", "oracle", "properties"))
+LONGEST = tuple(f"test_{name}.py" for name in ("pipeline", "workers", "tune", "outage", "real_data", "registration", "sealed", "train", "postgres", "oracle"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -120,6 +120,16 @@ def cohort(params, source_folder, made_once) -> Cohort:
     """The prepared tiny cohort; read only."""
     data = params.override(at_source(source_folder)).data
     return Cohort(made_once("prepared", lambda folder: write_cohort(open_source(data), data, params.splits, folder / "cohort")) / "cohort")
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """Stages forked from here draw no figures of a search, which cost more than its trials; test_pipeline.py sees them drawn."""
+    from pipeline.gem import answers
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(answers, "draw", lambda *_: None)
+        yield
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def until(found: Callable[[], object], seconds: float = 120.0) -> object:
+def until(found: Callable[[], object], seconds: float = 600.0) -> object:
     """What `found` gives as soon as it gives something."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -22,7 +22,14 @@ def until(found: Callable[[], object], seconds: float = 120.0) -> object:
 
 
 def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:   # it has ended
+        return []
+
+
+def descendants(pid: int) -> set[int]:
+    return {one for child in children(pid) for one in (child, *descendants(child))}
 
 
 def is_alive(pid: int) -> bool:

@@ -11,6 +11,7 @@ import warnings
 from functools import cache
 from pathlib import Path
 
+import optuna
 import torch
 from conftest import ROOT
 
@@ -66,7 +67,7 @@ class Repository:
 
     def run(self, *command: str, expect: int = 0, store: str | None = None) -> subprocess.CompletedProcess:
         """Runs a command here; fails with its output where the exit code is another."""
-        done = subprocess.run(command, cwd=self.folder, env=self.environment(store), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=self.folder, env=self.environment(store), capture_output=True, text=True, timeout=900)
         assert done.returncode == expect, f"{' '.join(command)} gave {done.returncode}, expected {expect}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done
 
@@ -90,10 +91,15 @@ class Repository:
     def stage(self, module: str, *arguments: str, expect: int = 0, **environment: str) -> str:
         """What `python` does and says, without the seconds that an interpreter needs to import everything."""
         before = len(self.said(module))
-        code = self.start(module, *arguments, **environment).wait(timeout=300)
+        code = self.start(module, *arguments, **environment).wait(timeout=900)
         said = self.said(module)[before:]
         assert code == expect, f"{module} gave {code}, expected {expect}\n{said[-3000:]}"
         return said
+
+    def trials(self) -> list[optuna.trial.FrozenTrial]:
+        """Of the only search here, its confirmation apart."""
+        storage = f"sqlite:///{self.folder}/.gem/optuna.db"
+        return optuna.load_study(study_name=next(name for name in optuna.get_all_study_names(storage) if "." not in name), storage=storage).trials
 
     def git(self, *arguments: str) -> str:
         identity = ("-c", "user.name=Test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false")

@@ -30,7 +30,7 @@ def server(tmp_path_factory, migrated_store) -> Iterator[TrackingServer]:
 
 
 @pytest.fixture
-def repository(cohort, tmp_path) -> Repository:
+def repository(undrawn, cohort, tmp_path) -> Repository:
     repository = Repository(tmp_path / "repository", TINY | {"train.epochs": EPOCHS, "train.patience": 99, "tune.trials": TRIALS})
     shutil.copytree(cohort.folder, repository.folder / "data" / "cohort")
     return repository
@@ -74,7 +74,7 @@ def test_a_server_killed_in_the_middle_of_a_training_loses_neither_the_model_nor
     stage = repository.start("pipeline.train", **impatient(server))
     until(lambda: "epoch   2/" in repository.said("pipeline.train"))
     server.kill()
-    assert stage.wait(timeout=240) == 0, repository.said("pipeline.train")
+    assert stage.wait(timeout=900) == 0, repository.said("pipeline.train")
     said = repository.said("pipeline.train")
     assert "Traceback" not in said
     down, unregistered = warnings_in(said)
@@ -105,7 +105,7 @@ def test_a_server_that_hangs_in_the_middle_of_a_search_costs_no_trial_and_is_tol
     until(lambda: "tune: trial 0 " in repository.said("pipeline.tune"))
     server.send(signal.SIGSTOP)
     try:
-        assert stage.wait(timeout=300) == 0, repository.said("pipeline.tune")
+        assert stage.wait(timeout=900) == 0, repository.said("pipeline.tune")
     finally:
         server.send(signal.SIGCONT)
     said = repository.said("pipeline.tune")

@@ -61,7 +61,7 @@ def server(tmp_path_factory, migrated_store) -> Iterator[str]:
 
 
 @pytest.fixture
-def machines(cohort, tmp_path) -> list[Repository]:
+def machines(undrawn, cohort, tmp_path) -> list[Repository]:
     """Folders that share nothing but the servers."""
     found = [Repository(tmp_path / f"machine{number}", TINY | {"tune.trials": TRIALS}) for number in range(MACHINES)]
     for repository in found:
@@ -95,7 +95,7 @@ def test_three_machines_keep_the_budget_and_lose_no_trial_though_one_is_killed(p
     try:
         until(lambda: running(postgres) >= MACHINES)
         processes[0].send_signal(signal.SIGKILL)
-        codes = [process.wait(timeout=240) for process in processes]
+        codes = [process.wait(timeout=900) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -54,7 +54,7 @@ def with_noise(source: Path, target: Path, tests: pd.Series) -> None:
 
 
 @pytest.fixture(scope="module")
-def repositories(tmp_path_factory) -> tuple[Repository, Repository]:
+def repositories(undrawn, tmp_path_factory) -> tuple[Repository, Repository]:
     """(as it is, with noise in place of the tests), each after prepare, train and tune."""
     plain, noisy = (Repository(tmp_path_factory.mktemp("sealed") / name, TINY) for name in ("plain", "noisy"))
     plain.stage("pipeline.synthesize")

@@ -8,7 +8,7 @@ import signal
 import mlflow
 import pytest
 from conftest import TINY
-from processes import children, is_alive, until
+from processes import descendants, is_alive, until
 from repository import Repository
 
 from pipeline.gem.storage import sha256
@@ -35,15 +35,11 @@ def started(repository: Repository):
     return stage
 
 
-def descendants(pid: int) -> set[int]:
-    return {one for child in children(pid) for one in (child, *descendants(child))}
-
-
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_training_told_to_stop_says_so_and_the_next_goes_on_as_if_it_had_not_been(repository, cohort, migrated_store, tmp_path, name):
     stage = started(repository)
     stage.send_signal(getattr(signal, name))
-    assert stage.wait(timeout=60) == 75, repository.said("pipeline.train")
+    assert stage.wait(timeout=900) == 75, repository.said("pipeline.train")
     said = repository.said("pipeline.train")
     assert said.splitlines()[-1].startswith(f"stopped: train: by {name}; ") and "Traceback" not in said
     assert not list((repository.folder / "experiments" / "default").glob("**/*"))
@@ -90,7 +86,7 @@ def test_fits_of_several_seeds_end_with_the_training_that_asked_for_them(cohort,
     helpers = descendants(stage.pid)
     assert len(helpers) >= 3, "two fits and what carries their epochs"
     stage.send_signal(number)
-    assert stage.wait(timeout=60) == (75 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert stage.wait(timeout=900) == (75 if number == signal.SIGTERM else -signal.SIGKILL)
     until(lambda: not any(is_alive(pid) for pid in helpers), seconds=30)
 
 

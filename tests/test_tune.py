@@ -11,11 +11,10 @@ import urllib.request
 from pathlib import Path
 
 import mlflow
-import optuna
 import pandas as pd
 import pytest
 from conftest import TINY
-from processes import answers, children, free_port, is_alive, until
+from processes import answers, descendants, free_port, is_alive, until
 from repository import Repository
 
 STUDY = """
@@ -34,7 +33,7 @@ confirm: {top: 1, seeds: [2], epochs: 1}
 
 
 @pytest.fixture
-def repository(cohort, migrated_store, tmp_path) -> Repository:
+def repository(undrawn, cohort, migrated_store, tmp_path) -> Repository:
     repository = Repository(tmp_path / "repository", TINY)
     shutil.copytree(cohort.folder, repository.folder / "data" / "cohort")
     shutil.copy(migrated_store, repository.folder / "mlflow.db")
@@ -45,22 +44,16 @@ def ask(repository: Repository, trials: int, minutes: float) -> None:
     (repository.folder / "experiments" / "timed.yaml").write_text(STUDY.replace("TRIALS", str(trials)).replace("MINUTES", str(minutes)))
 
 
-def trials_of(repository: Repository) -> list[optuna.trial.FrozenTrial]:
-    storage = f"sqlite:///{repository.folder}/.gem/optuna.db"
-    return optuna.load_study(study_name=next(name for name in optuna.get_all_study_names(storage) if "." not in name), storage=storage).trials
-
-
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_search_ends_at_its_time_limit_with_what_it_has_and_the_next_call_goes_on(repository, workers):
+def test_a_search_ends_at_its_time_limit_with_what_it_has_and_the_next_call_goes_on(repository):
     ask(repository, trials=1000, minutes=0.03)
-    said = repository.stage("pipeline.tune", "--study", "timed", "--workers", workers)
+    said = repository.stage("pipeline.tune", "--study", "timed", "--workers", "2")
     first = pd.read_csv(repository.folder / "experiments/timed/trials.csv")
     assert 0 < len(first) < 1000 and set(first["state"]) == {"complete"}
     assert f"timed: the time limit of 0.03 minutes was reached with {len(first)} of 1000 trials; these answer for now" in said
     assert (repository.folder / "experiments/timed/best.yaml").exists() and (repository.folder / "experiments/timed/model.pt").exists()
 
     ask(repository, trials=len(first) + 2, minutes=10)
-    said = repository.stage("pipeline.tune", "--study", "timed", "--workers", workers)
+    said = repository.stage("pipeline.tune", "--study", "timed", "--workers", "2")
     assert f"{len(first)} of {len(first) + 2} trials are there" in said and "time limit" not in said
     second = pd.read_csv(repository.folder / "experiments/timed/trials.csv")
     pd.testing.assert_frame_equal(second.iloc[: len(first)], first)
@@ -99,10 +92,6 @@ def test_make_dashboard_starts_that_stage():
     assert "@python -m pipeline.dashboard --port $(DASHBOARD_PORT)" in makefile
 
 
-def descendants(pid: int) -> set[int]:
-    return {one for child in children(pid) for one in (child, *descendants(child))}
-
-
 def test_a_search_whose_dvc_was_killed_ends_with_its_workers_and_the_next_repro_goes_on(repository):
     """kill -9 of DVC alone: nothing tells the stage but that its parent is gone."""
     repository.stage("pipeline.params", "--set", "tune.trials=5")
@@ -120,10 +109,10 @@ def test_a_search_whose_dvc_was_killed_ends_with_its_workers_and_the_next_repro_
     os.kill(dvc.pid, signal.SIGKILL)
     dvc.wait()
     until(lambda: not any(is_alive(pid) for pid in stages), seconds=60)
-    before = [trial for trial in trials_of(repository) if trial.state.name in ("COMPLETE", "PRUNED")]
+    before = [trial for trial in repository.trials() if trial.state.name in ("COMPLETE", "PRUNED")]
     assert 0 < len(before) < 5, "it was killed in the middle"
 
-    done = subprocess.run(command, cwd=repository.folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=repository.folder, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(before)} of 5 trials are there" in done.stdout
     table = pd.read_csv(repository.folder / "experiments/latent_kl/trials.csv")

@@ -7,7 +7,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import mlflow
 import optuna
@@ -34,7 +35,7 @@ confirm: {top: 1, seeds: [2, 3], epochs: 1}
 
 
 @pytest.fixture(scope="module")
-def prepared(cohort, migrated_store, tmp_path_factory) -> Repository:
+def prepared(undrawn, cohort, migrated_store, tmp_path_factory) -> Repository:
     """With a cohort, a study and an empty store."""
     repository = Repository(tmp_path_factory.mktemp("workers") / "prepared", TINY | {"train.patience": 99})
     (repository.folder / "experiments" / "killed.yaml").write_text(STUDY)
@@ -71,14 +72,9 @@ def said(repository: Repository) -> str:
     return repository.said("pipeline.tune")
 
 
-def trials_of(repository: Repository) -> list[optuna.trial.FrozenTrial]:
-    storage = f"sqlite:///{repository.folder}/.gem/optuna.db"
-    return optuna.load_study(study_name=next(name for name in optuna.get_all_study_names(storage) if "." not in name), storage=storage).trials
-
-
 def running(repository: Repository, at_least: int = 1) -> list[int]:
-    """Numbers of trials that run and have trained an epoch, once there are so many."""
-    query = "SELECT DISTINCT number FROM trials JOIN trial_intermediate_values USING (trial_id) WHERE state = 'RUNNING'"
+    """Numbers of trials that have trained an epoch and have as many before them, once there are so many."""
+    query = "SELECT number FROM trials JOIN trial_intermediate_values USING (trial_id) WHERE state = 'RUNNING' GROUP BY number HAVING count(*) <= 5"
     database = repository.folder / ".gem" / "optuna.db"
     if not database.exists():
         return []
@@ -86,6 +82,27 @@ def running(repository: Repository, at_least: int = 1) -> list[int]:
         known = connection.execute("SELECT name FROM sqlite_master WHERE name = 'trial_intermediate_values'").fetchall()
         numbers = [number for (number,) in connection.execute(query)] if known else []
     return numbers if len(numbers) >= at_least else []
+
+
+@contextmanager
+def standing(repository: Repository, processes: list[int], trials: int) -> Iterator[list[int]]:
+    """The trials that the processes run; they stand still in the middle of them until the block is left, however slow this machine is."""
+
+    def tell(number: int) -> None:
+        for pid in filter(is_alive, processes):
+            os.kill(pid, number)
+
+    def look() -> list[int]:
+        tell(signal.SIGSTOP)
+        if not (found := running(repository, trials)):
+            tell(signal.SIGCONT)
+        return found
+
+    found = until(look)
+    try:
+        yield found
+    finally:
+        tell(signal.SIGCONT)
 
 
 def assert_exact(repository: Repository, trials: int = 5) -> pd.DataFrame:
@@ -109,10 +126,10 @@ def point(trial: optuna.trial.FrozenTrial) -> tuple:
 def test_two_workers_keep_the_budget_and_a_second_call_of_the_same_study_is_refused_by_name(repository, tune):
     process = tune("--workers", "2")
     both = until(lambda: running(repository, 2))
-    assert len({trials_of(repository)[number].user_attrs["worker"] for number in both}) == 2
-    assert tune().wait(timeout=60) == 2
+    assert len({repository.trials()[number].user_attrs["worker"] for number in both}) == 2
+    assert tune().wait(timeout=900) == 2
     assert re.search(rf"^error: killed is being searched here by process {process.pid}; .*\n", said(repository), flags=re.MULTILINE)
-    assert process.wait(timeout=240) == 0, said(repository)
+    assert process.wait(timeout=900) == 0, said(repository)
     assert_exact(repository)
     lines = [line for line in said(repository).splitlines() if line.startswith("tune: trial ") and " left" in line]
     assert len(lines) == 5 and all(re.search(r"complete after 10 epochs, -\d+\.\d+; best -\d+\.\d+ \(trial \d\); \d of 5, .* left", line) for line in lines)
@@ -120,15 +137,16 @@ def test_two_workers_keep_the_budget_and_a_second_call_of_the_same_study_is_refu
 
 def test_a_killed_workers_trial_is_run_again_with_its_parameters_and_counted_once(repository, tune):
     process = tune("--workers", "2")
-    numbers = until(lambda: running(repository, 2))
-    victim = children(process.pid)[0]
-    os.kill(victim, signal.SIGKILL)
-    assert process.wait(timeout=240) == 0, said(repository)
+    workers = until(lambda: len(found := children(process.pid)) == 2 and found)
+    with standing(repository, workers, 2) as numbers:
+        victim = workers[0]
+        os.kill(victim, signal.SIGKILL)
+    assert process.wait(timeout=900) == 0, said(repository)
     assert f"worker {victim} was ended by SIGKILL; its trial is run again" in said(repository)
     table = assert_exact(repository)
     lost = set(numbers) - set(table["trial"])
     assert len(lost) == 1 and max(table["trial"]) == 5, "one number was used twice"
-    trials = trials_of(repository)
+    trials = repository.trials()
     again = [trial for trial in trials if trial.user_attrs.get("retry_of") in lost]
     assert len(again) == 1 and point(again[0]) == point(trials[lost.pop()])
 
@@ -136,15 +154,16 @@ def test_a_killed_workers_trial_is_run_again_with_its_parameters_and_counted_onc
 @pytest.mark.parametrize(("arguments", "name"), [((), "SIGTERM"), (("--workers", "2"), "SIGINT")])
 def test_a_search_told_to_stop_hands_its_trials_back_and_goes_on_as_if_it_had_not(repository, tune, arguments, name):
     process = tune(*arguments)
-    until(lambda: running(repository, 2 if arguments else 1))
-    process.send_signal(getattr(signal, name))
-    assert process.wait(timeout=60) == 75, said(repository)
+    searching = until(lambda: len(found := children(process.pid)) == 2 and found) if arguments else [process.pid]
+    with standing(repository, searching, len(searching)):
+        process.send_signal(getattr(signal, name))
+    assert process.wait(timeout=120) == 75, said(repository)
     stopped = [line for line in said(repository).splitlines() if "trial" not in line and not line.startswith("killed: ")]
     assert stopped[-1] == f"stopped: killed: by {name}; go on with: make tune STUDY=killed"
     assert "Traceback" not in said(repository)
-    handed_back = [point(trial) for trial in trials_of(repository) if trial.state.name == "FAIL"]
+    handed_back = [point(trial) for trial in repository.trials() if trial.state.name == "FAIL"]
     assert handed_back and not running(repository)
-    assert tune().wait(timeout=240) == 0, said(repository)
+    assert tune().wait(timeout=900) == 0, said(repository)
     table = assert_exact(repository)
     points = {tuple(row) for row in table[["model.latent.technical", "train.kl_weight.technical"]].itertuples(index=False)}
     assert set(handed_back) <= points
@@ -157,7 +176,7 @@ def test_workers_whose_parent_was_killed_stop_within_seconds_and_the_next_call_g
     process.kill()
     process.wait()
     until(lambda: not any(is_alive(pid) for pid in workers), seconds=30)
-    assert tune("--workers", "2").wait(timeout=240) == 0, said(repository)
+    assert tune("--workers", "2").wait(timeout=900) == 0, said(repository)
     assert_exact(repository)
 
 
@@ -166,7 +185,7 @@ def test_a_search_all_of_whose_workers_were_killed_says_so_and_can_be_continued(
     until(lambda: running(repository, 2))
     for pid in children(process.pid):
         os.kill(pid, signal.SIGKILL)
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=900) == 75
     assert "stopped: killed: every worker was killed: is there enough memory?; go on with: make tune STUDY=killed" in said(repository)
 
 

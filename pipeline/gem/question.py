@@ -117,7 +117,7 @@ class Confirm(Frozen):
     top: Count
     seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)]
     epochs: Count | None = None   # None: train.epochs
-    from_trials: Annotated[int, Field(ge=0)] = 0   # a smaller search is a look around: its best trial once more, as short as a trial
+    from_trials: Annotated[int, Field(ge=0)] = 0   # a smaller search is a look around: its best trial once more, with one seed, half as long as a trial
 
 
 class Question(Frozen):
@@ -142,7 +142,7 @@ class Question(Frozen):
         """How a search of so many trials is confirmed."""
         if trials >= self.confirm.from_trials:
             return self.confirm
-        return Confirm(top=1, seeds=self.confirm.seeds[:1], epochs=self.epochs)
+        return Confirm(top=1, seeds=self.confirm.seeds[:1], epochs=-(-self.epochs // 2))
 
     @field_validator("space")
     @classmethod

@@ -161,3 +161,16 @@ def test_a_look_around_is_confirmed_cheaply_and_a_search_with_every_seed(params)
     assert (len(few.candidates()), few.how.seeds, few.epochs) == (2, (5,), -(-asked.epochs // 2))
     assert (len(enough.candidates()), enough.how.seeds, enough.epochs) == (3, (5, 6, 7), 9)
     assert few.claims.name != enough.claims.name, "fits of other lengths are not mixed"
+
+
+def test_nothing_is_pruned_however_many_are_confirmed_and_however_badly_they_begin(params):
+    found = confirmation(params, seeds=[5, 6, 7, 8, 9])
+
+    def worse_and_worse(asked):
+        for epoch in range(1, 4):
+            asked.report(-100.0 * asked.number, epoch)
+        return float(asked.values["trial"])
+
+    confirm(found, worse_and_worse)
+    assert len(found.claims.complete) == len(found.pairs()) == 15
+    assert (found.table()["predictive_log_likelihood"] == found.table()["trial"]).all()

@@ -81,10 +81,11 @@ class Claims:
     """An Optuna study whose trials are claimed."""
 
     def __init__(self, storage: StudyStorage, name: str, directions: list[str], pruner: optuna.pruners.BasePruner | None = None):
+        """Without a `pruner` nothing is pruned; Optuna itself would use the median."""
         self.storage, self.name = storage, name
         self._number: int | None = None   # of the trial that runs here
         with storage.lock():
-            self.study = optuna.create_study(storage=storage.storage, study_name=name, directions=directions, load_if_exists=True, pruner=pruner)
+            self.study = optuna.create_study(storage=storage.storage, study_name=name, directions=directions, load_if_exists=True, pruner=pruner or optuna.pruners.NopPruner())
 
     # what is there
 

@@ -85,7 +85,8 @@ class Claims:
         self.storage, self.name = storage, name
         self._number: int | None = None   # of the trial that runs here
         with storage.lock():
-            self.study = optuna.create_study(storage=storage.storage, study_name=name, directions=directions, load_if_exists=True, pruner=pruner or optuna.pruners.NopPruner())
+            pruner = pruner or optuna.pruners.NopPruner()
+            self.study = optuna.create_study(storage=storage.storage, study_name=name, directions=directions, load_if_exists=True, pruner=pruner)
 
     # what is there
 

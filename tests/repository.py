@@ -23,6 +23,7 @@ TINY_STUDY = (   # whatever the committed study asks: smaller sizes, fewer epoch
     (r"type: integer, low: \d+, high: \d+", "type: integer, low: 2, high: 16"),
     (r"latent: \{.*\}", "latent: {technical: 4, biological: 4, perturbation: 4}"),
     (r"\nepochs: \d+", "\nepochs: 3"),
+    (r"min_epochs: \d+", "min_epochs: 1"),
 )
 
 

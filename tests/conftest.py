@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.gem.cohort import Cohort
-from pipeline.gem.config import Covariates, Data, Params, read_params
+from pipeline.gem.config import Covariates, Data, Latent, Model, Params, read_params
 from pipeline.gem.preparation import write_cohort
 from pipeline.gem.sources import open_source
 
@@ -130,6 +130,13 @@ def undrawn() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(answers, "draw", lambda *_: None)
         yield
+
+
+@pytest.fixture
+def small_model(params) -> Model:
+    """Parameters of a network that costs nothing, with every part that GEM has; without dropout, so that only latents are random."""
+    sizes = {"latent": Latent(technical=2, biological=3, perturbation=2), "hidden": 8, "blocks": 1, "prior_blocks": 1, "interactions": 4}
+    return params.model.model_copy(update=sizes | {"dropout": 0.0, "additive_technical": True})
 
 
 @pytest.fixture

@@ -16,14 +16,6 @@ from pipeline.gem.training import _Loop, fit, hidden_study
 from pipeline.gem.training_data import TrainingData, study_spread
 
 
-@pytest.fixture
-def small(params):
-    from pipeline.gem.config import Latent
-
-    sizes = {"latent": Latent(technical=2, biological=3, perturbation=2), "hidden": 8, "blocks": 1, "prior_blocks": 1, "interactions": 4}
-    return params.model.model_copy(update=sizes | {"dropout": 0.0, "additive_technical": True})
-
-
 @pytest.fixture(scope="module")
 def data(cohort) -> TrainingData:
     return TrainingData.load(cohort, torch.device("cpu"))
@@ -40,8 +32,8 @@ def loop(data, params, **train) -> _Loop:
 # --- technical effects add up ---------------------------------------------------------------------------------------
 
 
-def test_technical_latents_move_every_sample_alike_whatever_its_biology(small, generator):
-    made, place = network(small), network(small).slices()["technical"]
+def test_technical_latents_move_every_sample_alike_whatever_its_biology(small_model, generator):
+    made, place = network(small_model), network(small_model).slices()["technical"]
     latents, moved = torch.randn(5, 7, generator=generator), torch.randn(1, 2, generator=generator)
     other = latents.clone()
     other[:, place] += moved
@@ -50,16 +42,16 @@ def test_technical_latents_move_every_sample_alike_whatever_its_biology(small, g
     assert change.abs().max() > 1e-3
 
 
-def test_the_technical_prior_is_linear_in_its_levels(small):
-    made = network(small)
+def test_the_technical_prior_is_linear_in_its_levels(small_model):
+    made = network(small_model)
     with torch.no_grad():
         none, first, second = (made.prior("technical", torch.tensor([row])).mean for row in ([0.0, 0, 0], [1.0, 0, 0], [0.0, 1, 0]))
         both = made.prior("technical", torch.tensor([[1.0, 1, 0]])).mean
     torch.testing.assert_close(both - none, (first - none) + (second - none), rtol=1e-5, atol=1e-6)
 
 
-def test_the_new_study_term_is_the_likelihood_with_the_study_hidden_and_reaches_technical_weights_only(small):
-    made, given = network(small), batch()
+def test_the_new_study_term_is_the_likelihood_with_the_study_hidden_and_reaches_technical_weights_only(small_model):
+    made, given = network(small_model), batch()
     with torch.no_grad():  # priors without noise, so that the term can be computed by hand
         for prior in made.priors.values():
             last = prior if isinstance(prior, torch.nn.Linear) else prior[-1]
@@ -128,8 +120,8 @@ def test_an_interaction_is_the_sum_over_programs_of_response_times_loading(gener
 # --- what a perturbation does to its own target -------------------------------------------------------------------------
 
 
-def test_only_the_target_gene_is_hit(small, generator):
-    made = network(small)
+def test_only_the_target_gene_is_hit(small_model, generator):
+    made = network(small_model)
     decoded, change = torch.randn(3, 9, generator=generator), torch.tensor([1.5, -2.0, 4.0])
     found = made.hit(decoded, torch.tensor([4, 0, -1]), change)
     expected = decoded.clone()
@@ -162,8 +154,8 @@ def test_a_short_fit_learns_that_knock_down_lowers_and_over_expression_raises(da
 # --- what a reference tells beyond its latents --------------------------------------------------------------------------
 
 
-def test_what_is_carried_is_a_share_of_the_residual_that_grows_with_surprise(small, generator):
-    made = network(small)
+def test_what_is_carried_is_a_share_of_the_residual_that_grows_with_surprise(small_model, generator):
+    made = network(small_model)
     with torch.no_grad():
         made.carried_share[0], made.carried_share[1] = -1.0, 2.0
     reference = 5 * torch.rand(2, 9, generator=generator)
@@ -174,16 +166,16 @@ def test_what_is_carried_is_a_share_of_the_residual_that_grows_with_surprise(sma
     torch.testing.assert_close(made.carried(reference, posterior), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_reference_that_the_latents_explain_carries_nothing(small):
-    made = network(small)
+def test_a_reference_that_the_latents_explain_carries_nothing(small_model):
+    made = network(small_model)
     posterior = Gaussian(torch.zeros(2, 7), torch.zeros(2, 7))
     explained = made.decode(posterior.mean)
     assert made.carried(explained, posterior).abs().max() == 0
 
 
-def test_the_conditioned_term_carries_the_residual_within_the_same_virtual_study(small):
+def test_the_conditioned_term_carries_the_residual_within_the_same_virtual_study(small_model):
     """The shift is on the reference the encoder sees and on the target, so that carrying it pays."""
-    made, given = network(small), batch()
+    made, given = network(small_model), batch()
     for shift in (0.0, 3.0):
         moved = replace(given, shift=torch.full_like(given.shift, shift))
         seen: dict = {}

@@ -9,18 +9,12 @@ import torch
 from test_model import batch, network
 from torch.distributions import Normal, kl_divergence
 
-from pipeline.gem.config import GROUPS, Latent
+from pipeline.gem.config import GROUPS
 from pipeline.gem.model import Gaussian
 from pipeline.gem.splits import TRAIN
 from pipeline.gem.trained import GEM
 from pipeline.gem.training import _Loop, fit, hidden_study, hide_fields
 from pipeline.gem.training_data import TrainingData
-
-
-@pytest.fixture
-def small(params):
-    sizes = {"latent": Latent(technical=2, biological=3, perturbation=2), "hidden": 8, "blocks": 1, "prior_blocks": 1, "interactions": 4}
-    return params.model.model_copy(update=sizes | {"dropout": 0.0, "additive_technical": True})
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +32,16 @@ def divergence(made, given, teachers) -> torch.Tensor:
     return sum(parts)
 
 
-def test_the_term_is_the_divergence_of_the_full_prior_from_the_shorter_summed_over_groups(small):
-    made, given = network(small), batch()
+def test_the_term_is_the_divergence_of_the_full_prior_from_the_shorter_summed_over_groups(small_model):
+    made, given = network(small_model), batch()
     expected = divergence(made, given, {group: normal(made.prior(group, rows)) for group, rows in given.metadata.items()})
     term = made(given, torch.Generator().manual_seed(0))["kl_short_query"]
     torch.testing.assert_close(term, expected, rtol=1e-4, atol=1e-4)
     assert term > 0
 
 
-def test_only_the_shorter_query_learns_and_only_in_the_priors(small):
-    made, given = network(small), batch()
+def test_only_the_shorter_query_learns_and_only_in_the_priors(small_model):
+    made, given = network(small_model), batch()
     with torch.no_grad():
         teachers = {group: normal(made.prior(group, rows)) for group, rows in given.metadata.items()}
     weights = dict(made.named_parameters())
@@ -59,8 +53,8 @@ def test_only_the_shorter_query_learns_and_only_in_the_priors(small):
             torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_no_rows_leave_the_term_out(small, generator):
-    assert "kl_short_query" not in network(small)(replace(batch(), short={}), generator)
+def test_no_rows_leave_the_term_out(small_model, generator):
+    assert "kl_short_query" not in network(small_model)(replace(batch(), short={}), generator)
 
 
 def test_its_least_value_is_at_the_mean_and_variance_of_the_mixture():

@@ -41,8 +41,7 @@ def main() -> None:
     # Searched keys come from the question alone: promoting a winner does not ask anew.
     params = params.override(question.baseline_values)
     if chosen.workers > 1:
-        # Side by side, one thread each; and threads that run before a fork would be missing after it.
-        params = params.override({"train.threads": 1})
+        # Threads that run before a fork would be missing after it.
         torch.set_num_threads(1)
         # The first optimiser imports for a second: once, before the workers are forked.
         torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
@@ -129,7 +128,9 @@ class Call:
         if self.data.validation is None:
             print(f"{self.study}: this cohort has no validation split to judge a trial by: nothing is searched, the baseline is the answer")
             return
-        trials = Trials(self.study, self.question, self.params, self.data, self.digest, parent, interruption)
+        # Workers have one thread each; the winner, which is fitted when they have ended, those of params.yaml.
+        params = self.params.override({"train.threads": 1}) if self.number > 1 else self.params
+        trials = Trials(self.study, self.question, params, self.data, self.digest, parent, interruption)
         # Loading and opening are no part of it: a slow machine has its trials too.
         deadline = None if self.question.time_limit is None else time.monotonic() + 60 * self.question.time_limit
         search.run(self.trials, trials.search, interruption, Teller(search.budget(self.trials), search), tracking.close, deadline)
@@ -175,7 +176,7 @@ class Call:
         same = sha256_of(winner.flat(*MODEL_PARAMETERS), len(search.finished))[:12]
         once = search.run_once(f"winner_{same}", tracking.exists, create)
         with tracking.run(name, "tune", resume=once, killed_by=(StoppedError,)) as run:
-            train_into(output, self.data, winner, self.cohort, name, run, interruption)
+            train_into(output, self.data, winner, self.cohort, name, run, interruption, anew=False)
 
 
 def counted(question: Question, params: Params) -> bool:

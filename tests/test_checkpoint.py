@@ -1,5 +1,7 @@
 """Fits that are stopped and go on: the same bits as one that was not, at whatever epoch."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -97,10 +99,33 @@ def test_nothing_but_tensors_and_plain_values_is_read(tmp_path, capsys):
     assert checkpoint.load() is None and "cannot be read" in capsys.readouterr().err
 
 
-def test_what_is_discarded_is_gone(tmp_path):
-    checkpoint = Checkpoint(tmp_path / "one.pt")
-    checkpoint.save({"a": torch.ones(2)})
-    assert torch.equal(checkpoint.load()["a"], torch.ones(2))
-    checkpoint.discard()
-    checkpoint.discard()
+def test_a_fit_that_has_ended_is_told_again_and_not_trained(data, chosen, whole, tmp_path, monkeypatch):
+    from pipeline.gem import training
+
+    checkpoint = Checkpoint.of(chosen, "data", 1, tmp_path)
+    fit(data, chosen, 1, checkpoint=checkpoint)
+    checkpoint.end()
+    assert not checkpoint.path.exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(training._Loop, "_epoch", lambda loop, number: pytest.fail("it trains"))
+        seen = []
+        again = fit(data, chosen, 1, seen.append, checkpoint)
+    assert again.gem.to_bytes() == whole.gem.to_bytes() and seen == again.history and records(again) == records(whole)
+    checkpoint.forget()
+    checkpoint.forget()
     assert checkpoint.load() is None
+
+
+def test_the_newest_ends_are_kept(tmp_path):
+    checkpoints = [Checkpoint(tmp_path / f"{number}.pt") for number in range(10)]
+    for age, checkpoint in enumerate(checkpoints):
+        checkpoint.save({"a": torch.ones(2)})
+        checkpoint.end()
+        os.utime(checkpoint.ended, (1000 + age, 1000 + age))
+    checkpoints[0].end()   # it is not there any more
+    assert [checkpoint.load() is not None for checkpoint in checkpoints] == 2 * [False] + 8 * [True]
+    checkpoints[2].end()   # used once more
+    last = Checkpoint(tmp_path / "last.pt")
+    last.save({"a": torch.ones(2)})
+    last.end()
+    assert [checkpoint.load() is not None for checkpoint in checkpoints] == [False, False, True, False] + 6 * [True]

@@ -45,7 +45,7 @@ def test_of_equals_the_baseline_wins():
 
 def test_the_interval_is_that_of_a_paired_t_test(rng):
     baseline, other = rng.normal(0, 5, 6), rng.normal(1, 0.3, 6)
-    decision = compare(table(t0=list(baseline), t4=list(baseline + other)), METRIC, 4, {})
+    decision = compare(table(t0=list(baseline), t4=list(baseline + other)), METRIC, "maximize", 4, {})
     expected = stats.ttest_rel(baseline + other, baseline).confidence_interval(0.95)
     assert (decision.low, decision.high) == pytest.approx((expected.low, expected.high))
     assert decision.difference == pytest.approx(other.mean())
@@ -54,22 +54,32 @@ def test_the_interval_is_that_of_a_paired_t_test(rng):
 
 
 def test_a_difference_that_every_seed_shows_is_more_than_noise_and_one_that_seeds_disagree_about_is_not():
-    clear = compare(table(t0=[1.0, 9.0, 5.0], t4=[2.0, 10.1, 5.9]), METRIC, 4, {})
+    clear = compare(table(t0=[1.0, 9.0, 5.0], t4=[2.0, 10.1, 5.9]), METRIC, "maximize", 4, {})
     assert clear.verdict.endswith(": more than noise")
-    unclear = compare(table(t0=[1.0, 9.0, 5.0], t4=[4.0, 8.0, 5.5]), METRIC, 4, {})
+    unclear = compare(table(t0=[1.0, 9.0, 5.0], t4=[4.0, 8.0, 5.5]), METRIC, "maximize", 4, {})
     assert unclear.verdict.endswith(": within noise")
     assert "over 3 fresh seeds; +0.8333 from the baseline" in unclear.verdict
 
 
+def test_a_baseline_that_wins_is_compared_with_the_best_other():
+    found = table(t0=[5.0, 7.0, 6.0], t3=[1.0, 1.0, 1.0], t4=[4.5, 6.0, 5.4], t9=[None, 9.0, 9.0])
+    decision = compare(found, METRIC, "maximize", 0, {})
+    expected = stats.ttest_rel([5.0, 7.0, 6.0], [4.5, 6.0, 5.4]).confidence_interval(0.95)
+    assert decision.rival == 4 and (decision.low, decision.high) == pytest.approx((expected.low, expected.high))
+    assert "trial 0, the baseline: " in decision.verdict and "; +0.7 from the best other, trial 4 (95 % interval " in decision.verdict
+    assert compare(found, METRIC, "minimize", 0, {}).rival == 3
+
+
 def test_one_seed_claims_nothing():
-    decision = compare(table(t0=[1.0], t4=[2.0]), METRIC, 4, {})
+    decision = compare(table(t0=[1.0], t4=[2.0]), METRIC, "maximize", 4, {})
     assert decision.low is None and decision.deviation is None
     assert "one seed cannot tell a difference from noise: ask for more trials, or for more seeds in `confirm`" in decision.verdict
 
 
 def test_a_baseline_that_wins_or_failed_is_said():
-    assert compare(table(t0=[2.0, 2.0], t4=[1.0, 1.0]), METRIC, 0, {}).verdict.endswith("the baseline, and no other candidate was better")
-    assert compare(table(t0=[None, 2.0], t4=[1.0, 1.0]), METRIC, 4, {}).verdict.endswith("the baseline failed: nothing to compare with")
+    assert compare(table(t0=[2.0, 2.0]), METRIC, "maximize", 0, {}).verdict.endswith("over 2 fresh seeds; nothing else was confirmed")
+    assert compare(table(t0=[2.0, 2.0], t4=[None, 1.0]), METRIC, "maximize", 0, {}).verdict.endswith("nothing else was confirmed")
+    assert compare(table(t0=[None, 2.0], t4=[1.0, 1.0]), METRIC, "maximize", 4, {}).verdict.endswith("the baseline failed: nothing to compare with")
 
 
 # the pairs

@@ -66,6 +66,23 @@ def test_a_time_limit_that_no_trial_meets_is_a_stop_that_says_how_to_go_on(repos
     assert "stopped: timed: the time limit of 1e-07 minutes came before the first trial had ended; go on with: make tune STUDY=timed" in said
 
 
+def test_a_winner_that_was_trained_before_is_not_trained_again(repository):
+    """Nor for the threads that workers have: the winner is fitted as params.yaml says."""
+    repository.stage("pipeline.params", "--set", "train.threads=2")
+    repository.stage("pipeline.train")
+    ask(repository, trials=1, minutes=10)
+    said = repository.stage("pipeline.tune", "--study", "timed", "--workers", "2")
+    assert "timed winner: trained before, with the same settings, data and code: not trained again (.gem/checkpoints/" in said
+    folders = [repository.folder / "experiments" / name for name in ("default", "timed")]
+    for file in ("model.pt", "history.csv", "report.json"):
+        assert len({(folder / file).read_bytes() for folder in folders}) == 1, file
+    client = mlflow.MlflowClient(f"sqlite:///{repository.folder}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("gem").experiment_id])
+    curves = [client.get_metric_history(run.info.run_id, "train/loss") for run in runs if run.info.run_name in ("default", "timed winner")]
+    assert len(curves) == 2 and [one.value for one in curves[0]] == [one.value for one in curves[1]]
+    assert "trained before" not in repository.stage("pipeline.train"), "who asks for a training gets one"
+
+
 def test_the_dashboard_answers_on_loopback_with_the_studies_of_the_same_storage(repository):
     ask(repository, trials=1, minutes=10)
     repository.stage("pipeline.tune", "--study", "timed")

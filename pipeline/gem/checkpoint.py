@@ -1,4 +1,7 @@
-"""How far a fit has come, kept while it runs: one that was stopped or killed goes on from its last epoch, to the same bits."""
+"""How far a fit has come, kept while it runs: one that was stopped or killed goes on from its last epoch, to the same bits.
+
+The end of a fit is kept too: a search whose answer is a model that was trained before does not train it again.
+"""
 
 import io
 import pickle
@@ -14,6 +17,7 @@ from pipeline.gem.config import Params
 from pipeline.gem.storage import replacing, sha256, sha256_of
 
 FOLDER = Path(".gem/checkpoints")   # outside the outputs, which DVC deletes before a stage runs
+_KEPT = 8                           # fits that have ended; the newest
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,30 @@ class Checkpoint:
 
     def load(self) -> dict | None:
         """What `save` was given last; None where there is nothing. A file that cannot be read is said, and counts as nothing."""
-        if not self.path.exists():
+        found = next((path for path in (self.path, self.ended) if path.exists()), None)
+        if found is None:
             return None
         try:
-            return torch.load(io.BytesIO(self.path.read_bytes()), weights_only=True)
+            return torch.load(io.BytesIO(found.read_bytes()), weights_only=True)
         except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            print(f"warning: {self.path}: cannot be read ({next(iter(str(error).splitlines()), '')}); the fit starts anew", file=sys.stderr)
+            print(f"warning: {found}: cannot be read ({next(iter(str(error).splitlines()), '')}); the fit starts anew", file=sys.stderr)
             return None
 
-    def discard(self) -> None:
-        self.path.unlink(missing_ok=True)
+    @property
+    def ended(self) -> Path:
+        """Where the last state is once the fit has come to its end."""
+        return self.path.with_suffix(".ended.pt")
+
+    def end(self) -> None:
+        """The fit has come to its end, and is kept until newer ones take its place."""
+        if self.path.exists():
+            self.path.replace(self.ended)
+        elif self.ended.exists():
+            self.ended.touch()
+        newest = sorted(self.path.parent.glob("*.ended.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for old in newest[_KEPT:]:
+            old.unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """The next fit is trained, even if one has come to its end before."""
+        self.ended.unlink(missing_ok=True)

@@ -24,14 +24,18 @@ _LARGEST = 2**32 - 1   # of a seed
 
 @dataclass(frozen=True)
 class Decision:
-    """The winner of a confirmation: values, mean and standard deviation over seeds, difference from the baseline (paired over seeds)."""
+    """The winner of a confirmation: values, mean and standard deviation over seeds, difference from its rival (paired over seeds).
+
+    The rival is the baseline (trial 0), and of the baseline the best other candidate.
+    """
 
     trial: int
     values: Values
     metric: str
     mean: float
     deviation: float | None     # None: one seed has no spread
-    difference: float | None    # None: the baseline itself, or a baseline that failed
+    rival: int | None           # None: there is none, or a baseline that failed
+    difference: float | None
     low: float | None
     high: float | None
     seeds: int
@@ -40,12 +44,12 @@ class Decision:
     def verdict(self) -> str:
         """One sentence for people."""
         spread = "" if self.deviation is None else f" ± {self.deviation:.4g}"
-        said = f"trial {self.trial}: {self.metric} {self.mean:.6g}{spread} over {self.seeds} fresh seed{'s' if self.seeds > 1 else ''}"
-        if self.trial == 0:
-            return f"{said}; the baseline, and no other candidate was better"
-        if self.difference is None:
-            return f"{said}; the baseline failed: nothing to compare with"
-        said += f"; {self.difference:+.4g} from the baseline"
+        who = "trial 0, the baseline" if self.trial == 0 else f"trial {self.trial}"
+        said = f"{who}: {self.metric} {self.mean:.6g}{spread} over {self.seeds} fresh seed{'s' if self.seeds > 1 else ''}"
+        if self.rival is None:
+            return f"{said}; " + ("nothing else was confirmed" if self.trial == 0 else "the baseline failed: nothing to compare with")
+        against = "the baseline" if self.rival == 0 else f"the best other, trial {self.rival}"
+        said += f"; {self.difference:+.4g} from {against}"
         if self.low is None:
             return f"{said}: one seed cannot tell a difference from noise: ask for more trials, or for more seeds in `confirm`"
         within = self.low <= 0 <= self.high
@@ -101,7 +105,7 @@ class Confirmation:
         winner = best_mean(table, objective.metric, objective.direction)
         if winner is None:
             raise DivergedError(f"study {self.claims.name}: no candidate was confirmed with every seed: {'; '.join(self.claims.reasons())}")
-        return compare(table, objective.metric, winner, candidates[winner])
+        return compare(table, objective.metric, objective.direction, winner, candidates[winner])
 
 
 def best_mean(table: pd.DataFrame, metric: str, direction: str) -> int | None:
@@ -112,17 +116,17 @@ def best_mean(table: pd.DataFrame, metric: str, direction: str) -> int | None:
     return int(means.idxmax() if direction == "maximize" else means.idxmin())
 
 
-def compare(table: pd.DataFrame, metric: str, winner: int, values: Values) -> Decision:
-    """The winner beside the baseline (trial 0): a t interval of the differences, paired over seeds."""
+def compare(table: pd.DataFrame, metric: str, direction: str, winner: int, values: Values) -> Decision:
+    """The winner beside its rival: a t interval of the differences, paired over seeds."""
     wide = table.pivot(index="seed", columns="trial", values=metric)
     scores = wide[winner].to_numpy()
     deviation = float(scores.std(ddof=1)) if len(scores) > 1 else None
-    decision = Decision(winner, values, metric, float(scores.mean()), deviation, None, None, None, len(scores))
-    if winner == 0 or wide[0].isna().any():
-        return decision
-    differences = (wide[winner] - wide[0]).to_numpy()
-    low, high = _interval(differences)
-    return Decision(winner, values, metric, decision.mean, deviation, float(differences.mean()), low, high, len(scores))
+    rival = best_mean(table[table["trial"] != winner] if winner == 0 else table[table["trial"] == 0], metric, direction)
+    found = (None, None, None)
+    if rival is not None:
+        differences = (wide[winner] - wide[rival]).to_numpy()
+        found = (float(differences.mean()), *_interval(differences))
+    return Decision(winner, values, metric, float(scores.mean()), deviation, rival, *found, len(scores))
 
 
 def _interval(differences: np.ndarray) -> tuple[float, float] | tuple[None, None]:

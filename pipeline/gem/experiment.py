@@ -46,23 +46,32 @@ def reporter(run: tracking.Run, params: Params, label: str, interruption: Interr
 
 
 def train_into(
-    directory: Path, data: TrainingData, params: Params, cohort: Cohort, label: str, run: tracking.Run, interruption: Interruption
+    directory: Path,
+    data: TrainingData,
+    params: Params,
+    cohort: Cohort,
+    label: str,
+    run: tracking.Run,
+    interruption: Interruption,
+    anew: bool = True,
 ) -> None:
     """Fits one model per seed, writes the model directory, completes its run, and registers the model.
 
     StoppedError where the process is told to stop while it fits: called again it goes on. What has been fitted is written, and told
-    the tracker after that.
+    the tracker after that. Unless `anew`, a fit that has come to its end before is taken as it is.
     """
     if data.choice_split is None:
         print(f"{label}: this cohort has no validation split: all epochs are trained, none is chosen")
     checkpoints = {seed: Checkpoint.of(params, cohort.visible_sha256, seed) for seed in params.train.seeds}
-    if any(checkpoint.path.exists() for checkpoint in checkpoints.values()):
-        print(f"{label}: goes on after the last epoch of a training that was stopped; what it had told is told again")
+    if anew:
+        for checkpoint in checkpoints.values():
+            checkpoint.forget()
+    _say_what_is_there(label, list(checkpoints.values()))
     with interruption.allowed():
         fits = fit_seeds(data, params, cohort.folder, reporter(run, params, label, interruption), checkpoints)
     write_model_directory(directory, fits, params)
     for checkpoint in checkpoints.values():
-        checkpoint.discard()
+        checkpoint.end()
     run.tags({tracking.MODEL_TAG: sha256(directory / "model.pt"), "choice_split": data.choice_split or "none"})
     run.metrics(best_metrics(fits[0]))
     run.artifacts([directory / "history.csv", directory / "report.json"])
@@ -70,6 +79,13 @@ def train_into(
     best = fits[0].best
     print(f"{label}: best epoch {best.epoch} of {len(fits[0].history)}, model in {directory / 'model.pt'}", flush=True)
     register(directory, fits[0], params, cohort, label, run.id)
+
+
+def _say_what_is_there(label: str, checkpoints: list[Checkpoint]) -> None:
+    if any(checkpoint.path.exists() for checkpoint in checkpoints):
+        print(f"{label}: goes on after the last epoch of a training that was stopped; what it had told is told again")
+    elif all(checkpoint.ended.exists() for checkpoint in checkpoints):
+        print(f"{label}: trained before, with the same settings, data and code: not trained again ({checkpoints[0].ended})")
 
 
 def best_metrics(finished: Fit) -> dict[str, float]:

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from threadpoolctl import threadpool_limits
 
-from pipeline.gem import closeups, figures, provenance, tracking, yamlfile
+from pipeline.gem import closeups, figures, mlflow_store, provenance, tracking, yamlfile
 from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import Params, flatten, read_params
 from pipeline.gem.credibility import comparison_table, portrait, real_portraits
@@ -190,7 +190,7 @@ def origin(cohort: Cohort, params: Params) -> dict[str, str]:
 
 def record(scores: pd.DataFrame, directories: dict[str, Path], params: Params, cohort: Cohort) -> None:
     """The metrics of a model go to the run that trained it; baselines and oracles get runs beside them."""
-    tracking.connect(params.tracking.experiment)
+    mlflow_store.connect(params.tracking.experiment)
     digest = provenance.data_digest(str(COHORT), cohort.visible_sha256)
     with tracking.run("evaluate", "evaluate") as parent:
         parent.params(params.flat("evaluate"))
@@ -212,8 +212,8 @@ def record_model(predictor: str, directory: Path, scores: pd.DataFrame, params: 
     found = named_metrics(scores, predictor) | named_metrics(scores, f"{predictor}{REFERENCE_SUFFIX}", "reference_")
     try:
         known = tracking.find_model_run(model_hash, predictor, "train" if directory == DEFAULT else "tune")
-    except tracking.UNREACHABLE as error:
-        if not tracking.is_down(error):
+    except mlflow_store.UNREACHABLE as error:
+        if not mlflow_store.is_down(error):
             raise
         print(f"warning: {predictor}: its scores are in {OUTPUT}, but not in its run; `dvc repro -f -s evaluate` records them", file=sys.stderr)
         return

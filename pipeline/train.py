@@ -8,7 +8,7 @@ Run     python -m pipeline.train     (about a minute on the default cohort)
 import os
 from pathlib import Path
 
-from pipeline.gem import tracking
+from pipeline.gem import mlflow_store, tracking
 from pipeline.gem.alone import alone
 from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import Params, read_params
@@ -37,7 +37,7 @@ def train(params: Params, interruption: Interruption) -> None:
     cohort = Cohort(COHORT)
     data = TrainingData.load(cohort, device, params.model.counted)
     print(f"train: {len(data.train.expression):,} samples x {len(data.genes):,} genes on {device}, judged on {data.choice_split or 'nothing'}")
-    tracking.connect(params.tracking.experiment)
+    mlflow_store.connect(params.tracking.experiment)
     with tracking.run("default", "train", killed_by=(StoppedError,)) as run:
         log_context(run, params, cohort)
         train_into(OUTPUT, data, params, cohort, "train", run, interruption)

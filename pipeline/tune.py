@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.gem import provenance, tracking
+from pipeline.gem import mlflow_store, provenance, tracking
 from pipeline.gem.alone import alone
 from pipeline.gem.answers import summarise, write_answers
 from pipeline.gem.claims import reason_of
@@ -84,7 +84,7 @@ class Call:
 
     def open(self) -> Search:
         """The study, and the tracker that records it."""
-        tracking.connect(self.params.tracking.experiment)
+        mlflow_store.connect(self.params.tracking.experiment)
         return Search(self.study, self.question, self.params, self.visible)
 
     def search(self, interruption: Interruption) -> None:

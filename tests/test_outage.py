@@ -13,7 +13,7 @@ from conftest import TINY
 from processes import TrackingServer, until
 from repository import Repository
 
-from pipeline.gem import tracking
+from pipeline.gem import mlflow_store, tracking
 from pipeline.gem.errors import InputError
 from pipeline.gem.storage import sha256
 
@@ -129,7 +129,7 @@ def test_a_server_that_hangs_in_the_middle_of_a_search_costs_no_trial_and_is_tol
 
 
 def test_runs_of_a_server_that_was_never_there_are_made_when_it_is_as_they_were(here, server):
-    tracking.connect("never there")
+    mlflow_store.connect("never there")
     (here / "note.txt").write_text("as it was")
     with tracking.run("parent", "tune") as parent:
         parent.params({"a": 1})
@@ -141,11 +141,11 @@ def test_runs_of_a_server_that_was_never_there_are_made_when_it_is_as_they_were(
     (here / "note.txt").write_text("as it is")
     with tracking.run("parent", "tune", resume=parent.id) as again:
         again.metrics({"loss": 1.0}, step=2)
-    assert tracking.exists(parent.id) and tracking.unsent() == 3
+    assert tracking.exists(parent.id) and mlflow_store.unsent() == 3
     server.send(signal.SIGCONT)
     for _ in range(2):
-        tracking.connect("never there")
-        assert tracking.unsent() == 0
+        mlflow_store.connect("never there")
+        assert mlflow_store.unsent() == 0
     runs = {run.info.run_name: run for run in runs_of(server, "never there")}
     assert len(runs_of(server, "never there")) == 3
     assert {name: run.info.status for name, run in runs.items()} == {"parent": "FINISHED", "child": "FINISHED", "lost": "FAILED"}
@@ -160,36 +160,36 @@ def test_runs_of_a_server_that_was_never_there_are_made_when_it_is_as_they_were(
 
 def test_what_was_sent_but_not_struck_out_is_not_doubled(here, server, monkeypatch):
     """As where the sender dies, or a server carries out a request whose answer never comes."""
-    tracking.connect("twice")
+    mlflow_store.connect("twice")
     with tracking.run("one", "train") as run:
         run.metrics({"loss": 1.0}, step=1)
     server.send(signal.SIGCONT)
     with monkeypatch.context() as patched:
         patched.setattr(tracking.Journal, "sent", lambda journal, run_id: None)
-        tracking.connect("twice")
-    assert tracking.unsent() == 1
-    tracking.connect("twice")
+        mlflow_store.connect("twice")
+    assert mlflow_store.unsent() == 1
+    mlflow_store.connect("twice")
     (found,) = runs_of(server, "twice")
-    assert tracking.unsent() == 0 and curve(server, found, "loss") == [1]
+    assert mlflow_store.unsent() == 0 and curve(server, found, "loss") == [1]
 
 
 def test_a_run_that_the_server_will_never_take_is_set_aside_and_stops_nothing(here, server, capsys):
     server.send(signal.SIGCONT)
-    tracking.connect("refused")
+    mlflow_store.connect("refused")
     with tracking.run("deleted", "train") as run:
         run.metrics({"loss": 1.0})
         server.send(signal.SIGSTOP)
         run.metrics({"loss": 2.0}, step=1)
     server.send(signal.SIGCONT)
     mlflow.delete_run(run.id)
-    tracking.connect("refused")
+    mlflow_store.connect("refused")
     assert "MLflow refuses what it has missed" in capsys.readouterr().err
-    assert tracking.unsent() == 0 and list(Path(".gem/untracked").rglob("*.refused"))
+    assert mlflow_store.unsent() == 0 and list(Path(".gem/untracked").rglob("*.refused"))
 
 
 @pytest.mark.parametrize("address", ["htp://127.0.0.1:5000", "nonsense://x"])
 def test_an_address_that_is_none_is_one_line(here, monkeypatch, address):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     with pytest.raises(InputError, match=f"MLFLOW_TRACKING_URI: {address} cannot be opened") as caught:
-        tracking.connect("gem")
+        mlflow_store.connect("gem")
     assert "\n" not in str(caught.value)

@@ -22,7 +22,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from pipeline.gem import registration, registry, tracking
+from pipeline.gem import mlflow_store, registration, registry, tracking
 from pipeline.gem.closure import import_closure, imported
 from pipeline.gem.experiment import write_model_directory
 from pipeline.gem.registration import CHAMPION, NAME, PENDING, VALUE_TAG, champion, register, register_pending, said
@@ -54,7 +54,7 @@ def local(tmp_path, monkeypatch, migrated_store) -> Iterator[Path]:
     shutil.copy(migrated_store, tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    tracking.connect("gem")
+    mlflow_store.connect("gem")
     yield tmp_path
     mlflow.set_tracking_uri(before)
 
@@ -249,7 +249,7 @@ def served(fits, params, cohort, migrated_store, tmp_path_factory) -> Iterator[E
     with pytest.MonkeyPatch.context() as patched, listening(folder / "server", "", "/health", "server", *where) as store:
         patched.chdir(folder)
         patched.setenv("MLFLOW_TRACKING_URI", store)
-        tracking.connect("gem")
+        mlflow_store.connect("gem")
         registered(fits[2], params, cohort)
         mlflow.set_tracking_uri(before)
         (folder / "python").mkdir()

@@ -9,7 +9,7 @@ import mlflow
 import pytest
 from conftest import ROOT
 
-from pipeline.gem import provenance, tracking
+from pipeline.gem import mlflow_store, provenance, tracking
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def _store(tmp_path, monkeypatch, migrated_store):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     before = mlflow.get_tracking_uri()
-    tracking.connect("gem")
+    mlflow_store.connect("gem")
     yield
     mlflow.set_tracking_uri(before)
 
@@ -31,7 +31,7 @@ def test_the_default_store_has_mlflows_own_names(tmp_path):
 
 def test_another_store_is_named_by_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/elsewhere.db")
-    tracking.connect("gem")
+    mlflow_store.connect("gem")
     with tracking.run("one", "train"):
         pass
     assert (tmp_path / "elsewhere.db").exists()
@@ -127,7 +127,7 @@ def test_machines_that_make_the_experiment_in_the_same_moment_share_it(monkeypat
         return next(answers)(client, name)
 
     monkeypatch.setattr(mlflow.tracking._tracking_service.client.TrackingServiceClient, "get_experiment_by_name", too_early)
-    tracking.connect("shared")
+    mlflow_store.connect("shared")
     with tracking.run("one", "train") as run:
         pass
     assert mlflow.get_run(run.id).info.experiment_id == theirs
@@ -136,7 +136,7 @@ def test_machines_that_make_the_experiment_in_the_same_moment_share_it(monkeypat
 def test_two_processes_may_open_a_fresh_store_at_once(tmp_path):
     fresh = tmp_path / "fresh"
     fresh.mkdir()
-    code = "from pipeline.gem import tracking; tracking.connect('gem')\nwith tracking.run('x', 'train'): pass"
+    code = "from pipeline.gem import mlflow_store, tracking; mlflow_store.connect('gem')\nwith tracking.run('x', 'train'): pass"
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
     both = [subprocess.Popen([sys.executable, "-c", code], cwd=fresh, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     outcomes = [(process.communicate(timeout=120)[1], process.returncode) for process in both]

@@ -110,10 +110,10 @@ def test_make_dashboard_starts_that_stage():
 
 
 def test_a_search_whose_dvc_was_killed_ends_with_its_workers_and_the_next_repro_goes_on(repository):
-    """kill -9 of DVC alone: nothing tells the stage but that its parent is gone."""
+    """kill -9 of DVC alone: nothing tells the stage but that who started it is gone; the shell between the two is not."""
     # More trials than any machine ends before it has seen that its parent is gone.
     repository.stage("pipeline.params", "--set", "tune.trials=1000")
-    environment = repository.environment(f"sqlite:///{repository.folder}/mlflow.db") | {"GEM_WORKERS": "2"}
+    environment = repository.environment(f"sqlite:///{repository.folder}/mlflow.db") | {"GEM_WORKERS": "2", "SHELL": "/bin/sh"}
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", "tune"]
     with open(repository.folder / "dvc.log", "w") as log:
         dvc = subprocess.Popen(command, cwd=repository.folder, env=environment, stdout=log, stderr=log)

@@ -5,12 +5,15 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+import psutil
 
 from pipeline.gem.errors import StoppedError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LOOK = 1.0   # seconds between two looks at the parent
+_SHELLS = ("sh", "ash", "bash", "dash", "ksh", "zsh")
 
 
 class Interruption:
@@ -65,11 +68,22 @@ class Interruption:
 
 def end_with_parent() -> None:
     """Sends SIGTERM to this process when the one that started it is gone: whoever waited for its results does no longer."""
-    parent = os.getppid()
+    started_by = _started_by()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while _started_by() == started_by:
             time.sleep(_LOOK)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _started_by() -> list[int]:
+    """The parent; and of a shell, which outlives whoever had it run a command, the parent too."""
+    found, process = [], psutil.Process()
+    with suppress(psutil.Error):
+        while (process := process.parent()) is not None:
+            found.append(process.pid)
+            if process.name() not in _SHELLS:
+                break
+    return found

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline.gem import registry, tracking
+from pipeline.gem import mlflow_store, registry, tracking
 from pipeline.gem.closure import ROOT, import_closure, requirements
 from pipeline.gem.cohort import Cohort
 from pipeline.gem.config import Frozen, Params
@@ -73,9 +73,9 @@ def register_pending() -> bool:
             print(f"{pending.tags['label']}: {model} has changed since; what it was is not registered", file=sys.stderr)
         else:
             try:
-                with tracking.alone():
+                with mlflow_store.alone():
                     _register(model, pending)
-            except tracking.UNREACHABLE as error:
+            except mlflow_store.UNREACHABLE as error:
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
                 print(f"warning: {model} is trained, but not registered as {NAME}: {reason}; the next training registers it,", end=" ", file=sys.stderr)
                 print("or `python -m pipeline.register`", file=sys.stderr)

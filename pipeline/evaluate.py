@@ -226,9 +226,11 @@ def record_model(predictor: str, directory: Path, scores: pd.DataFrame, params: 
 
 
 def params_of(directory: Path, params: Params) -> Params:
-    """What a model was fitted with: a search's winner has its own values for the searched keys."""
+    """What a model was fitted with: a search's winner has its own values for the searched keys, and every model its own sizes."""
     best = directory / "best.yaml"
-    return params.override(flatten(yamlfile.read(best).values)) if best.exists() else params
+    searched = flatten(yamlfile.read(best).values) if best.exists() else {}
+    sizes = GEM.load(directory).params.latent.model_dump()
+    return params.override(searched | {f"model.latent.{group}": size for group, size in sizes.items()})
 
 
 def named_metrics(scores: pd.DataFrame, predictor: str, prefix: str = "") -> dict[str, float]:

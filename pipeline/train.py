@@ -36,7 +36,9 @@ def train(params: Params, interruption: Interruption) -> None:
     device = choose_device(params.train)
     cohort = Cohort(COHORT)
     data = TrainingData.load(cohort, device, params.model.counted)
-    print(f"train: {len(data.train.expression):,} samples x {len(data.genes):,} genes on {device}, judged on {data.choice_split or 'nothing'}")
+    params = data.sized(params)
+    sizes = " + ".join(f"{size} {group}" for group, size in params.model.latent.model_dump().items())
+    print(f"train: {len(data.train.expression):,} samples x {len(data.genes):,} genes on {device}, judged on {data.choice_split or 'nothing'}; {sizes} latents")
     mlflow_store.connect(params.tracking.experiment)
     with tracking.run("default", "train", killed_by=(StoppedError,)) as run:
         log_context(run, params, cohort)

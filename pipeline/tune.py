@@ -75,9 +75,10 @@ class Call:
         device = choose_device(params.train)
         if workers > 1 and device.type != "cpu":
             raise InputError("params.yaml: train.device: several workers share one machine's processor cores; set cpu, or run without WORKERS")
-        self.study, self.question, self.params, self.number = study, question, params, workers
+        self.study, self.question, self.number = study, question, workers
         self.cohort = Cohort(COHORT)
         self.data = TrainingData.load(self.cohort, device, counted(question, params))
+        self.params = self.data.sized(params)
         self.visible = self.cohort.visible_sha256
         self.digest = provenance.data_digest(str(COHORT), self.visible)
         self.trials = question.trials or params.tune.trials

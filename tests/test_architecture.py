@@ -50,7 +50,7 @@ def test_a_library_is_imported_in_one_place_only(library, home):
 
 
 def test_optuna_is_known_by_the_modules_of_the_search_only():
-    assert [file for file in CODE if "optuna" in packages_of(file)] == [f"pipeline/gem/{name}.py" for name in ("claims", "samplers", "search", "study_storage")]
+    assert [file for file in CODE if "optuna" in packages_of(file)] == [f"pipeline/gem/{name}.py" for name in ("claims", "importance", "samplers", "search", "study_storage")]
 
 
 def test_drawing_is_done_by_modules_of_figures_only():

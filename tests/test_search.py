@@ -180,20 +180,6 @@ def test_a_search_without_any_usable_trial_ends_with_the_reasons(params):
     assert caught.value.exit_code == 3
 
 
-def test_importance_finds_the_parameter_that_matters(params):
-    found = search(params)
-    run(found, 20, lambda asked: -abs(math.log10(asked.values["train.kl_weight.technical"])))
-    table = found.importance_table().set_index("parameter")
-    assert table.loc["train.kl_weight.technical", "ped_anova"] > 0.8
-    assert table.loc["train.kl_weight.technical", "fanova"] > 0.8
-
-
-def test_importance_is_empty_not_invented_with_too_few_trials(params):
-    found = search(params)
-    run(found, 2)
-    assert found.importance_table()[["ped_anova", "fanova"]].isna().all().all()
-
-
 def test_the_parent_run_is_made_once_and_again_only_where_the_store_lost_it(params):
     assert search(params).parent_run(lambda run: True, lambda: "abc") == "abc"
     assert search(params).parent_run(lambda run: True, lambda: "def") == "abc"

@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,6 +104,19 @@ def test_few_samples_get_smaller_batches_then_more_epochs_until_there_are_enough
     assert plan.epochs * math.ceil(samples / plan.batch_size) >= 600
     as_said = Plan.of(samples, given.model_copy(update={"min_steps": 0}))
     assert (as_said.batch_size, as_said.epochs, as_said.patience) == (64, 30, 10)
+
+
+@pytest.mark.parametrize(("columns", "size"), [(0, 64), (47, 64), (65, 65), (300, 300), (513, 512)])
+def test_technical_latents_left_open_are_as_many_as_the_technical_covariates_have_columns(data, params, columns, size):
+    encoder = SimpleNamespace(sizes={"technical": columns, "biological": 900, "perturbation": 900})
+    found = replace(data, encoder=encoder).sized(params.override({"model.latent.technical": None}))
+    assert found.model.latent.technical == size and found.model.latent.biological == params.model.latent.biological
+    assert replace(data, encoder=encoder).sized(params) is params, "a number that is given stands"
+
+
+def test_a_fit_whose_technical_latents_are_left_open_has_them(data, params):
+    fitted = fit(data, params.override({"model.latent.technical": None, "train.epochs": 1}), seed=1).gem
+    assert fitted.network.sizes["technical"] == fitted.params.latent.technical == 64
 
 
 def test_few_samples_are_regularised_in_proportion_to_those_that_are_missing(params):

@@ -167,7 +167,7 @@ class Splits(Frozen):
 
 
 class Latent(Frozen):
-    technical: Annotated[int, Field(ge=1, le=4096)]
+    technical: Annotated[int, Field(ge=1, le=4096)] | None
     biological: Annotated[int, Field(ge=1, le=4096)]
     perturbation: Annotated[int, Field(ge=1, le=4096)]
 

@@ -1,6 +1,5 @@
 """One question asked of one cohort: its study is continued by every call, its baseline is tried first."""
 
-import warnings
 from collections.abc import Callable
 
 import optuna
@@ -10,6 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pipeline.gem.claims import Asked, Claims
 from pipeline.gem.config import Params
 from pipeline.gem.errors import DivergedError
+from pipeline.gem.importance import importance_table
 from pipeline.gem.interruption import Interruption
 from pipeline.gem.question import OWN_TO_A_FIT, Question
 from pipeline.gem.samplers import Distinct, Values, pruner, suggest
@@ -17,7 +17,7 @@ from pipeline.gem.storage import sha256_of
 from pipeline.gem.study_storage import StudyStorage
 
 _STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
-_PARENT, _EPOCHS, _PLANNED, _FEWEST = "mlflow_run", "epochs_spent", "epochs_planned", 4
+_PARENT, _EPOCHS, _PLANNED = "mlflow_run", "epochs_spent", "epochs_planned"
 
 
 class Search:
@@ -139,32 +139,13 @@ class Search:
         return pd.DataFrame(rows, columns=["trial", "state", *names, "epochs", *(["front"] if several else []), *self.question.space])
 
     def importance_table(self) -> pd.DataFrame:
-        """Share of importance per parameter by PED-ANOVA and by fANOVA; empty cells where there are too few trials.
-
-        With several objectives a block of rows for each, named in the first column.
-        """
-        tables = [self._importance(index) for index in range(len(self.question.objectives))]
+        """Share of importance per parameter; with several objectives a block of rows for each, named in the first column."""
+        objectives, keys = self.question.objectives, list(self.question.space)
+        tables = [importance_table(self.finished, keys, objective.direction == "maximize", index) for index, objective in enumerate(objectives)]
         if len(tables) == 1:
             return tables[0]
-        metrics = [objective.metric for objective in self.question.objectives]
-        return pd.concat([table.assign(objective=metric) for metric, table in zip(metrics, tables, strict=True)])[["objective", *tables[0].columns]]
-
-    def _importance(self, objective: int) -> pd.DataFrame:
-        table = pd.DataFrame({"parameter": list(self.question.space)})
-        evaluators = {"ped_anova": optuna.importance.PedAnovaImportanceEvaluator(), "fanova": optuna.importance.FanovaImportanceEvaluator(seed=0)}
-        enough = len(self.complete) >= _FEWEST and len({trial.values[objective] for trial in self.complete}) > 1
-        # Without a target Optuna looks at the study's direction; with one PED-ANOVA takes less for better.
-        sign = -1 if self.question.objectives[objective].direction == "maximize" else 1
-        target = None if len(self.question.objectives) == 1 else lambda trial: sign * trial.values[objective]
-        for name, evaluator in evaluators.items():
-            found = {}
-            if enough:
-                with warnings.catch_warnings():
-                    # It warns of what `sign` is for, and that few trials tell little.
-                    warnings.filterwarnings("ignore", category=UserWarning)
-                    found = optuna.importance.get_param_importances(self.claims.study, evaluator=evaluator, target=target)
-            table[name] = table["parameter"].map(found).astype(float)
-        return table.sort_values(["ped_anova", "parameter"], ascending=[False, True], na_position="last").reset_index(drop=True)
+        named = [table.assign(objective=objective.metric) for table, objective in zip(tables, objectives, strict=True)]
+        return pd.concat(named)[["objective", *tables[0].columns]]
 
 
 def note_epochs(asked: Asked, spent: int, planned: int) -> None:

@@ -107,6 +107,7 @@ def fit(
     """
     if params.model.counted and data.train.observed.counts is None:
         raise ValueError(f"model.observation {params.model.observation} is one of counts: load the data with them")
+    params = data.sized(params)
     torch.set_num_threads(params.train.threads)
     device = data.train.expression.device
     with torch.random.fork_rng():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.gem.cohort import Cohort
-from pipeline.gem.config import Data
+from pipeline.gem.config import Data, Params
 from pipeline.gem.expression import log_cpm
 from pipeline.gem.labels import label_texts
 from pipeline.gem.metadata import MetadataEncoder
@@ -21,6 +21,7 @@ from pipeline.gem.seen import Seen
 from pipeline.gem.splits import TRAIN, contexts, is_control
 from pipeline.gem.trained import Targets, distinct_rows
 
+_TECHNICAL_LATENTS = (64, 512)   # fewest and most, where params.yaml leaves their number open
 CHOICE_SPLITS = ("validation_combination", "validation")  # where early stopping looks: the first that exists
 
 
@@ -83,6 +84,16 @@ class TrainingData:
         spread = torch.from_numpy(study_spread(samples, train.expression.cpu().numpy(), cohort.declared)).to(device)
         references, seen = References.of(samples, cohort, device), Seen.of(samples, cohort.declared)
         return cls(encoder, cohort.genes, targets, train, references, spread, cohort.declared.study_column, validation, choice, seen)
+
+    def sized(self, params: Params) -> Params:
+        """`params` with the number of technical latents, where they leave it open: as many as the technical covariates have columns.
+
+        The effect of a study on the genes is dense and its own: fewer dimensions than studies cannot hold them all.
+        """
+        if params.model.latent.technical is not None:
+            return params
+        fewest, most = _TECHNICAL_LATENTS
+        return params.override({"model.latent.technical": min(max(self.encoder.sizes["technical"], fewest), most)})
 
 
 def study_spread(samples: pd.DataFrame, expression: np.ndarray, data: Data) -> np.ndarray:

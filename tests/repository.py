@@ -117,6 +117,8 @@ def _import_late_ones() -> None:
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
     importlib.import_module("mlflow.store.model_registry.sqlalchemy_store")
+    # Which module belongs to which package: a second of reading for every process that registers a model.
+    importlib.import_module("mlflow.utils.requirements_utils")._init_modules_to_packages_map()
 
 
 class Stage:

@@ -194,6 +194,9 @@ last: off
         ("section.flow.scale", "linear", "scale: log,", "scale: linear,"),
         ("section.flow.deep.x.1", -7, "[1, 2.5, null]", "[1, -7, null]"),
         ("section.flow.deep.x.2", 3, "[1, 2.5, null]", "[1, 2.5, 3]"),
+        ("section.flow.deep.x", [3, "a b"], "[1, 2.5, null]", "[3, a b]"),
+        ("section.flow.deep.x", 7, "[1, 2.5, null]", "7"),
+        ("a", [1, 2], "a: 1            # one", "a: [1, 2]            # one"),
         ("section.quoted key", None, "'quoted key': old", "'quoted key': null"),
         ("last", "new", "last: off", "last: new"),
     ],
@@ -225,6 +228,21 @@ def test_a_scalar_of_every_part_of_params_yaml_can_be_edited_alone(write):
         after = {yamlfile.dotted(key): node.value for key, node in yamlfile.read(path).scalars.items()}
         assert after == before | {name: "sentinel"}
         assert [line.partition("#")[2] for line in path.read_text().splitlines()] == [line.partition("#")[2] for line in text.splitlines()]
+
+
+def test_a_list_and_a_value_in_it_cannot_be_set_at_once(write):
+    path = write("a: [1, 2]\n")
+    with pytest.raises(InputError, match="cannot be set to"):
+        yamlfile.edit(path, {"a": [3, 4], "a.0": 5})
+    assert path.read_text() == "a: [1, 2]\n"
+
+
+def test_a_list_of_several_lines_is_edited_by_hand(write):
+    path = write("a: [1,   # one\n  2]\nb:\n  - 1\n")
+    with pytest.raises(InputError, match=r":1: a is a list of several lines; edit it by hand"):
+        yamlfile.edit(path, {"a": [3]})
+    with pytest.raises(InputError, match=r"b is not a value of this file"):
+        yamlfile.edit(path, {"b": [3]})
 
 
 def test_windows_line_ends_outlive_an_edit(write):

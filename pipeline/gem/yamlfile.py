@@ -97,6 +97,7 @@ class Document:
     values: dict
     lines: dict[Key, int]
     scalars: dict[Key, yaml.ScalarNode]
+    lists: dict[Key, yaml.SequenceNode]   # those in brackets
 
     def where(self, key: Key) -> str:
         """`file:line` of a key, or of its nearest parent that is written down."""
@@ -131,7 +132,7 @@ def _parse(text: str, path: Path) -> Document:
         raise InputError(*walk.problems)
     if not isinstance(values, dict):
         raise InputError(f"{path}:1: expected a mapping of sections, got {type(values).__name__}")
-    return Document(path, text, values, walk.lines, walk.scalars)
+    return Document(path, text, values, walk.lines, walk.scalars, walk.lists)
 
 
 class _Walk:
@@ -141,12 +142,15 @@ class _Walk:
         self.loader, self.path = loader, path
         self.lines: dict[Key, int] = {}
         self.scalars: dict[Key, yaml.ScalarNode] = {}
+        self.lists: dict[Key, yaml.SequenceNode] = {}
         self.problems: list[str] = []
 
     def value(self, node: yaml.Node, key: Key) -> object:
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, key)
         if isinstance(node, yaml.SequenceNode):
+            if node.flow_style:
+                self.lists[key] = node
             for index, item in enumerate(node.value):
                 self.lines[(*key, index)] = item.start_mark.line + 1
             return [self.value(item, (*key, index)) for index, item in enumerate(node.value)]
@@ -174,30 +178,35 @@ def dotted(key: Key) -> str:
 
 
 def edit(path: Path | str, changes: dict[str, object]) -> tuple[str, str]:
-    """Writes new scalar values under dotted keys, every other character kept; gives the text before and after.
+    """Writes new values under dotted keys, every other character kept; gives the text before and after.
 
-    InputError for a key that is not in the file, holds no single value, or cannot be rewritten in place.
+    Values are scalars and lists in brackets. InputError for a key that is not in the file, holds neither, or cannot be rewritten in place.
     """
     document = read(path)
-    keys = {dotted(key): key for key in document.scalars}
+    nodes = document.scalars | document.lists
+    keys = {dotted(key): key for key in nodes}
     problems = [f"{path}: {name} is not a value of this file{did_you_mean(name, keys)}" for name in changes if name not in keys]
-    problems += [
-        f"{document.where(keys[name])}: {name} is a block of text; edit it by hand"
-        for name in changes
-        if name in keys and document.scalars[keys[name]].style in ("|", ">")
-    ]
+    for key in (keys[name] for name in changes if name in keys):
+        if manner := _of_several_lines(nodes[key]):
+            problems.append(f"{document.where(key)}: {dotted(key)} is {manner}; edit it by hand")
     if problems:
         raise InputError(*problems)
     # A value that stays keeps the form in which it is written: 2e-3 and 0.002 are one number.
     new = {keys[name]: value for name, value in changes.items() if repr(_at(document.values, keys[name])) != repr(value)}
     text = document.text
-    for key in sorted(new, key=lambda key: -document.scalars[key].start_mark.index):
-        start, end = document.scalars[key].start_mark.index, document.scalars[key].end_mark.index
+    for key in sorted(new, key=lambda key: -nodes[key].start_mark.index):
+        start, end = nodes[key].start_mark.index, nodes[key].end_mark.index
         text = text[:start] + (" " if start == end else "") + _flow(new[key]) + text[end:]
     if new:
         _refuse_side_effects(document, new, text)
         write_atomically(document.path, text.encode("utf-8"))
     return document.text, text
+
+
+def _of_several_lines(node: yaml.Node) -> str | None:
+    if isinstance(node, yaml.SequenceNode):
+        return "a list of several lines" if node.start_mark.line != node.end_mark.line else None
+    return "a block of text" if node.style in ("|", ">") else None
 
 
 def _refuse_side_effects(document: Document, new: dict[Key, object], text: str) -> None:

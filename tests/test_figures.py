@@ -47,9 +47,26 @@ def test_a_history_without_validation_is_drawn(tmp_path):
 @pytest.mark.parametrize("states", [["complete"], ["complete", "pruned", "failed"], ["pruned", "failed"]])
 def test_searches_of_any_outcome_are_drawn(tmp_path, states):
     number = len(states)
-    trials = pd.DataFrame({"trial": range(number), "state": states, "value": [1.0, 2.0, None][:number], "model.hidden": [8, 16, 32][:number]})
+    columns = {"value": [1.0, 2.0, None][:number], "wins": [1.0, 0.0, None][:number], "model.hidden": [8, 16, 32][:number]}
+    trials = pd.DataFrame({"trial": range(number), "state": states} | columns)
     search_figures.history(trials, "mse", tmp_path / "history.png")
     search_figures.slices(trials, {"model.hidden": True}, "mse", tmp_path / "slices.png")
     importance = pd.DataFrame({"parameter": ["model.hidden"], "ped_anova": [float("nan")], "fanova": [0.3]})
     search_figures.importance(importance, tmp_path / "importance.png")
     assert len({digest(tmp_path / f"{name}.png") for name in ("history", "slices", "importance")}) == 3
+
+
+@pytest.mark.parametrize("draw", [search_figures.slices, lambda trials, *rest: search_figures.contours(trials, [("a", "b")], *rest)], ids=["slices", "contours"])
+def test_where_trials_were_pruned_all_are_drawn_by_what_they_beat(tmp_path, draw):
+    """Values when they stopped, at different epochs, do not compare."""
+    trials = pd.DataFrame({"trial": range(5), "state": ["complete", *4 * ["pruned"]], "value": [5.0, 1.0, 2.0, 3.0, 4.0],
+                           "wins": [1.0, 0.0, 0.25, 0.5, 0.75], "a": [1, 2, 4, 8, 16], "b": [4, 1, 3, 2, 5]})
+
+    def drawn(name: str, **changes) -> str:
+        draw(trials.assign(**changes), {"a": True, "b": False}, "mse", tmp_path / name)
+        return digest(tmp_path / name)
+
+    first = drawn("first.png")
+    assert first == drawn("values.png", value=[5.0, 9.0, 9.0, 9.0, 9.0])
+    assert first != drawn("wins.png", wins=[1.0, 0.75, 0.5, 0.25, 0.0])
+    assert first != drawn("complete.png", state="complete")

@@ -203,7 +203,7 @@ def test_a_raised_budget_continues_the_study_and_promotion_does_not_search_again
     after = pd.read_csv(repository.folder / "experiments/latent_kl/trials.csv")
     pd.testing.assert_frame_equal(after.iloc[:3], before)
     assert len(after) == 5
-    assert len(after.iloc[:, 4:].drop_duplicates()) == 5, "a point was proposed twice"
+    assert len(after.iloc[:, 5:].drop_duplicates()) == 5, "a point was proposed twice"
     parents = [run for run in client.search_runs([client.get_experiment_by_name("gem").experiment_id]) if run.info.run_name == "latent_kl"]
     assert len(parents) == 1
     assert parents[0].data.metrics["trials/complete"] + parents[0].data.metrics["trials/pruned"] == 5

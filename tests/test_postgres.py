@@ -105,7 +105,7 @@ def test_three_machines_keep_the_budget_and_lose_no_trial_though_one_is_killed(p
     tables = [pd.read_csv(repository.folder / "experiments/latent_kl/trials.csv") for repository in machines[1:]]
     pd.testing.assert_frame_equal(*tables)
     assert len(tables[0]) == TRIALS and set(tables[0]["state"]) <= {"complete", "pruned"}
-    assert len(tables[0].iloc[:, 4:].drop_duplicates()) == TRIALS, "a point was tried twice"
+    assert len(tables[0].iloc[:, 5:].drop_duplicates()) == TRIALS, "a point was tried twice"
     best = [(repository.folder / "experiments/latent_kl/best.yaml").read_bytes() for repository in machines[1:]]
     assert best[0] == best[1]
 

@@ -142,6 +142,7 @@ def test_pruned_trials_count_and_keep_the_value_they_had(params):
     assert set(table["state"][2:]) == {"pruned"}
     assert (table["epochs"][2:] == 1).all(), "pruning starts when warmup_epochs are done"
     assert table["value"].tolist() == [-100.0 * number for number in range(6)]
+    assert table["wins"].tolist() == [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
 
 
 def test_pruning_looks_like_an_exception_that_passes_through_the_fit(params):

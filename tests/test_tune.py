@@ -134,7 +134,7 @@ def test_a_search_whose_dvc_was_killed_ends_with_its_workers_and_the_next_repro_
     assert f"{len(before)} of {len(before) + 2} trials are there" in done.stdout
     table = pd.read_csv(repository.folder / "experiments/latent_kl/trials.csv")
     assert len(table) == len(before) + 2 and {trial.number for trial in before} <= set(table["trial"])
-    assert len(table.iloc[:, 4:].drop_duplicates()) == len(table), "a point was tried twice"
+    assert len(table.iloc[:, 5:].drop_duplicates()) == len(table), "a point was tried twice"
     client = mlflow.MlflowClient(f"sqlite:///{repository.folder}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("gem").experiment_id], max_results=200)
     assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}

@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pipeline.gem.claims import Asked, Claims
 from pipeline.gem.config import Params
 from pipeline.gem.errors import DivergedError
-from pipeline.gem.importance import importance_table
+from pipeline.gem.importance import importance_table, wins
 from pipeline.gem.interruption import Interruption
 from pipeline.gem.question import OWN_TO_A_FIT, Question
 from pipeline.gem.samplers import Distinct, Values, pruner, suggest
@@ -123,20 +123,22 @@ class Search:
         return spent, sum(trial.user_attrs.get(_PLANNED, full) - self.epochs_of(trial) for trial in pruned)
 
     def trials_table(self) -> pd.DataFrame:
-        """A row per finished trial: trial, state, value (of a pruned one when it stopped), epochs, keys that it asked.
+        """A row per finished trial: trial, state, value (of a pruned one when it stopped), epochs, wins, keys that it asked.
 
-        With several objectives a column for each instead of value, and `front`: whether no other beats it in all.
+        `wins` is the share of the other trials that it beats, as in `importance.wins`. With several objectives a column for each instead of
+        value, and `front`, whether no other beats it in all, instead of wins.
         """
         several = len(self.question.objectives) > 1
         names = [objective.metric for objective in self.question.objectives] if several else ["value"]
         front = {trial.number for trial in self.ranked()} if several else set()
+        shares = wins(self.finished, self.question.objectives[0].direction == "maximize")
         rows = []
-        for trial in self.finished:
+        for trial, share in zip(self.finished, shares, strict=True):
             last = trial.intermediate_values[max(trial.intermediate_values)] if trial.intermediate_values else None
             values = trial.values if trial.state == TrialState.COMPLETE else [last] * len(names)
             row = {"trial": trial.number, "state": _STATES[trial.state], **dict(zip(names, values, strict=True)), "epochs": self.epochs_of(trial)}
-            rows.append(row | ({"front": trial.number in front} if several else {}) | trial.params)
-        return pd.DataFrame(rows, columns=["trial", "state", *names, "epochs", *(["front"] if several else []), *self.question.space])
+            rows.append(row | ({"front": trial.number in front} if several else {"wins": share}) | trial.params)
+        return pd.DataFrame(rows, columns=["trial", "state", *names, "epochs", "front" if several else "wins", *self.question.space])
 
     def importance_table(self) -> pd.DataFrame:
         """Share of importance per parameter; with several objectives a block of rows for each, named in the first column."""

@@ -39,12 +39,15 @@ def history(trials: pd.DataFrame, objective: str, path: Path, upwards: bool = Tr
 @plt.rc_context(_STYLE)
 def slices(trials: pd.DataFrame, parameters: dict[str, bool], objective: str, path: Path) -> None:
     """Value against each searched parameter; `parameters` maps its name to whether its axis is logarithmic."""
-    complete = trials[trials["state"] == "complete"]
+    judged, score, label = _judged(trials, objective)
+    pruned = judged["state"] == "pruned"
     columns = 3
     rows = -(-len(parameters) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(11, 2.7 * rows), sharey=True, squeeze=False)
     for axis, (name, log) in zip(axes.flat, parameters.items(), strict=False):
-        points = axis.scatter(_positions(complete[name]), complete["value"], c=complete["trial"], cmap="viridis", s=28)
+        places = _positions(judged[name])
+        points = axis.scatter(places[~pruned], judged[score][~pruned], c=judged["trial"][~pruned], cmap="viridis", s=28)
+        axis.plot(places[pruned], judged[score][pruned], "o", markerfacecolor="none", color=COLOURS["pruned"], markersize=5)
         axis.set_title(name, fontsize=9)
         if log:
             axis.set_xscale("log")
@@ -52,9 +55,11 @@ def slices(trials: pd.DataFrame, parameters: dict[str, bool], objective: str, pa
     for axis in list(axes.flat)[len(parameters) :]:
         axis.set_visible(False)
     for row in axes:
-        row[0].set_ylabel(objective, fontsize=8)
+        row[0].set_ylabel(label, fontsize=8)
+    if pruned.any():
+        figure.suptitle("filled: complete; open: pruned", x=0.01, ha="left", fontsize=10, color=MUTED)
     figure.tight_layout()
-    if len(complete):
+    if (~pruned).any():
         figure.colorbar(points, ax=axes, label="trial", shrink=0.6, ticks=MaxNLocator(integer=True))
     _save(figure, path)
 
@@ -75,20 +80,27 @@ def importance(table: pd.DataFrame, path: Path) -> None:
 
 @plt.rc_context(_STYLE)
 def contours(trials: pd.DataFrame, pairs: list[tuple[str, str]], parameters: dict[str, bool], objective: str, path: Path) -> None:
-    """The objective over pairs of searched parameters, between the complete trials; `parameters` as in `slices`."""
-    complete = trials[trials["state"] == "complete"]
+    """The objective over pairs of searched parameters, between the trials; `parameters` as in `slices`."""
+    judged, score, label = _judged(trials, objective)
     figure, axes = plt.subplots(1, max(1, len(pairs)), figsize=(4.2 * max(1, len(pairs)), 3.6), squeeze=False)
     for axis, (first, second) in zip(axes[0], pairs, strict=False):
-        rows = complete.dropna(subset=[first, second])
+        rows = judged.dropna(subset=[first, second])
         x, y = (np.log10(rows[name].to_numpy(float)) if parameters[name] else rows[name].to_numpy(float) for name in (first, second))
-        if _make_a_surface(x, y, rows["value"]):
-            axis.tricontourf(x, y, rows["value"], levels=12, cmap="viridis")
-        axis.scatter(x, y, c=rows["value"], cmap="viridis", edgecolor="white", s=30, zorder=3)
+        if _make_a_surface(x, y, rows[score]):
+            axis.tricontourf(x, y, rows[score], levels=12, cmap="viridis")
+        axis.scatter(x, y, c=rows[score], cmap="viridis", edgecolor="white", s=30, zorder=3)
         axis.set_xlabel(f"log10 {first}" if parameters[first] else first, fontsize=8)
         axis.set_ylabel(f"log10 {second}" if parameters[second] else second, fontsize=8)
-    figure.suptitle(f"{objective}: brighter is more", x=0.01, ha="left", fontsize=10, color=MUTED)
+    figure.suptitle(f"{label}: brighter is more", x=0.01, ha="left", fontsize=10, color=MUTED)
     figure.tight_layout()
     _save(figure, path)
+
+
+def _judged(trials: pd.DataFrame, objective: str) -> tuple[pd.DataFrame, str, str]:
+    """(trials to draw, column to draw, its name): where some were pruned, values do not compare, and the share of wins does."""
+    if (trials["state"] == "pruned").any():
+        return trials.dropna(subset=["wins"]), "wins", "share of the other trials that it beats"
+    return trials[trials["state"] == "complete"], "value", objective
 
 
 def _make_a_surface(x: np.ndarray, y: np.ndarray, values: pd.Series) -> bool:

@@ -76,8 +76,8 @@ class Confirmation:
     def run(self, evaluate: Callable[[Asked], float | list[float]], interruption: Interruption, on_trial, on_lost: Callable[[str], None]) -> None:
         """Takes part until every pair is there; `asked.values` holds trial and seed."""
         if new := self.claims.enqueue(self.pairs()):
-            trials = ", ".join(map(str, self.candidates()))
-            print(f"tune: trials {trials} once more, with fresh seeds: {new} fits of {self.epochs} epochs", flush=True)
+            candidates = ", ".join("the baseline" if trial == 0 else f"trial {trial}" for trial in self.candidates())
+            print(f"tune: {candidates} once more, with fresh seeds: {new} fit{'s' if new > 1 else ''} of {self.epochs} epochs", flush=True)
         self.claims.run(
             None,
             lambda trial: {"trial": trial.suggest_int("trial", 0, _LARGEST), "seed": trial.suggest_int("seed", 0, _LARGEST)},

@@ -28,14 +28,16 @@ def log_context(run: tracking.Run, params: Params, cohort: Cohort) -> None:
     run.dataset("cohort", provenance.data_digest(str(COHORT), cohort.visible_sha256), "training")
 
 
-def reporter(run: tracking.Run, params: Params, label: str, interruption: Interruption) -> Callable[[int, Epoch], None]:
-    """Says every epoch of every seed (losses, the choice score, time left), and records those of the first."""
+def reporter(run: tracking.Run, params: Params, label: str, interruption: Interruption, quiet: bool) -> Callable[[int, Epoch], None]:
+    """Says every epoch of every seed (losses, the choice score, time left) unless `quiet`, and records those of the first."""
     several = len(params.train.seeds) > 1
 
     def report(seed: int, epoch: Epoch) -> None:
         if seed == params.train.seeds[0]:
             with interruption.deferred():
                 run.metrics(epoch.metrics(), step=epoch.epoch)
+        if quiet:
+            return
         score = epoch.validation_predictive_log_likelihood
         shown = "no validation split" if score is None else f"validation log-likelihood {score:9.1f} nats, mse {epoch.validation_mse:.4f}"
         left = duration((epoch.epochs - epoch.epoch) * epoch.seconds)
@@ -66,9 +68,9 @@ def train_into(
     if anew:
         for checkpoint in checkpoints.values():
             checkpoint.forget()
-    _say_what_is_there(label, list(checkpoints.values()))
+    trained_before = _trained_before(label, list(checkpoints.values()))
     with interruption.allowed():
-        fits = fit_seeds(data, params, cohort.folder, reporter(run, params, label, interruption), checkpoints)
+        fits = fit_seeds(data, params, cohort.folder, reporter(run, params, label, interruption, trained_before), checkpoints)
     write_model_directory(directory, fits, params)
     for checkpoint in checkpoints.values():
         checkpoint.end()
@@ -81,11 +83,15 @@ def train_into(
     register(directory, fits[0], params, cohort, label, run.id)
 
 
-def _say_what_is_there(label: str, checkpoints: list[Checkpoint]) -> None:
+def _trained_before(label: str, checkpoints: list[Checkpoint]) -> bool:
+    """Whether there is nothing left to train; says what is there."""
     if any(checkpoint.path.exists() for checkpoint in checkpoints):
         print(f"{label}: goes on after the last epoch of a training that was stopped; what it had told is told again")
-    elif all(checkpoint.ended.exists() for checkpoint in checkpoints):
-        print(f"{label}: trained before, with the same settings, data and code: not trained again ({checkpoints[0].ended})")
+        return False
+    if not all(checkpoint.ended.exists() for checkpoint in checkpoints):
+        return False
+    print(f"{label}: trained before, with the same settings, data and code: not trained again ({checkpoints[0].ended})")
+    return True
 
 
 def best_metrics(finished: Fit) -> dict[str, float]:

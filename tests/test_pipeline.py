@@ -201,7 +201,7 @@ def test_a_raised_budget_continues_the_study_and_promotion_does_not_search_again
     repository.stage("pipeline.params", "--set", "tune.trials=5")
     repository.dvc("repro", "tune")
     after = pd.read_csv(repository.folder / "experiments/latent_kl/trials.csv")
-    pd.testing.assert_frame_equal(after.iloc[:3], before)
+    pd.testing.assert_frame_equal(after.iloc[:3].drop(columns="wins"), before.drop(columns="wins"))
     assert len(after) == 5
     assert len(after.iloc[:, 5:].drop_duplicates()) == 5, "a point was proposed twice"
     parents = [run for run in client.search_runs([client.get_experiment_by_name("gem").experiment_id]) if run.info.run_name == "latent_kl"]

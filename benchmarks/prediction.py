@@ -76,7 +76,7 @@ def made(rows: int, genes: int, hidden: int) -> tuple[GEM, pd.DataFrame]:
     kinds = {name: {"kind": "numeric", "scale": "log"} if name.endswith("dose") else {"kind": "categorical"} for name in LEVELS}
     named = {"technical": ["study"], "biological": ["cell_type", "disease", "sex"], "perturbation": ["perturbation", "perturbation_dose"]}
     covariates = Covariates.model_validate({group: {name: kinds[name] for name in names} for group, names in named.items()})
-    params = read_params(ROOT / "params.yaml").override({"model.hidden": hidden}).model
+    params = read_params(ROOT / "params.yaml").override({"model.hidden": hidden, "model.latent.technical": 64}).model
     seen = Seen(("cell_type", "perturbation"), combinations=tuple(sorted({*zip(samples["cell_type"], samples["perturbation"], strict=True)})))
     torch.manual_seed(0)
     gem = GEM.build(np.array([f"G{gene}" for gene in range(genes)]), MetadataEncoder.fit(samples, covariates), Targets(None, {}), params, seen=seen)

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
-STUDY ?= latent_kl
+SEARCH ?= latent_kl
 TRIALS ?=
 WORKERS ?= 1
 TESTERS ?= 2
@@ -27,7 +27,7 @@ all: repro results  ## set up, run every stage that is out of date, show the res
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
-	@echo "variables: STUDY=$(STUDY) TRIALS=$(TRIALS) WORKERS=$(WORKERS) TESTERS=$(TESTERS) PORT=$(PORT) TORCH=$(TORCH) PIP_ARGS=$(PIP_ARGS)"
+	@echo "variables: SEARCH=$(SEARCH) TRIALS=$(TRIALS) WORKERS=$(WORKERS) TESTERS=$(TESTERS) PORT=$(PORT) TORCH=$(TORCH) PIP_ARGS=$(PIP_ARGS)"
 
 environment: .venv/installed  ## create .venv: torch on its own line, everything else pinned with hashes
 
@@ -47,7 +47,7 @@ environment: .venv/installed  ## create .venv: torch on its own line, everything
 	@touch $@
 
 check: environment  ## check params.yaml and the studies, before any data is read
-	@python -m pipeline.params
+	@python -m pipeline.configure
 
 repro: check  ## run every stage that is out of date
 	@dvc repro
@@ -66,22 +66,22 @@ lint: environment  ## style of the code
 benchmark: environment  ## how fast predictions are made, against a plain loop (some minutes)
 	python -m benchmarks.prediction
 
-tune: check  ## search: make tune STUDY=latent_kl TRIALS=40 WORKERS=2 (continues to that many trials)
+tune: check  ## search: make tune SEARCH=latent_kl TRIALS=40 WORKERS=2 (continues to that many trials)
 ifneq ($(TRIALS),)
-	@python -m pipeline.params --budget $(STUDY)=$(TRIALS)
+	@python -m pipeline.configure --budget $(SEARCH)=$(TRIALS)
 endif
-ifeq ($(STUDY),latent_kl)
+ifeq ($(SEARCH),latent_kl)
 	@dvc repro tune
 else
 	@dvc repro prepare
-	@python -m pipeline.tune --study $(STUDY)
+	@python -m pipeline.tune --search $(SEARCH)
 endif
 
 dashboard: check  ## open Optuna's dashboard of all searches on 127.0.0.1
 	@python -m pipeline.dashboard --port $(DASHBOARD_PORT)
 
-promote: check  ## write the winner of STUDY into params.yaml and show the difference
-	python -m pipeline.params --promote $(STUDY)
+promote: check  ## write the winner of SEARCH into params.yaml and show the difference
+	python -m pipeline.configure --promote $(SEARCH)
 
 ui: environment  ## open MLflow on 127.0.0.1
 	@echo "all models, best first on unseen combinations:  $(UI)?orderByKey=metrics.%60test_combination%2Fskill%60&orderByAsc=false"

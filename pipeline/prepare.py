@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.gem.config import read_params
-from pipeline.gem.errors import exit_with
-from pipeline.gem.preparation import write_cohort
-from pipeline.gem.progress import duration
-from pipeline.gem.sources import open_source
+from pipeline.gem.common.config import read_params
+from pipeline.gem.common.errors import exit_with
+from pipeline.gem.common.progress import duration
+from pipeline.gem.data.sources import open_source
+from pipeline.gem.preparation.prepare import write_cohort
 
 OUTPUT = Path("data/cohort")
 
@@ -25,7 +25,9 @@ def main() -> None:
     manifest = write_cohort(open_source(params.data), params.data, params.splits, OUTPUT)
     for note in manifest["notes"]:
         print(f"prepare: {note}")
-    print(f"prepare: {manifest['samples']:,} samples x {manifest['genes']:,} genes in {OUTPUT}, {duration(time.monotonic() - started)}")
+    print(
+        f"prepare: {manifest['samples']:,} samples x {manifest['genes']:,} genes in {OUTPUT}, {duration(time.monotonic() - started)}"
+    )
     print(pd.read_csv(OUTPUT / "sizes.csv").to_string(index=False))
 
 

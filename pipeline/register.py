@@ -5,17 +5,19 @@ Writes  runs; versions of the registered model gem, its alias champion
 Run     python -m pipeline.register
 """
 
-from pipeline.gem import mlflow_store
-from pipeline.gem.config import read_params
-from pipeline.gem.errors import InputError, exit_with
-from pipeline.gem.registration import PENDING, register_pending
+from pipeline.gem.common.config import read_params
+from pipeline.gem.common.errors import InputError, exit_with
+from pipeline.gem.tracking import mlflow_client
+from pipeline.gem.tracking.model_registry import PENDING, register_pending
 
 
 def main() -> None:
     params = read_params()
-    mlflow_store.connect(params.tracking.experiment)
-    if runs := mlflow_store.unsent():
-        raise InputError(f"register: MLflow has not been told all of {runs} run{'s' if runs > 1 else ''}: it does not answer, or they go on")
+    mlflow_client.connect(params.tracking.experiment)
+    if runs := mlflow_client.unsent():
+        raise InputError(
+            f"register: MLflow has not been told all of {runs} run{'s' if runs > 1 else ''}: it does not answer, or they go on"
+        )
     if not any(PENDING.glob("*.json")):
         print("register: every run is told, every trained model is registered")
         return

@@ -8,39 +8,51 @@ Run     python -m pipeline.train     (about a minute on the default cohort)
 import os
 from pathlib import Path
 
-from pipeline.gem import mlflow_store, tracking
-from pipeline.gem.alone import alone
-from pipeline.gem.cohort import Cohort
-from pipeline.gem.config import Params, read_params
-from pipeline.gem.errors import StoppedError, exit_with
-from pipeline.gem.experiment import COHORT, log_context, train_into
-from pipeline.gem.interruption import Interruption, end_with_parent
-from pipeline.gem.training import choose_device
-from pipeline.gem.training_data import TrainingData
+from pipeline.gem.common.config import Params, read_params
+from pipeline.gem.common.errors import StoppedError, exit_with
+from pipeline.gem.common.exclusive import alone
+from pipeline.gem.common.processes import StopSignal, end_with_parent
+from pipeline.gem.data.cohort import Cohort
+from pipeline.gem.tracking import mlflow_client, runs
+from pipeline.gem.tracking.training_run import COHORT, log_context, train_into
+from pipeline.gem.training.dataset import TrainingData
+from pipeline.gem.training.trainer import choose_device
 
 OUTPUT = Path("experiments/default")
 
 
 def main() -> None:
     params = read_params()
-    with alone("train", f"{OUTPUT} is being trained here by process {{process}}; wait for it, or stop it"), Interruption() as interruption:
+    with (
+        alone(
+            "train",
+            f"{OUTPUT} is being trained here by process {{process}}; wait for it, or stop it",
+        ),
+        StopSignal() as interruption,
+    ):
         if "DVC_STAGE" in os.environ:
             end_with_parent()
         try:
             train(params, interruption)
         except StoppedError as stopped:
-            raise StoppedError(f"train: {stopped}; what it has learnt is kept; go on with: make") from None
+            raise StoppedError(
+                f"train: {stopped}; what it has learnt is kept; go on with: make"
+            ) from None
 
 
-def train(params: Params, interruption: Interruption) -> None:
+def train(params: Params, interruption: StopSignal) -> None:
     device = choose_device(params.train)
     cohort = Cohort(COHORT)
     data = TrainingData.load(cohort, device, params.model.counted)
-    params = data.sized(params)
-    sizes = " + ".join(f"{size} {group}" for group, size in params.model.latent.model_dump().items())
-    print(f"train: {len(data.train.expression):,} samples x {len(data.genes):,} genes on {device}, judged on {data.choice_split or 'nothing'}; {sizes} latents")
-    mlflow_store.connect(params.tracking.experiment)
-    with tracking.run("default", "train", killed_by=(StoppedError,)) as run:
+    params = data.resolve_latent_sizes(params)
+    sizes = " + ".join(
+        f"{size} {group}" for group, size in params.model.latent.model_dump().items()
+    )
+    print(
+        f"train: {len(data.train.expression):,} samples x {len(data.genes):,} genes on {device}, judged on {data.selection_split or 'nothing'}; {sizes} latents"
+    )
+    mlflow_client.connect(params.tracking.experiment)
+    with runs.run("default", "train", killed_by=(StoppedError,)) as run:
         log_context(run, params, cohort)
         train_into(OUTPUT, data, params, cohort, "train", run, interruption)
 

@@ -8,60 +8,46 @@ import filelock
 import numpy as np
 import pytest
 import torch
+from support.settings import ROOT, TINY, at_source
 
-from pipeline.gem.cohort import Cohort
-from pipeline.gem.config import Covariates, Data, Latent, Model, Params, read_params
-from pipeline.gem.preparation import write_cohort
-from pipeline.gem.sources import open_source
-
-ROOT = Path(__file__).resolve().parent.parent
-SHARED_DATA = ROOT.parent / "shared" / "data"   # real cohorts, present on some machines only
-
-TINY = {
-    "synthesize.samples": 600,
-    "synthesize.genes": 60,
-    "synthesize.studies": 10,
-    "synthesize.tissues": 2,
-    "synthesize.cell_types_per_tissue": 2,
-    "synthesize.perturbations": 8,
-    "synthesize.perturbations_per_study": 5,
-    "synthesize.mechanisms": 4,
-    "synthesize.embedding_size": 3,
-    "splits.combination": 0.1,
-    "splits.validation_combination": 0.1,
-    "splits.perturbation": 0.13,
-    "splits.study": 0.1,
-    "model.latent.technical": 4,
-    "model.latent.biological": 4,
-    "model.latent.perturbation": 4,
-    "model.hidden": 32,
-    "model.blocks": 1,
-    "model.prior_blocks": 0,
-    "train.epochs": 6,
-    "train.min_steps": 0,
-    "train.small_cohort": 0,
-    "train.batch_size": 32,
-    "train.threads": 1,
-    "train.predictive_draws": 4,
-    "tune.trials": 3,
-    "evaluate.bootstrap": 50,
-    "evaluate.prior_draws": 4,
-}
-
+from pipeline.gem.common.config import Covariates, Data, Latent, Model, Params, read_params
+from pipeline.gem.data.cohort import Cohort
+from pipeline.gem.data.sources import open_source
+from pipeline.gem.preparation.prepare import write_cohort
 
 # Files that take longest, longest first: a file is tested by one process, and a long one that starts last keeps the others waiting.
-LONGEST = tuple(f"test_{name}.py" for name in ("pipeline", "workers", "tune", "outage", "real_data", "registration", "sealed", "train", "postgres", "oracle"))
+LONGEST = tuple(
+    f"test_{name}.py"
+    for name in (
+        "pipeline",
+        "workers",
+        "tune",
+        "outage",
+        "real_data",
+        "registration",
+        "sealed",
+        "train",
+        "postgres",
+        "oracle",
+    )
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+        )
+    )
 
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
     """A folder for all test processes: the first that asks makes it, the others wait; read only."""
     own = tmp_path_factory.getbasetemp()
-    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own   # pytest-xdist gives each process a folder in a common one
+    shared = (
+        own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    )  # pytest-xdist gives each process a folder in a common one
 
     def folder_of(name: str, make: Callable[[Path], object]) -> Path:
         folder, made = shared / name, shared / f"{name}.made"
@@ -73,15 +59,6 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
         return folder
 
     return folder_of
-
-
-def at_source(folder: Path) -> dict[str, object]:
-    """The parameters that point at a synthetic source folder."""
-    return {
-        "data.source": str(folder),
-        "data.target_gene": str(folder / "targets.parquet"),
-        "data.covariates.perturbation.perturbation.table": str(folder / "embeddings" / "perturbation.parquet"),
-    }
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -102,9 +79,14 @@ def dosed(params) -> Data:
     covariates = {
         "technical": {"study": {"kind": "categorical"}},
         "biological": {"tissue": {"kind": "categorical"}},
-        "perturbation": {"perturbation": {"kind": "categorical"}, "perturbation_dose": {"kind": "numeric", "scale": "log"}},
+        "perturbation": {
+            "perturbation": {"kind": "categorical"},
+            "perturbation_dose": {"kind": "numeric", "scale": "log"},
+        },
     }
-    return params.data.model_copy(update={"covariates": Covariates.model_validate(covariates), "context_columns": ("tissue",)})
+    return params.data.model_copy(
+        update={"covariates": Covariates.model_validate(covariates), "context_columns": ("tissue",)}
+    )
 
 
 @pytest.fixture(scope="session")
@@ -112,30 +94,45 @@ def source_folder(params, made_once) -> Path:
     """A synthetic source folder, written by the real stage's code."""
     from pipeline.synthesize import write_source
 
-    return made_once("source", lambda folder: write_source(params.synthesize, folder / "synthetic")) / "synthetic"
+    return (
+        made_once("source", lambda folder: write_source(params.synthesize, folder / "synthetic"))
+        / "synthetic"
+    )
 
 
 @pytest.fixture(scope="session")
 def cohort(params, source_folder, made_once) -> Cohort:
     """The prepared tiny cohort; read only."""
     data = params.override(at_source(source_folder)).data
-    return Cohort(made_once("prepared", lambda folder: write_cohort(open_source(data), data, params.splits, folder / "cohort")) / "cohort")
+    return Cohort(
+        made_once(
+            "prepared",
+            lambda folder: write_cohort(open_source(data), data, params.splits, folder / "cohort"),
+        )
+        / "cohort"
+    )
 
 
 @pytest.fixture(scope="module")
 def undrawn() -> Iterator[None]:
     """Stages forked from here draw no figures of a search, which cost more than its trials; test_pipeline.py sees them drawn."""
-    from pipeline.gem import answers
+    from pipeline.gem.search import results
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(answers, "draw", lambda *_: None)
+        patched.setattr(results, "draw", lambda *_: None)
         yield
 
 
 @pytest.fixture
 def small_model(params) -> Model:
     """Parameters of a network that costs nothing, with every part that GEM has; without dropout, so that only latents are random."""
-    sizes = {"latent": Latent(technical=2, biological=3, perturbation=2), "hidden": 8, "blocks": 1, "prior_blocks": 1, "interactions": 4}
+    sizes = {
+        "latent": Latent(technical=2, biological=3, perturbation=2),
+        "hidden": 8,
+        "blocks": 1,
+        "prior_blocks": 1,
+        "interactions": 4,
+    }
     return params.model.model_copy(update=sizes | {"dropout": 0.0, "additive_technical": True})
 
 
@@ -152,13 +149,18 @@ def generator() -> torch.Generator:
 @pytest.fixture(scope="session")
 def model_directory(cohort, params, made_once) -> Path:
     """A model directory with two training seeds, for whoever only reads it."""
-    from pipeline.gem.experiment import write_model_directory
-    from pipeline.gem.training import fit
-    from pipeline.gem.training_data import TrainingData
+    from pipeline.gem.training.dataset import TrainingData
+    from pipeline.gem.training.model_directory import write_model_directory
+    from pipeline.gem.training.trainer import fit
 
     def make(folder: Path) -> None:
-        changed, data = params.override({"train.seeds": [1, 2], "train.epochs": 8}), TrainingData.load(cohort, torch.device("cpu"))
-        write_model_directory(folder / "default", [fit(data, changed, seed) for seed in changed.train.seeds], changed)
+        changed, data = (
+            params.override({"train.seeds": [1, 2], "train.epochs": 8}),
+            TrainingData.load(cohort, torch.device("cpu")),
+        )
+        write_model_directory(
+            folder / "default", [fit(data, changed, seed) for seed in changed.train.seeds], changed
+        )
 
     return made_once("experiments", make) / "default"
 
@@ -168,4 +170,12 @@ def migrated_store(made_once) -> Path:
     """An empty MLflow database, to be copied: making one takes seconds."""
     import mlflow
 
-    return made_once("store", lambda folder: mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()) / "mlflow.db"
+    return (
+        made_once(
+            "store",
+            lambda folder: mlflow.MlflowClient(
+                f"sqlite:///{folder}/mlflow.db"
+            ).search_experiments(),
+        )
+        / "mlflow.db"
+    )

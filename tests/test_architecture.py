@@ -4,16 +4,18 @@ import re
 from pathlib import Path
 
 import pytest
-from closure import files_read
+from support.closure import files_read
 
-from pipeline.gem import yamlfile
-from pipeline.gem.closure import ROOT, import_closure, imported
-from pipeline.gem.config import read_params
-from pipeline.gem.question import read_question
+from pipeline.gem.common import yaml_file
+from pipeline.gem.common.code_version import ROOT, import_closure, imported
+from pipeline.gem.common.config import read_params
+from pipeline.gem.search.search_config import read_search_config
 
 VERBS = sorted(path.stem for path in (ROOT / "pipeline").glob("*.py") if path.stem != "__init__")
-NOUNS = sorted(path.stem for path in (ROOT / "pipeline" / "gem").glob("*.py") if path.stem != "__init__")
-STAGES = yamlfile.read(ROOT / "dvc.yaml").values["stages"]
+NOUNS = sorted(
+    path.stem for path in (ROOT / "pipeline" / "gem").glob("*.py") if path.stem != "__init__"
+)
+STAGES = yaml_file.read(ROOT / "dvc.yaml").values["stages"]
 CODE = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "pipeline").rglob("*.py"))
 
 
@@ -32,25 +34,27 @@ def test_no_verb_imports_a_verb(verb):
 
 
 def test_mlflow_is_known_to_the_tracking_and_to_what_it_loads_itself():
-    assert [file for file in CODE if "mlflow" in packages_of(file)] == [f"pipeline/gem/{name}.py" for name in ("mlflow_store", "registry", "served")]
-    assert not [file for file in CODE if "pipeline.gem.served" in imported(file)], "it is found by name, so that a fit does not depend on it"
+    assert [file for file in CODE if "mlflow" in packages_of(file)] == [
+        f"pipeline/gem/{name}.py" for name in ("mlflow_store", "registry", "served")
+    ]
+    assert not [
+        file for file in CODE if "pipeline.gem.prediction.mlflow_model" in imported(file)
+    ], "it is found by name, so that a fit does not depend on it"
 
 
 @pytest.mark.parametrize(
     ("library", "home"),
-    [
-        ("yaml", "yamlfile"),
-        ("anndata", "sources"),
-        ("rich", "tables"),
-        ("jinja2", "report"),
-    ],
+    [("yaml", "yamlfile"), ("anndata", "sources"), ("rich", "tables"), ("jinja2", "report")],
 )
 def test_a_library_is_imported_in_one_place_only(library, home):
     assert [file for file in CODE if library in packages_of(file)] == [f"pipeline/gem/{home}.py"]
 
 
 def test_optuna_is_known_by_the_modules_of_the_search_only():
-    assert [file for file in CODE if "optuna" in packages_of(file)] == [f"pipeline/gem/{name}.py" for name in ("claims", "importance", "samplers", "search", "study_storage")]
+    assert [file for file in CODE if "optuna" in packages_of(file)] == [
+        f"pipeline/gem/{name}.py"
+        for name in ("claims", "importance", "samplers", "search", "study_storage")
+    ]
 
 
 def test_drawing_is_done_by_modules_of_figures_only():
@@ -62,27 +66,66 @@ def test_dvc_is_imported_nowhere():
     assert not [file for file in CODE if "dvc" in packages_of(file)]
 
 
-@pytest.mark.parametrize("noun", ["model", "likelihood", "training", "trained", "metrics", "baselines", "oracle", "simulator", "evaluation", "scoring"])
+@pytest.mark.parametrize(
+    "noun",
+    [
+        "model",
+        "likelihood",
+        "training",
+        "trained",
+        "metrics",
+        "baselines",
+        "oracle",
+        "simulator",
+        "evaluation",
+        "scoring",
+    ],
+)
 def test_mathematics_knows_no_tracker(noun):
-    assert not {"pipeline/gem/tracking.py", "pipeline/gem/mlflow_store.py"} & set(import_closure(f"pipeline.gem.{noun}"))
+    assert not {"pipeline/gem/tracking/runs.py", "pipeline/gem/tracking/mlflow_client.py"} & set(
+        import_closure(f"pipeline.gem.{noun}")
+    )
 
 
 def test_training_and_search_cannot_reach_the_simulated_truth():
     for module in ("pipeline.train", "pipeline.tune"):
-        assert not {"pipeline/gem/simulator.py", "pipeline/gem/oracle.py", "pipeline/gem/causes.py"} & set(import_closure(module))
+        assert not {
+            "pipeline/gem/simulation/generator.py",
+            "pipeline/gem/simulation/oracle.py",
+            "pipeline/gem/simulation/hidden_factors.py",
+        } & set(import_closure(module))
 
 
 def test_only_the_evaluation_depends_on_the_models():
     for stage in ("train", "tune"):
-        assert not [dependency for dependency in STAGES[stage]["deps"] if dependency.startswith("experiments/") and not dependency.endswith(".yaml")]
-    wanted = {f"experiments/{name}/{part}" for name in ("default", "${evaluate.study}") for part in ("model.pt", "seeds")}
+        assert not [
+            dependency
+            for dependency in STAGES[stage]["deps"]
+            if dependency.startswith("experiments/") and not dependency.endswith(".yaml")
+        ]
+    wanted = {
+        f"experiments/{name}/{part}"
+        for name in ("default", "${evaluate.search}")
+        for part in ("model.pt", "seeds")
+    }
     assert wanted <= set(STAGES["evaluate"]["deps"])
 
 
 def test_outputs_that_dvc_does_not_cache_are_in_git_or_ignored_by_hand():
     """DVC ignores what it caches; predictions are neither cached nor committed, because the models rebuild them."""
-    outputs = [output for stage in STAGES.values() for kind in ("outs", "metrics", "plots") for output in stage.get(kind, ())]
-    uncached = [name for output in outputs if isinstance(output, dict) for name, how in output.items() if not how.get("cache", True)]
+    outputs = [
+        output
+        for stage in STAGES.values()
+        for kind in ("outs", "metrics", "plots")
+        for output in stage.get(kind, ())
+    ]
+    uncached = [
+        name
+        for output in outputs
+        if isinstance(output, dict)
+        for name, how in output.items()
+        if not how.get("cache", True)
+    ]
     folders = [name for name in uncached if not Path(name).suffix]
     assert folders == ["experiments/evaluation/predictions"]
     assert f"/{folders[0]}" in (ROOT / ".gitignore").read_text().splitlines()
@@ -91,22 +134,32 @@ def test_outputs_that_dvc_does_not_cache_are_in_git_or_ignored_by_hand():
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_lists_the_modules_it_really_imports_and_the_files_these_read(stage):
     module = re.match(r"python -m (\S+)", STAGES[stage]["cmd"])[1]
-    listed = [dependency for dependency in STAGES[stage]["deps"] if dependency.startswith("pipeline/")]
+    listed = [
+        dependency for dependency in STAGES[stage]["deps"] if dependency.startswith("pipeline/")
+    ]
     modules = import_closure(module)
     assert listed == sorted([*modules, *files_read(modules)])
 
 
 def test_a_file_that_a_module_names_is_found():
     """Otherwise a changed template would change no stage."""
-    assert files_read(["pipeline/gem/report.py", "pipeline/gem/credibility.py"]) == ["pipeline/gem/credibility_real.json", "pipeline/gem/report.html.jinja"]
-    beside = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pipeline").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert files_read(
+        ["pipeline/gem/evaluation/report/page.py", "pipeline/gem/evaluation/report/realism.py"]
+    ) == ["pipeline/gem/realism_real.json", "pipeline/gem/page.html.jinja"]
+    beside = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "pipeline").rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
     assert set(files_read(CODE)) == beside, "a file that no module reads"
 
 
 def test_the_search_depends_on_every_parameter_of_a_fit_but_the_searched_ones():
     params = read_params(ROOT / "params.yaml")
-    searched = read_question("latent_kl", params, ROOT / "experiments").space
-    assert set(STAGES["tune"]["params"]) == {"tune.trials", *params.flat("model", "train")} - set(searched)
+    searched = read_search_config("latent_kl", params, ROOT / "experiments" / "searches").space
+    assert set(STAGES["tune"]["params"]) == {"tune.trials", *params.flat("model", "train")} - set(
+        searched
+    )
 
 
 def test_every_section_of_params_is_read_by_some_stage():
@@ -115,11 +168,20 @@ def test_every_section_of_params_is_read_by_some_stage():
 
 
 def test_there_is_no_second_default_for_a_value_of_params():
-    from pipeline.gem import config
+    from pipeline.gem.common import config
 
-    models = [model for model in vars(config).values() if isinstance(model, type) and issubclass(model, config.Frozen)]
+    models = [
+        model
+        for model in vars(config).values()
+        if isinstance(model, type) and issubclass(model, config.Frozen)
+    ]
     assert len(models) > 10
-    assert [f"{model.__name__}.{name}" for model in models for name, field in model.model_fields.items() if not field.is_required()] == []
+    assert [
+        f"{model.__name__}.{name}"
+        for model in models
+        for name, field in model.model_fields.items()
+        if not field.is_required()
+    ] == []
 
 
 @pytest.mark.parametrize("file", CODE)
@@ -129,10 +191,23 @@ def test_every_module_says_what_it_is(file):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_says_how_it_is_run(verb):
-    assert f"python -m pipeline.{verb}" in (ROOT / "pipeline" / f"{verb}.py").read_text().split('"""')[1]
+    assert (
+        f"python -m pipeline.{verb}"
+        in (ROOT / "pipeline" / f"{verb}.py").read_text().split('"""')[1]
+    )
 
 
 def test_lock_file_pins_every_declared_dependency():
-    declared = re.findall(r'^    "([A-Za-z0-9_.-]+)', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
-    locked = set(re.findall(r"^([a-z0-9-]+)==", Path(ROOT / "requirements.lock").read_text(), flags=re.MULTILINE))
-    assert {name.lower().replace("_", "-") for name in declared} - {"torch", "error", "ignore"} <= locked
+    declared = re.findall(
+        r'^    "([A-Za-z0-9_.-]+)', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE
+    )
+    locked = set(
+        re.findall(
+            r"^([a-z0-9-]+)==", Path(ROOT / "requirements.lock").read_text(), flags=re.MULTILINE
+        )
+    )
+    assert {name.lower().replace("_", "-") for name in declared} - {
+        "torch",
+        "error",
+        "ignore",
+    } <= locked

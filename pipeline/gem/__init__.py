@@ -1,10 +1,8 @@
 """Nouns: the shared model module behind every stage. `from pipeline.gem import GEM` is the trained model.
 
-    model = GEM.load("experiments/default")
-    table = model.predict(frame)
+model = GEM.load("experiments/default")
+table = model.predict(frame)
 """
-
-import importlib
 
 __all__ = ["GEM"]
 
@@ -12,5 +10,7 @@ __all__ = ["GEM"]
 def __getattr__(name: str):
     """GEM when it is first asked for: a stage that needs no network does not wait for torch."""
     if name == "GEM":
-        return importlib.import_module("pipeline.gem.trained").GEM
+        from pipeline.gem.prediction.api import GEM
+
+        return GEM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,7 +27,7 @@ METRICS = [
     "delta_mae",
     "delta_pearson",
     "pds_cosine",
-    "de_wilcoxon_direction_match",   # the name says who usually makes the table; here it is Welch's
+    "de_wilcoxon_direction_match",  # the name says who usually makes the table; here it is Welch's
     "de_wilcoxon_sig_jaccard",
 ]
 
@@ -37,7 +37,11 @@ def side_of(file, name: str) -> AnnData:
     values = file[name].astype(np.float64)
     genes = [f"gene_{index}" for index in range(values.shape[1])]
     samples = [f"sample_{index}" for index in range(len(values))]
-    return AnnData(values, obs=pd.DataFrame({"condition": file[f"{name}_condition"]}, index=samples), var=pd.DataFrame(index=genes))
+    return AnnData(
+        values,
+        obs=pd.DataFrame({"condition": file[f"{name}_condition"]}, index=samples),
+        var=pd.DataFrame(index=genes),
+    )
 
 
 def differential_table(side: AnnData) -> pd.DataFrame:
@@ -45,9 +49,17 @@ def differential_table(side: AnnData) -> pd.DataFrame:
     side = side.copy()
     side.obs["condition"] = side.obs["condition"].astype("category")
     side.uns["log1p"] = {"base": None}
-    scanpy.tl.rank_genes_groups(side, "condition", reference=CONTROL, method="t-test", corr_method="benjamini-hochberg")
+    scanpy.tl.rank_genes_groups(
+        side, "condition", reference=CONTROL, method="t-test", corr_method="benjamini-hochberg"
+    )
     table = scanpy.get.rank_genes_groups_df(side, group=None)
-    names = {"group": "target", "names": "feature", "logfoldchanges": "log2_fold_change", "pvals": "p_value", "pvals_adj": "p_adj"}
+    names = {
+        "group": "target",
+        "names": "feature",
+        "logfoldchanges": "log2_fold_change",
+        "pvals": "p_value",
+        "pvals_adj": "p_adj",
+    }
     table = table.rename(columns=names)[list(names.values())]
     return table.astype({"target": str, "feature": str, "log2_fold_change": float})
 
@@ -60,19 +72,34 @@ def main(path: str) -> None:
         metrics=METRICS,
         pert_col="condition",
         control=CONTROL,
-        control_source="pred",   # each side has its own controls
+        control_source="pred",  # each side has its own controls
         input_type="lognorm",
         device="cpu",
-        discrimination=DiscriminationParams(distance="cosine", rank_denominator="n-1", tie_policy="midrank", exclude_target_gene=False),
-        target_gene_map={"*": None},   # no condition names a gene to leave out
+        discrimination=DiscriminationParams(
+            distance="cosine",
+            rank_denominator="n-1",
+            tie_policy="midrank",
+            exclude_target_gene=False,
+        ),
+        target_gene_map={"*": None},  # no condition names a gene to leave out
     )
-    scores = compute_metrics(predicted, observed, config=config, **{name: pl.from_pandas(table) for name, table in tables.items()})
+    scores = compute_metrics(
+        predicted,
+        observed,
+        config=config,
+        **{name: pl.from_pandas(table) for name, table in tables.items()},
+    )
     metrics: dict[str, dict[str, float]] = {name: {} for name in METRICS}
     for condition, metric, value in scores.select("perturbation", "metric", "value").iter_rows():
         if value is not None and np.isfinite(value):
             metrics[metric][condition] = value
-    table = tables["de_real"].pivot(index="target", columns="feature", values="p_adj")[list(observed.var_names)]
-    significant = {condition: (row <= FDR).tolist() for condition, row in zip(table.index, table.to_numpy(), strict=True)}
+    table = tables["de_real"].pivot(index="target", columns="feature", values="p_adj")[
+        list(observed.var_names)
+    ]
+    significant = {
+        condition: (row <= FDR).tolist()
+        for condition, row in zip(table.index, table.to_numpy(), strict=True)
+    }
     json.dump({"metrics": metrics, "significant": significant}, sys.stdout)
 
 

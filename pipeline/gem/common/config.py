@@ -1,0 +1,401 @@
+"""params.yaml as frozen, typed models: no defaults here, every value has one home.
+
+`read_params` reports every unknown key, missing key, wrong type and value out of range at once.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from pipeline.gem.common import yaml_file
+from pipeline.gem.common.errors import InputError, did_you_mean
+
+GROUPS = ("technical", "biological", "perturbation")
+
+Share = Annotated[float, Field(ge=0, le=0.5)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+SEARCH_NAME = r"^[A-Za-z0-9_]+$"  # a search names a file and a folder
+FILE_NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
+
+
+class Frozen(BaseModel):
+    """A record that refuses unknown keys, guesses no type and never changes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Synthesize(Frozen):
+    seed: Seed
+    samples: Annotated[int, Field(ge=50)]
+    genes: Annotated[int, Field(ge=20)]
+    preset: Literal["bulk", "single_cell"]
+    depth: Annotated[int, Field(ge=100, le=10**9)] | None
+    studies: Count
+    tissues: Count
+    cell_types_per_tissue: Count
+    perturbations: Count
+    contexts_per_study: Count
+    perturbations_per_study: Count
+    control_share: Annotated[float, Field(gt=0, lt=1)]
+    strata_per_study: Count
+    donors_per_stratum: Count
+    mechanisms: Count
+    embedding_size: Count
+    null_share: Probability
+    missing_sex: Probability
+    missing_age: Annotated[float, Field(ge=0, le=0.5)]
+    wrong_sex: Share
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.perturbations_per_study > self.perturbations:
+            raise ValueError(
+                f"perturbations_per_study ({self.perturbations_per_study}) is more than perturbations ({self.perturbations})"
+            )
+        contexts = self.tissues * self.cell_types_per_tissue
+        if self.contexts_per_study > contexts:
+            raise ValueError(
+                f"contexts_per_study ({self.contexts_per_study}) is more than there are contexts ({contexts})"
+            )
+        return self
+
+
+class Categorical(Frozen):
+    """One label: encoded one-hot."""
+
+    kind: Literal["categorical"]
+
+
+class Multilabel(Frozen):
+    """Several labels, "a|b": encoded multi-hot."""
+
+    kind: Literal["multilabel"]
+
+
+class Numeric(Frozen):
+    """A number, with a unit where the text has one: standardised on the training split."""
+
+    kind: Literal["numeric"]
+    scale: Literal["linear", "log"]
+
+
+class Embedding(Frozen):
+    """One or several labels with observable features in a table: the features, summed over labels, beside a multi-hot identity."""
+
+    kind: Literal["embedding"]
+    table: str
+
+
+Covariate = Annotated[Categorical | Multilabel | Numeric | Embedding, Field(discriminator="kind")]
+
+
+class Covariates(Frozen):
+    technical: dict[str, Covariate]
+    biological: dict[str, Covariate]
+    perturbation: dict[str, Covariate]
+
+    @model_validator(mode="after")
+    def _one_group_each(self):
+        names = [name for group in GROUPS for name in getattr(self, group)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is declared in more than one group")
+        unfit = [name for name in self.embeddings() if not re.fullmatch(FILE_NAME, name)]
+        if unfit:
+            raise ValueError(
+                f"{', '.join(unfit)}: the name of an embedding names a file; use letters, digits, _, - and ."
+            )
+        return self
+
+    def embeddings(self) -> dict[str, str]:
+        """Covariate to the path of its table."""
+        return {
+            name: covariate.table
+            for name, covariate in self.all().items()
+            if covariate.kind == "embedding"
+        }
+
+    def identities(self) -> "Covariates":
+        """The same without what tables tell: labels are just labels."""
+        return Covariates.model_validate(
+            {
+                group: {
+                    name: Multilabel(kind="multilabel") if kind.kind == "embedding" else kind
+                    for name, kind in getattr(self, group).items()
+                }
+                for group in GROUPS
+            }
+        )
+
+    def all(self) -> dict[str, Covariate]:
+        return {
+            name: covariate for group in GROUPS for name, covariate in getattr(self, group).items()
+        }
+
+
+class Control(Frozen):
+    column: str
+    value: str
+
+
+class Data(Frozen):
+    source: str
+    layer: str | None
+    sample_id: str | None
+    covariates: Covariates
+    context_columns: Names
+    control: Control | None
+    target_gene: str | None
+    date_column: str | None
+    study_column: str | None
+    min_gene_samples: Annotated[int, Field(ge=0)]
+    min_gene_total: Annotated[int, Field(ge=0)]
+    gene_list: str | None
+    highly_variable: Count | None
+    empty_samples: Literal["refuse", "drop"]
+
+
+# Pairs of context and perturbation: a share of them, or mappings of column to value that name them.
+Pairs = Annotated[tuple[Annotated[dict[str, str], Field(min_length=1)], ...], Field(strict=False)]
+Combination = Annotated[
+    Annotated[Share, Tag("share")] | Annotated[Pairs, Tag("pairs")],
+    Discriminator(lambda value: "pairs" if isinstance(value, (list, tuple)) else "share"),
+]
+
+
+class Splits(Frozen):
+    seed: Seed
+    validation: Share
+    test_random: Share
+    test_control: Share
+    combination: Combination
+    validation_combination: Combination
+    perturbation: Share
+    study: Share
+
+
+class Latent(Frozen):
+    technical: Annotated[int, Field(ge=1, le=4096)] | None
+    biological: Annotated[int, Field(ge=1, le=4096)]
+    perturbation: Annotated[int, Field(ge=1, le=4096)]
+
+
+class Model(Frozen):
+    latent: Latent
+    hidden: Count
+    blocks: Annotated[int, Field(ge=0)]
+    prior_blocks: Annotated[int, Field(ge=0)]
+    expansion: Count
+    dropout: Probability
+    linear_decoder: bool
+    additive_technical: bool
+    interactions: Annotated[int, Field(ge=0)]
+    observation: Literal["normal", "negative_binomial", "multinomial"]
+    min_variance: Positive
+
+    @property
+    def counted(self) -> bool:
+        """Whether the observation model is one of counts."""
+        return self.observation != "normal"
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.additive_technical and not self.linear_decoder:
+            raise ValueError(
+                "additive_technical decodes by the linear path: set linear_decoder to true, or additive_technical to false"
+            )
+        return self
+
+
+class KLWeight(Frozen):
+    technical: NonNegative
+    biological: NonNegative
+    perturbation: NonNegative
+
+
+class MetadataDropout(Frozen):
+    technical: Probability
+    biological: Probability
+    perturbation: Probability
+
+
+class Train(Frozen):
+    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)]
+    kl_weight: KLWeight
+    kl_warmup: Annotated[float, Field(ge=0, le=1)]
+    predictive_weight: NonNegative
+    reference_weight: NonNegative
+    reference_share: Annotated[float, Field(gt=0, le=1)]
+    simulated_batch_effects: Probability
+    unseen_study_weight: NonNegative
+    partial_metadata_weight: NonNegative
+    classifier_weight: NonNegative
+    free_bits: NonNegative
+    metadata_dropout: MetadataDropout
+    identity_dropout: Probability
+    epochs: Count
+    min_steps: Annotated[int, Field(ge=0)]
+    patience: Count
+    batch_size: Count
+    learning_rate: Positive
+    weight_decay: NonNegative
+    small_cohort: Annotated[int, Field(ge=0)]
+    gradient_clip: Positive
+    predictive_draws: Count
+    device: Literal["auto", "cpu", "cuda"]
+    threads: Count
+
+
+class Tune(Frozen):
+    trials: Count
+
+
+class Evaluate(Frozen):
+    search: Annotated[str, Field(pattern=SEARCH_NAME)]
+    seed: Seed
+    bootstrap: Annotated[int, Field(ge=20)]
+    prior_draws: Count
+
+
+class Tracking(Frozen):
+    experiment: Annotated[str, Field(min_length=1)]
+
+
+class Params(Frozen):
+    synthesize: Synthesize
+    data: Data
+    splits: Splits
+    model: Model
+    train: Train
+    tune: Tune
+    evaluate: Evaluate
+    tracking: Tracking
+
+    def flat(self, *sections: str) -> dict[str, object]:
+        """Dotted names to values, of the named sections (all if none is named)."""
+        return flatten(self.model_dump(mode="json", include=set(sections) or None))
+
+    def override(self, changes: Mapping[str, object]) -> "Params":
+        """These parameters with other values under dotted names, validated again."""
+        return Params.model_validate(set_dotted(self.model_dump(mode="json"), changes))
+
+
+def flatten(values: Mapping, prefix: str = "") -> dict[str, object]:
+    """Nested mappings as one, with dotted names."""
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def set_dotted(values: dict, changes: Mapping[str, object]) -> dict:
+    """`values` (nested) with `changes` (dotted) written in; parents that are absent are made.
+
+    InputError where a parent is a value, so that nothing can stand under it.
+    """
+    for name, value in changes.items():
+        *parents, last = name.split(".")
+        target = values
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise InputError(f"{name} is unknown: {parent} is a single value, {target!r}")
+        target[last] = value
+    return values
+
+
+def read_params(path: Path | str = "params.yaml") -> Params:
+    """The validated parameters. InputError lists every problem, with file, line and dotted key."""
+    return read_model(path, Params)
+
+
+def read_model(path: Path | str, model: type[Frozen]):
+    """A YAML file as a frozen model; InputError lists every problem at once."""
+    document = yaml_file.read(path)
+    try:
+        return model.model_validate(document.values)
+    except ValidationError as error:
+        raise InputError(
+            *(explain(problem, model, document) for problem in error.errors())
+        ) from None
+
+
+def explain(problem: dict, model: type[Frozen], document: yaml_file.Document) -> str:
+    """One of a ValidationError's problems, in words and with its place in the file."""
+    # A discriminated union adds the chosen tag to the location; it is not a key of the file.
+    key, reached, tags = (), document.values, {}
+    for position, part in enumerate(problem["loc"], start=1):
+        inside = (
+            part in reached
+            if isinstance(reached, Mapping)
+            else isinstance(reached, list) and isinstance(part, int)
+        )
+        if not inside and (position < len(problem["loc"]) or problem["type"] != "missing"):
+            tags[key] = part
+            continue
+        key, reached = (*key, part), reached[part] if inside else None
+    where, name = document.where(key), yaml_file.dotted(key)
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"{where}: {name} is unknown{did_you_mean(key[-1], _known_fields(model, key[:-1], tags))}"
+        case "missing":
+            return f"{where}: {name} is missing; add it"
+        case "union_tag_invalid":
+            chosen = problem["ctx"]["discriminator"].strip("'")
+            return f"{where}: {name}.{chosen} is {problem['ctx']['tag']!r}; expected {problem['ctx']['expected_tags']}"
+        case "value_error":
+            return f"{where}: {name + ': ' if name else ''}{problem['ctx']['error']}"
+    return f"{where}: {name} is {problem['input']!r}; {_expectation(problem)}"
+
+
+def _expectation(problem: dict) -> str:
+    return problem["msg"].replace("Input should be", "expected", 1).replace("a valid ", "a ", 1)
+
+
+def _known_fields(model: type, key: yaml_file.Key, tags: Mapping[yaml_file.Key, str]) -> list[str]:
+    """The fields of the model that stands under `key`; of a union, those of the member that `tags` chose."""
+    candidates = [model]
+    for position, part in enumerate(key, start=1):
+        following = []
+        for candidate in candidates:
+            fields = getattr(candidate, "model_fields", {})
+            following += _models_in(fields[part].annotation) if part in fields else [candidate]
+        tag = tags.get(key[:position])
+        candidates = [
+            one
+            for one in following
+            if any(tag in get_args(field.annotation) for field in one.model_fields.values())
+        ] or following
+    return sorted(
+        {name for candidate in candidates for name in getattr(candidate, "model_fields", {})}
+    )
+
+
+def _models_in(annotation) -> list[type]:
+    """The record types inside an annotation, for dict and union fields."""
+    if get_origin(annotation) is None:
+        return (
+            [annotation]
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel)
+            else []
+        )
+    return [found for argument in get_args(annotation) for found in _models_in(argument)]

@@ -1,0 +1,43 @@
+"""What results come from: DVC's hash of the data, the commit of the code."""
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+from pipeline.gem.common import yaml_file
+
+_BEHIND_RESULTS = (
+    "pipeline",
+    "params.yaml",
+    "requirements.lock",
+)  # a change here may change a result
+
+
+def data_digest(folder: str, fallback: str) -> str:
+    """DVC's hash of a folder from dvc.lock; where DVC never wrote it, the start of `fallback`."""
+    lock = Path("dvc.lock")
+    if lock.exists():
+        for stage in yaml_file.read(lock).values.get("stages", {}).values():
+            for output in stage.get("outs", []):
+                if output["path"] == folder:
+                    return output["md5"]
+    return fallback[:32]
+
+
+def code_tags() -> dict[str, str]:
+    """The commit and whether what decides results differs from it; nothing where there is no git."""
+    try:
+        commit = _git("rev-parse", "HEAD").strip()
+        difference = _git("diff", "HEAD", "--", *_BEHIND_RESULTS)
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    tags = {"git.commit": commit, "git.dirty": str(bool(difference)).lower()}
+    if difference:
+        tags["git.diff_sha256"] = hashlib.sha256(difference.encode()).hexdigest()
+    return tags
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, check=True, timeout=30
+    ).stdout

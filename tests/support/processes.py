@@ -1,0 +1,113 @@
+"""Processes that tests start, watch and kill."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+
+def until(found: Callable[[], object], seconds: float = 600.0) -> object:
+    """What `found` gives as soon as it gives something."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if result := found():
+            return result
+        time.sleep(0.1)
+    raise AssertionError(f"nothing within {seconds} s")
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
+    except OSError:  # it has ended
+        return []
+
+
+def descendants(pid: int) -> set[int]:
+    return {one for child in children(pid) for one in (child, *descendants(child))}
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(address, timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+class TrackingServer:
+    """A real MLflow server on loopback; what it has stored outlives it."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.port = folder, free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen | None = None
+
+    def start(self) -> "TrackingServer":
+        self.kill()
+        where = [
+            "--backend-store-uri",
+            f"sqlite:///{self.folder}/mlflow.db",
+            "--artifacts-destination",
+            str(self.folder / "artifacts"),
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--workers",
+            "1",
+            *where,
+        ]
+        quiet = os.environ | {
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        with open(self.folder / "log", "a") as log:
+            self._process = subprocess.Popen(
+                command, cwd=self.folder, env=quiet, stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            until(lambda: answers(f"{self.address}/health"))
+        except AssertionError:
+            raise AssertionError((self.folder / "log").read_text()) from None
+        return self
+
+    @property
+    def is_started(self) -> bool:
+        return self._process is not None
+
+    def send(self, number: int) -> None:
+        """A signal to it and to its workers."""
+        os.killpg(self._process.pid, number)
+
+    def kill(self) -> None:
+        if self._process:
+            self.send(signal.SIGKILL)
+            self._process.wait()
+            self._process = None

@@ -7,6 +7,8 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable
 
+from pipeline.gem.common.logs import set_handler
+
 
 class GemError(Exception):
     """A problem the user can mend. `problems` holds one line per problem, all of them at once."""
@@ -62,6 +64,7 @@ def examples(values: Iterable[object], limit: int = 5) -> str:
 
 def exit_with(main: Callable[[], None], quiet: tuple[type[GemError], ...] = ()) -> None:
     """Runs a stage; a GemError becomes its lines on standard error (none for `quiet` ones) and its exit code."""
+    set_handler()
     try:
         main()
     except GemError as error:

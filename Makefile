@@ -16,18 +16,19 @@ export PYTHONDONTWRITEBYTECODE = 1
 export MLFLOW_DISABLE_TELEMETRY = true
 # Absolute, so that `dvc exp run --temp` (a copy elsewhere) records in the same store.
 export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
-
-# Processes of a search: read by the stage, because DVC's command line is fixed.
+# The stage reads the number of processes of a search here, because DVC's command line is fixed.
 export GEM_WORKERS = $(WORKERS)
 
-.PHONY: all help environment check repro results test lint benchmark tune dashboard promote ui clean lock
+.PHONY: all help environment check repro results test test-fast lint format benchmark realism tune \
+	dashboard promote ui clean lock
 .DEFAULT_GOAL := all
 
 all: repro results  ## set up, run every stage that is out of date, show the results
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
-	@echo "variables: SEARCH=$(SEARCH) TRIALS=$(TRIALS) WORKERS=$(WORKERS) TESTERS=$(TESTERS) PORT=$(PORT) TORCH=$(TORCH) PIP_ARGS=$(PIP_ARGS)"
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@echo "variables: SEARCH=$(SEARCH) TRIALS=$(TRIALS) WORKERS=$(WORKERS) TESTERS=$(TESTERS)" \
+		"PORT=$(PORT) TORCH=$(TORCH) PIP_ARGS=$(PIP_ARGS)"
 
 environment: .venv/installed  ## create .venv: torch on its own line, everything else pinned with hashes
 
@@ -39,14 +40,15 @@ environment: .venv/installed  ## create .venv: torch on its own line, everything
 	@.venv/bin/pip check
 	@touch $@
 
-# The independent judge of tests/test_cell_eval.py needs other versions of almost everything.
+# The independent judge of the tests needs other versions of almost everything.
 .venv-cell-eval/installed: tests/cell_eval/requirements.lock
 	@echo "Installing into .venv-cell-eval: what the tests compare with (a minute)"
 	@$(PYTHON) -m venv .venv-cell-eval
-	@.venv-cell-eval/bin/pip install -qq $(PIP_ARGS) --no-compile --require-hashes --no-deps -r tests/cell_eval/requirements.lock
+	@.venv-cell-eval/bin/pip install -qq $(PIP_ARGS) --no-compile --require-hashes --no-deps \
+		-r tests/cell_eval/requirements.lock
 	@touch $@
 
-check: environment  ## check params.yaml and the studies, before any data is read
+check: environment  ## check params.yaml and the searches, before any data is read
 	@python -m pipeline.configure
 
 repro: check  ## run every stage that is out of date
@@ -57,14 +59,25 @@ results: check  ## the table of the last evaluation
 	@echo
 	@echo "Compare the runs in the browser:  make ui   (then open http://127.0.0.1:$(PORT))"
 
-test: environment .venv-cell-eval/installed  ## the whole test suite, in TESTERS processes; one file: python -m pytest tests/test_x.py
+test: environment .venv-cell-eval/installed  ## all tests, in TESTERS processes
 	python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
-lint: environment  ## style of the code
-	ruff check .
+test-fast: environment  ## unit tests only; one file: .venv/bin/python -m pytest tests/model/test_network.py
+	python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder -m "not integration"
 
-benchmark: environment  ## how fast predictions are made, against a plain loop (some minutes)
+lint: environment  ## check style and format of the code
+	ruff check .
+	ruff format --check .
+
+format: environment  ## format the code
+	ruff check --fix .
+	ruff format .
+
+benchmark: environment  ## measure the speed of prediction against a plain loop (some minutes)
 	python -m benchmarks.prediction
+
+realism: environment  ## compare the simulated cohort with real ones: statistics and a figure
+	python -m benchmarks.realism
 
 tune: check  ## search: make tune SEARCH=latent_kl TRIALS=40 WORKERS=2 (continues to that many trials)
 ifneq ($(TRIALS),)
@@ -78,20 +91,27 @@ else
 endif
 
 dashboard: check  ## open Optuna's dashboard of all searches on 127.0.0.1
-	@python -m pipeline.dashboard --port $(DASHBOARD_PORT)
+	optuna-dashboard --host 127.0.0.1 --port $(DASHBOARD_PORT) \
+		"$${OPTUNA_STORAGE:-sqlite:///.gem/optuna.db}"
 
 promote: check  ## write the winner of SEARCH into params.yaml and show the difference
 	python -m pipeline.configure --promote $(SEARCH)
 
 ui: environment  ## open MLflow on 127.0.0.1
-	@echo "all models, best first on unseen combinations:  $(UI)?orderByKey=metrics.%60test_combination%2Fskill%60&orderByAsc=false"
-	@echo "curves and charts of the search:                $(UI)?compareRunsMode=CHART&searchFilter=tags.stage%20%3D%20'tune'&orderByKey=metrics.%60best%2Fpredictive_log_likelihood%60&orderByAsc=false"
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri $(MLFLOW_TRACKING_URI) --host 127.0.0.1 --port $(PORT) --workers 1
+	@echo "all models, best first on unseen combinations:" \
+		"$(UI)?orderByKey=metrics.%60test_combination%2Fskill%60&orderByAsc=false"
+	@echo "curves and charts of the search:" \
+		"$(UI)?compareRunsMode=CHART&searchFilter=tags.stage%20%3D%20'tune'&orderByKey=metrics.%60best%2Fpredictive_log_likelihood%60&orderByAsc=false"
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri "$(MLFLOW_TRACKING_URI)" \
+		--host 127.0.0.1 --port $(PORT) --workers 1
 
 lock: environment  ## rewrite both lock files: of the project, and of the judge that the tests compare with
 	.venv/bin/pip install --quiet $(PIP_ARGS) uv
-	.venv/bin/uv pip compile pyproject.toml --extra test --generate-hashes --no-emit-package torch --no-header --no-annotate --quiet --output-file requirements.lock $(PIP_ARGS)
-	.venv/bin/uv pip compile tests/cell_eval/requirements.in --python-version 3.11 --generate-hashes --no-header --no-annotate --quiet --output-file tests/cell_eval/requirements.lock $(PIP_ARGS)
+	.venv/bin/uv pip compile pyproject.toml --extra test --generate-hashes --no-emit-package torch \
+		--no-header --no-annotate --quiet --output-file requirements.lock $(PIP_ARGS)
+	.venv/bin/uv pip compile tests/cell_eval/requirements.in --python-version 3.11 --generate-hashes \
+		--no-header --no-annotate --quiet --output-file tests/cell_eval/requirements.lock $(PIP_ARGS)
 
 clean:  ## delete what the stages wrote, and the local tracking; keeps .venv and what is committed
-	rm -rf data/synthetic data/cohort experiments/*/model.pt experiments/*/seeds experiments/*/figures mlflow.db mlruns .gem
+	rm -rf data/synthetic data/cohort experiments/*/model.safetensors experiments/*/seeds \
+		experiments/*/figures experiments/registered.json mlflow.db mlruns .gem

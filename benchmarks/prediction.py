@@ -1,11 +1,12 @@
-"""How fast predictions are made: `pipeline.predict` against the loop that one writes first, in turns, in one process.
+"""Speed and memory of predictions, against a simple loop.
 
-The plain loop: the priors of every row, log-CPM to counts out of place, arrays into a list column with zstd. Both read the
-same Parquet query and decode with the same weights, on one thread; pipeline.predict writes in another. Rates by the clock are
-what a user sees on an idle machine of two cores; processor time adds up both threads. Only ratios of a pair count: what else the
-machine does slows both. Memory is the peak of `python -m pipeline.predict` in a process of its own, for a fifth of the rows and for all.
+The simple loop encodes every row, converts log-CPM to counts out of place, and writes lists with
+zstd. Both loops read the same Parquet query and decode with the same weights on one thread; the
+prediction writes in a second one. They run in turns in one process, so only ratios of a pair count:
+other work on the machine slows both. Peak memory is that of `python -m pipeline.predict` in a
+process of its own, for a fifth of the rows and for all rows. It is read from /proc: Linux only.
 
-Run     make benchmark     (or python -m benchmarks.prediction --rows 100000 --genes 2000 --hidden 512)
+Run     make benchmark     (or python -m benchmarks.prediction --rows 100000 --genes 2000)
 """
 
 import argparse
@@ -15,8 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, redirect_stdout
-from io import StringIO
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,14 +26,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline import predict
 from pipeline.gem.common.config import Covariates, read_params
+from pipeline.gem.common.progress import Progress
 from pipeline.gem.data.encoder import MetadataEncoder
-from pipeline.gem.model.gem import TargetGenes, TrainedGEM
+from pipeline.gem.model.gem import TrainedGEM
+from pipeline.gem.model.query import TargetGenes
 from pipeline.gem.model.training_support import TrainingSupport
 from pipeline.gem.prediction import output_files, predictor
-from pipeline.gem.prediction.fused_decoder import Means
-from pipeline.gem.prediction.predictor import Request
+from pipeline.gem.prediction.fused_decoder import MeanDecoder
+from pipeline.gem.prediction.predictor import Predictor, Request
+from pipeline.gem.prediction.query_table import QueryFile
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = {
@@ -44,230 +46,182 @@ LEVELS = {
     "perturbation": 200,
     "perturbation_dose": 8,
 }
-PLAIN_ROWS = 4096
-TOTAL = 1_000_000
+COVARIATES = {
+    "technical": {"study": {"kind": "categorical"}},
+    "biological": {name: {"kind": "categorical"} for name in ("cell_type", "disease", "sex")},
+    "perturbation": {
+        "perturbation": {"kind": "categorical"},
+        "perturbation_dose": {"kind": "numeric", "scale": "log"},
+    },
+}
+SIMPLE_LOOP_ROWS = 4096
+TOTAL_COUNT = 1_000_000
+CLOCKS = {"by wall clock": time.perf_counter, "by processor time": time.process_time}
+LOOPS = ("simple loop", "predictor")
+Seconds = dict[str, dict[str, list[float]]]  # by clock and loop, of each run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, value, meaning in (
-        ("rows", 100_000, "of the query"),
-        ("genes", 2000, ""),
-        ("hidden", 512, "width of the network"),
-        ("pairs", 3, "of runs"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"{meaning} (%(default)s)")
+    parser.add_argument("--rows", type=int, default=100_000, help="of the query (%(default)s)")
+    parser.add_argument("--genes", type=int, default=2000, help="(%(default)s)")
+    parser.add_argument("--hidden", type=int, default=256, help="network width (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=3, help="runs of each loop (%(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    gem, samples = made(options.rows, options.genes, options.hidden)
-    with tempfile.TemporaryDirectory() as folder:
-        seconds, split = compare(gem, samples, options.pairs, Path(folder))
-        peaks = {
-            rows: peak_memory(samples.head(rows), Path(folder))
-            for rows in (options.rows // 5, options.rows)
-        }
-    print(
-        f"{options.rows:,} rows ({len(samples.drop_duplicates()):,} distinct) x {options.genes:,} genes, hidden {options.hidden}"
-    )
-    for clock, of_run in seconds.items():
+    gem, query = random_model_and_query(options.rows, options.genes, options.hidden)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        seconds, shares = compare(gem, query, options.pairs, folder)
+        sizes = (options.rows // 5, options.rows)
+        peaks = {rows: peak_memory(query.head(rows), folder) for rows in sizes}
+    distinct = len(query.drop_duplicates())
+    print(f"{options.rows:,} rows ({distinct:,} distinct), {options.genes:,} genes")
+    for clock, by_loop in seconds.items():
         print(clock)
-        for name, several in of_run.items():
-            rates = [options.rows / second for second in several]
-            print(
-                f"{name:>20}  {statistics.median(rates):8,.0f} rows/s ({min(rates):,.0f} to {max(rates):,.0f})"
-            )
-        ratios = [slow / quick for slow, quick in zip(*of_run.values(), strict=True)]
-        print(
-            f"{'ratio of a pair':>20}  {statistics.median(ratios):8.1f} ({min(ratios):.1f} to {max(ratios):.1f}, {len(ratios)} pairs)"
-        )
-    print("processor time of pipeline.predict")
-    for name, share in split.items():
-        print(f"{name:>20}  {share:8.0%}")
-    print("memory of pipeline.predict at its peak")
-    for rows, size in peaks.items():
-        print(f"{rows:>15,} rows  {size / 2**20:8,.0f} MiB")
+        for loop, runs in by_loop.items():
+            print(f"{loop:>20}  {summary([options.rows / run for run in runs], ',.0f')} rows/s")
+        ratios = [slow / fast for slow, fast in zip(*by_loop.values(), strict=True)]
+        print(f"{'ratio of a pair':>20}  {summary(ratios, '.1f')}")
+    print("processor time of the predictor")
+    for part, share in shares.items():
+        print(f"{part:>20}  {share:8.0%}")
+    print("peak memory of pipeline.predict")
+    for rows, peak in peaks.items():
+        print(f"{rows:>15,} rows  {peak / 2**20:8,.0f} MiB")
 
 
-def made(rows: int, genes: int, hidden: int) -> tuple[TrainedGEM, pd.DataFrame]:
-    """(a GEM with random weights, a query that draws every column at random)."""
+def summary(values: list[float], form: str) -> str:
+    """Median and range."""
+    low, high = format(min(values), form), format(max(values), form)
+    return f"{format(statistics.median(values), form):>8} ({low} to {high})"
+
+
+def random_model_and_query(rows: int, genes: int, hidden: int) -> tuple[TrainedGEM, pd.DataFrame]:
+    """(a model with random weights, a query of random levels)."""
     rng = np.random.default_rng(0)
-    columns = {name: rng.integers(0, number, max(rows, 4000)) for name, number in LEVELS.items()}
-    columns["perturbation_dose"] = [f"{10**value:g} nM" for value in columns["perturbation_dose"]]
-    samples = pd.DataFrame(
-        {name: [str(value) for value in column] for name, column in columns.items()}
+    levels = {name: rng.integers(0, size, max(rows, 4000)) for name, size in LEVELS.items()}
+    samples = pd.DataFrame({name: column.astype(str) for name, column in levels.items()})
+    samples["perturbation_dose"] = [f"{10**level:g} nM" for level in levels["perturbation_dose"]]
+    changes = {"model.hidden": hidden, "model.latent.technical": 64}
+    params = read_params(ROOT / "params.yaml").override(changes).model
+    combinations = zip(samples["cell_type"], samples["perturbation"], strict=True)
+    support = TrainingSupport(
+        ("cell_type", "perturbation"), combinations=tuple(sorted(set(combinations)))
     )
-    kinds = {
-        name: {"kind": "numeric", "scale": "log"}
-        if name.endswith("dose")
-        else {"kind": "categorical"}
-        for name in LEVELS
-    }
-    named = {
-        "technical": ["study"],
-        "biological": ["cell_type", "disease", "sex"],
-        "perturbation": ["perturbation", "perturbation_dose"],
-    }
-    covariates = Covariates.model_validate(
-        {group: {name: kinds[name] for name in names} for group, names in named.items()}
-    )
-    params = (
-        read_params(ROOT / "params.yaml")
-        .override({"model.hidden": hidden, "model.latent.technical": 64})
-        .model
-    )
-    seen = TrainingSupport(
-        ("cell_type", "perturbation"),
-        combinations=tuple(
-            sorted({*zip(samples["cell_type"], samples["perturbation"], strict=True)})
-        ),
-    )
+    encoder = MetadataEncoder.fit(samples, Covariates.model_validate(COVARIATES))
+    names = np.array([f"G{gene}" for gene in range(genes)])
     torch.manual_seed(0)
-    gem = TrainedGEM.build(
-        np.array([f"G{gene}" for gene in range(genes)]),
-        MetadataEncoder.fit(samples, covariates),
-        TargetGenes(None, {}),
-        params,
-        seen=seen,
-    )
+    gem = TrainedGEM.build(names, encoder, TargetGenes(None, {}), params, None, support)
     gem.network.decoder[-1].bias.data = torch.from_numpy(rng.normal(3, 2, genes).astype(np.float32))
     gem.network.linear_decoder.weight.data *= 3
     gem.network.eval()
     return gem, samples.head(rows)
 
 
-CLOCKS = {"by the clock": time.perf_counter, "by processor time": time.process_time}
-Seconds = dict[str, dict[str, list[float]]]  # by clock and loop: of each run
-
-
 def compare(
-    gem: TrainedGEM, samples: pd.DataFrame, pairs: int, folder: Path
+    gem: TrainedGEM, query: pd.DataFrame, pairs: int, folder: Path
 ) -> tuple[Seconds, dict[str, float]]:
-    """(seconds of the plain loop and of pipeline.predict, share of each part of the latter's processor time)."""
-    query = folder / "query.parquet"
-    samples.to_parquet(query, index=False)
-    gem.save(folder / "model.pt")
-    runs = {
-        "plain loop": lambda: plain(gem, query, folder / "plain.parquet"),
-        "pipeline.predict": lambda: fast(gem, query, folder),
-    }
-    seconds: Seconds = {clock: {name: [] for name in runs} for clock in CLOCKS}
-    parts = {"encoding and priors": 0.0, "decoding": 0.0, "counts": 0.0, "writing": 0.0}
+    """(seconds of both loops, shares of the parts in the processor time of the predictor)."""
+    path = folder / "query.parquet"
+    query.to_parquet(path, index=False)
+    gem.save(folder / "model.safetensors")
+    outputs = [folder / "simple.parquet", folder / "predictor.parquet"]
+    seconds: Seconds = {clock: {loop: [] for loop in LOOPS} for clock in CLOCKS}
+    parts = {"encoding": 0.0, "decoding": 0.0, "counts": 0.0, "writing": 0.0}
     for _ in range(pairs):
-        for name, run in runs.items():
-            with ExitStack() as stack:
-                if name == "pipeline.predict":
-                    timers(stack, gem, parts)
-                started = {clock: now() for clock, now in CLOCKS.items()}
-                run()
+        for loop, run, output in zip(LOOPS, (run_simple_loop, run_predictor), outputs, strict=True):
+            with ExitStack() as timers:
+                if run is run_predictor:
+                    add_timers(timers, gem, parts)
+                start = {clock: now() for clock, now in CLOCKS.items()}
+                run(gem, path, output)
                 for clock, now in CLOCKS.items():
-                    seconds[clock][name].append(now() - started[clock])
-    check_same(folder / "plain.parquet", folder / "fast.parquet")
-    total = sum(seconds["by processor time"]["pipeline.predict"])
-    return seconds, {name: spent / total for name, spent in parts.items()} | {
-        "rest": 1 - sum(parts.values()) / total
-    }
+                    seconds[clock][loop].append(now() - start[clock])
+    check_same(*outputs)
+    total = sum(seconds["by processor time"]["predictor"])
+    shares = {part: spent / total for part, spent in parts.items()}
+    return seconds, shares | {"rest": 1 - sum(shares.values())}
 
 
-def fast(gem: TrainedGEM, query: Path, folder: Path) -> None:
-    options = argparse.Namespace(
-        query=query,
-        output=folder / "fast.parquet",
-        model=folder / "model.pt",
-        reference=None,
-        ensemble=False,
-    )
-    with redirect_stdout(StringIO()):
-        predict.write_prediction(options, Request(), [gem], None)
-
-
-def peak_memory(samples: pd.DataFrame, folder: Path, first: str = "") -> int:
-    """Bytes that a process of pipeline.predict holds at its peak, with the model in `folder`; `first` is run before it. Linux.
-
-    The process says so itself: what its parent counts for it begins with the parent's own memory.
-    """
-    samples.to_parquet(folder / "asked.parquet", index=False)
-    files = [
-        "--model",
-        folder / "model.pt",
-        "--query",
-        folder / "asked.parquet",
-        "--output",
-        folder / "said.parquet",
-    ]
-    status = (
-        "next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))"
-    )
-    program = f"from pipeline import predict\n{first}\npredict.main()\nprint({status})"
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, files)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return int(done.stdout.split()[-1]) * 1024
+def run_predictor(gem: TrainedGEM, query_path: Path, output: Path) -> None:
+    query = QueryFile.open(query_path)
+    blocks = Predictor([gem], Request()).blocks(query)
+    progress = Progress("predict", query.rows, "rows")
+    output_files.write_blocks(output, gem.genes, {}, blocks, progress)
 
 
 @torch.no_grad()
-def plain(gem: TrainedGEM, query: Path, output: Path) -> None:
-    """What one writes first."""
-    samples = pd.read_parquet(query)
-    writer = None
-    for start in range(0, len(samples), PLAIN_ROWS):
-        rows = samples.iloc[start : start + PLAIN_ROWS]
-        encoded = {
-            group: torch.from_numpy(matrix) for group, matrix in gem.metadata.encode(rows).items()
-        }
-        latents = torch.cat(
-            [gem.network.prior(group, matrix).mean for group, matrix in encoded.items()], dim=1
-        )
+def run_simple_loop(gem: TrainedGEM, query_path: Path, output: Path) -> None:
+    samples, writer = pd.read_parquet(query_path), None
+    for start in range(0, len(samples), SIMPLE_LOOP_ROWS):
+        rows = samples.iloc[start : start + SIMPLE_LOOP_ROWS]
+        encoded = gem.metadata.encode(rows)
+        priors = [
+            gem.network.prior(group, torch.from_numpy(part)) for group, part in encoded.items()
+        ]
+        latents = torch.cat([prior.mean for prior in priors], dim=1)
         cpm = torch.expm1(gem.network.decode(latents).clamp(min=0))
-        counts = torch.round(cpm / cpm.sum(dim=1, keepdim=True) * TOTAL).int()
-        table = pa.Table.from_pandas(rows, preserve_index=False).append_column(
-            "counts", pa.array(list(counts.numpy()))
-        )
+        counts = torch.round(cpm / cpm.sum(dim=1, keepdim=True) * TOTAL_COUNT).int()
+        table = pa.Table.from_pandas(rows, preserve_index=False)
+        table = table.append_column("counts", pa.array(list(counts.numpy())))
         writer = writer or pq.ParquetWriter(output, table.schema, compression="zstd")
         writer.write_table(table)
     writer.close()
 
 
-def timers(stack: ExitStack, gem: TrainedGEM, parts: dict[str, float]) -> None:
-    """Adds the processor time of each part of the fast loop to `parts`, in whichever thread."""
+def peak_memory(query: pd.DataFrame, folder: Path, setup: str = "") -> int:
+    """Peak memory in bytes of a process that runs `setup` and predicts with the model in `folder`.
 
-    def timed(name: str, call: Callable) -> Callable:
-        def run(*arguments, **named):
-            started = time.thread_time()
+    The process reads it itself: its parent's counters start with the parent's own memory.
+    """
+    query.to_parquet(folder / "query.parquet", index=False)
+    status = "open('/proc/self/status')"
+    peak = f"next(line.split()[1] for line in {status} if line.startswith('VmHWM'))"
+    program = f"from pipeline import predict\n{setup}\npredict.main()\nprint({peak})"
+    command = [sys.executable, "-c", program, "--model", folder / "model.safetensors"]
+    command += ["--query", folder / "query.parquet", "--output", folder / "output.parquet"]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return int(output.split()[-1]) * 1024
+
+
+def add_timers(stack: ExitStack, gem: TrainedGEM, parts: dict[str, float]) -> None:
+    """Adds the processor time of the predictor's functions to `parts`, in all threads."""
+
+    def timed(part: str, function: Callable) -> Callable:
+        def run(*arguments, **keywords):
+            start = time.thread_time()
             try:
-                return call(*arguments, **named)
+                return function(*arguments, **keywords)
             finally:
-                parts[name] += time.thread_time() - started
+                parts[part] += time.thread_time() - start
 
         return run
 
-    for place, attribute, name in (
-        (TrainedGEM, "query", "encoding and priors"), (Means, "of", "decoding"), (Means, "__call__", "decoding"),
-        (type(gem.network.observation), "fractions", "counts"), (predictor, "whole_counts", "counts"),
+    for owner, name, part in (
+        (TrainedGEM, "decoder_input", "encoding"),
+        (MeanDecoder, "__init__", "decoding"),
+        (MeanDecoder, "decode", "decoding"),
+        (type(gem.network.observation), "fractions", "counts"),
+        (predictor, "whole_counts", "counts"),
         (output_files.ParquetOutput, "write", "writing"),
-    ):  # fmt: skip
-        stack.enter_context(patch.object(place, attribute, timed(name, getattr(place, attribute))))
+    ):
+        stack.enter_context(patch.object(owner, name, timed(part, getattr(owner, name))))
 
 
-def check_same(slow: Path, quick: Path) -> None:
-    """AssertionError where the two loops differ by more than rounding to a total makes."""
-    with pq.ParquetFile(slow) as one, pq.ParquetFile(quick) as other:
-        for first, second in zip(
-            one.iter_batches(1024, columns=["counts"]),
-            other.iter_batches(1024, columns=["counts"]),
-            strict=True,
-        ):
-            counts = [
-                batch["counts"].flatten().to_numpy().reshape(len(batch), -1)
-                for batch in (first, second)
-            ]
-            assert np.abs(counts[0] - counts[1]).max() <= 1 + 1e-5 * TOTAL / 10, "the loops differ"
-            assert (counts[1].sum(axis=1) == TOTAL).all(), "a row has another total"
+def check_same(simple: Path, fast: Path) -> None:
+    """AssertionError if the loops differ by more than the rounding to a total."""
+    with pq.ParquetFile(simple) as first, pq.ParquetFile(fast) as second:
+        batches = (file.iter_batches(1024, columns=["counts"]) for file in (first, second))
+        for pair in zip(*batches, strict=True):
+            expected, counts = (
+                batch["counts"].flatten().to_numpy().reshape(len(batch), -1) for batch in pair
+            )
+            tolerance = 1 + 1e-5 * TOTAL_COUNT / 10
+            assert np.abs(expected - counts).max() <= tolerance, "the loops differ"
+            assert (counts.sum(axis=1) == TOTAL_COUNT).all(), "a row has another total"
 
 
 if __name__ == "__main__":

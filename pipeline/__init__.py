@@ -1,1 +1,1 @@
-"""Verbs: one script per DVC stage, each run as `python -m pipeline.<verb>` from the repository's root."""
+"""Verbs: one script per stage, run as `python -m pipeline.<verb>` from the repository's root."""

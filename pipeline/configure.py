@@ -1,9 +1,11 @@
-"""Checks params.yaml and the studies, changes a value, or promotes the winner of a search; comments are kept.
+"""Checks params.yaml and the searches, sets a value, or promotes the winner of a search.
 
-Run     python -m pipeline.configure                        check everything, before any data is read
-        python -m pipeline.configure --set tune.trials=40   write a value and show the difference
-        python -m pipeline.configure --budget capacity=80   write the number of trials where that study has it
-        python -m pipeline.configure --promote latent_kl    write experiments/latent_kl/best.yaml into params.yaml
+Reads   params.yaml, experiments/searches/*.yaml, experiments/NAME/best.yaml (--promote)
+Writes  params.yaml, or the definition of a search (--budget); comments stay
+Run     python -m pipeline.configure                        check everything before data are read
+        python -m pipeline.configure --set tune.trials=40   set a value and show the difference
+        python -m pipeline.configure --budget capacity=80   set the number of trials of a search
+        python -m pipeline.configure --promote latent_kl    copy the winner into params.yaml
 """
 
 import argparse
@@ -13,7 +15,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipeline.gem.common import yaml_file
-from pipeline.gem.common.config import Params, explain, flatten, read_params
+from pipeline.gem.common.config import Params, flatten, read_params
+from pipeline.gem.common.config_errors import validation_error
 from pipeline.gem.common.errors import GemError, InputError, did_you_mean, exit_with
 from pipeline.gem.search.search_config import EXPERIMENTS, SEARCHES, read_search_config
 
@@ -25,21 +28,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--promote", metavar="STUDY")
+    parser.add_argument("--promote", metavar="SEARCH")
     parser.add_argument("--budget", metavar="SEARCH=TRIALS")
-    chosen = parser.parse_args()
+    arguments = parser.parse_args()
     check()
-    changes = dict(parse(text) for text in chosen.set)
-    if chosen.budget:
-        changes |= budget(*parse(chosen.budget))
-    if chosen.promote:
-        changes |= winner(chosen.promote)
+    changes = dict(parse_assignment(text) for text in arguments.set)
+    if arguments.budget:
+        changes |= set_budget(*parse_assignment(arguments.budget))
+    if arguments.promote:
+        changes |= best_values(arguments.promote)
     if changes:
-        apply(changes)
+        set_params(changes)
 
 
 def check() -> None:
-    """Every problem of params.yaml; then every problem of every study."""
+    """Raises InputError with the problems of params.yaml, else with those of all searches."""
     params = read_params(PARAMS)
     problems: list[str] = []
     for path in sorted(SEARCHES.glob("*.yaml")):
@@ -48,60 +51,60 @@ def check() -> None:
         except GemError as error:
             problems += error.problems
     source = Path(params.data.source)
-    # DVC would die of a missing file before our code runs; the synthetic folder is a stage's output.
+    # DVC stops with [Errno 2] at a missing source. It creates the synthetic one itself.
     if not source.exists() and source != Path("data/synthetic"):
         problems.append(
-            f"{PARAMS}: data.source: {source} does not exist; give a folder of Parquet files or an .h5ad file"
+            f"{PARAMS}: data.source: {source} does not exist; expected a folder of Parquet files "
+            "or an .h5ad file"
         )
     if problems:
         raise InputError(*problems)
 
 
-def parse(text: str) -> tuple[str, object]:
+def parse_assignment(text: str) -> tuple[str, object]:
     name, separator, value = text.partition("=")
     if not separator:
-        raise InputError(f"--set {text}: expected KEY=VALUE, as in tune.trials=40")
+        raise InputError(f"{text}: expected KEY=VALUE, for example tune.trials=40")
     return name.strip(), yaml_file.parse_scalar(value)
 
 
-def budget(study: str, trials: object) -> dict[str, object]:
-    """Writes a budget into the study's file; where it has none, what is to be changed in params.yaml."""
-    if read_search_config(study, read_params(PARAMS)).trials is None:
+def set_budget(search: str, trials: object) -> dict[str, object]:
+    """Sets `trials` in the definition of the search, or returns the change of params.yaml if the
+    definition has no `trials`."""
+    if read_search_config(search, read_params(PARAMS)).trials is None:
         return {"tune.trials": trials}
     if not isinstance(trials, int) or trials < 1:
-        raise InputError(f"{study}: trials is {trials!r}; expected a whole number, 1 or more")
-    show(
-        SEARCHES / f"{study}.yaml", *yaml_file.edit(SEARCHES / f"{study}.yaml", {"trials": trials})
-    )
+        raise InputError(f"{search}: trials is {trials!r}; expected an integer of at least 1")
+    edit(SEARCHES / f"{search}.yaml", {"trials": trials})
     return {}
 
 
-def winner(study: str) -> dict[str, object]:
-    """The answer of a search: values of keys that it asked about, and of no others."""
-    space = read_search_config(study, read_params(PARAMS)).space
-    path = EXPERIMENTS / study / "best.yaml"
+def best_values(search: str) -> dict[str, object]:
+    """The values of best.yaml. Raises InputError for keys that are not in the search space."""
+    space = read_search_config(search, read_params(PARAMS)).space
+    path = EXPERIMENTS / search / "best.yaml"
     if not path.exists():
-        raise InputError(f"{path}: absent; `make tune SEARCH={study}` writes it")
+        raise InputError(f"{path}: no such file; `make tune SEARCH={search}` writes it")
     document = yaml_file.read(path)
-    best = flatten(document.values)
+    values = flatten(document.values)
     problems = [
-        f"{document.where(tuple(name.split('.')))}: {name} is no key that {study} searched; remove it"
-        for name in best
+        f"{document.where(tuple(name.split('.')))}: {name} is not a key of the search; remove it"
+        for name in values
         if name not in space
     ]
     if problems:
         raise InputError(*problems)
-    return best
+    return values
 
 
-def apply(changes: dict[str, object]) -> None:
-    """Writes valid changes only, and shows what changed."""
+def set_params(changes: dict[str, object]) -> None:
+    """Sets values of params.yaml. Raises InputError, and writes nothing, if one is invalid."""
     params = read_params(PARAMS)
-    known = params.flat()
+    names = params.flat()
     unknown = [
-        f"{PARAMS}: {name} is unknown{did_you_mean(name, known)}"
+        f"{PARAMS}: {name} is unknown{did_you_mean(name, names)}"
         for name in changes
-        if name not in known
+        if name not in names
     ]
     if unknown:
         raise InputError(*unknown)
@@ -109,19 +112,15 @@ def apply(changes: dict[str, object]) -> None:
         params.override(changes)
     except ValidationError as error:
         document = yaml_file.read(PARAMS)
-        raise InputError(
-            *(explain(problem, Params, document) for problem in error.errors())
-        ) from None
-    show(PARAMS, *yaml_file.edit(PARAMS, changes))
+        raise validation_error(error, Params, document) from None
+    edit(PARAMS, changes)
 
 
-def show(path: Path, before: str, after: str) -> None:
-    difference = list(
-        difflib.unified_diff(
-            before.splitlines(), after.splitlines(), str(path), str(path), n=0, lineterm=""
-        )
-    )
-    print("\n".join(difference) if difference else f"{path} says so already")
+def edit(path: Path, changes: dict[str, object]) -> None:
+    """Edits a YAML file and prints the difference."""
+    before, after = (text.splitlines() for text in yaml_file.edit(path, changes))
+    difference = list(difflib.unified_diff(before, after, str(path), str(path), n=0, lineterm=""))
+    print("\n".join(difference) if difference else f"{path}: no change")
 
 
 if __name__ == "__main__":

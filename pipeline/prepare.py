@@ -1,7 +1,8 @@
 """Turns a source of raw counts into the validated cohort that every later stage reads.
 
-Reads   params.yaml: data, splits; the source named there (a Parquet folder or an .h5ad)
-Writes  data/cohort/: samples, genes, splits and their sizes, counts by role, embeddings, targets, truth, manifest.json (last)
+Reads   params.yaml: data, splits; the source that it names (a Parquet folder or an .h5ad)
+Writes  data/cohort/: samples, genes, splits and their sizes, counts by role, embeddings, targets,
+        truth, manifest.json (last)
 Run     python -m pipeline.prepare
 """
 
@@ -25,9 +26,8 @@ def main() -> None:
     manifest = write_cohort(open_source(params.data), params.data, params.splits, OUTPUT)
     for note in manifest["notes"]:
         print(f"prepare: {note}")
-    print(
-        f"prepare: {manifest['samples']:,} samples x {manifest['genes']:,} genes in {OUTPUT}, {duration(time.monotonic() - started)}"
-    )
+    size = f"{manifest['samples']:,} samples x {manifest['genes']:,} genes"
+    print(f"prepare: {size} in {OUTPUT}, {duration(time.monotonic() - started)}")
     print(pd.read_csv(OUTPUT / "sizes.csv").to_string(index=False))
 
 

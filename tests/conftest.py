@@ -1,4 +1,4 @@
-"""A tiny cohort for all tests, made once by the real stages' code; and how the test processes share the work."""
+"""Fixtures of all tests: a tiny cohort and a tiny model, made by the code of the real stages."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,47 +15,40 @@ from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.sources import open_source
 from pipeline.gem.preparation.prepare import write_cohort
 
-# Files that take longest, longest first: a file is tested by one process, and a long one that starts last keeps the others waiting.
-LONGEST = tuple(
-    f"test_{name}.py"
-    for name in (
-        "pipeline",
-        "workers",
-        "tune",
-        "outage",
-        "real_data",
-        "registration",
-        "sealed",
-        "train",
-        "postgres",
-        "oracle",
-    )
-)
+# The longest integration tests, longest first. One process runs a whole file (`--dist loadfile`),
+# so a long file that starts last would keep the other processes waiting.
+LONGEST = ("pipeline", "workers", "tune", "outage", "real_data", "registration", "sealed", "train")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(
-        key=lambda item: (
-            LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
-        )
-    )
+    """Marks everything under tests/integration, and puts the longest files first."""
+
+    def position(item: pytest.Item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        if item.path.parent.name != "integration":
+            return len(LONGEST) + 1
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    for item in items:
+        if item.path.parent.name == "integration":
+            item.add_marker(pytest.mark.integration)
+    items.sort(key=position)
 
 
 @pytest.fixture(scope="session")
-def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """A folder for all test processes: the first that asks makes it, the others wait; read only."""
+def shared_folder(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A read-only folder that the first test process fills and all others wait for."""
     own = tmp_path_factory.getbasetemp()
-    shared = (
-        own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    )  # pytest-xdist gives each process a folder in a common one
+    # pytest-xdist gives each process a folder of its own in a common one.
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
-    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
-        folder, made = shared / name, shared / f"{name}.made"
+    def folder_of(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, complete = shared / name, shared / f"{name}.complete"
         with filelock.FileLock(f"{folder}.lock"):
-            if not made.exists():
+            if not complete.exists():
                 folder.mkdir(exist_ok=True)
-                make(folder)
-                made.touch()
+                fill(folder)
+                complete.touch()
         return folder
 
     return folder_of
@@ -90,42 +83,40 @@ def dosed(params) -> Data:
 
 
 @pytest.fixture(scope="session")
-def source_folder(params, made_once) -> Path:
+def source_folder(params, shared_folder) -> Path:
     """A synthetic source folder, written by the real stage's code."""
-    from pipeline.synthesize import write_source
+    from pipeline.gem.simulation.write import write_source
 
-    return (
-        made_once("source", lambda folder: write_source(params.synthesize, folder / "synthetic"))
-        / "synthetic"
-    )
+    def fill(folder: Path) -> None:
+        write_source(params.synthesize, folder / "synthetic")
+
+    return shared_folder("source", fill) / "synthetic"
 
 
 @pytest.fixture(scope="session")
-def cohort(params, source_folder, made_once) -> Cohort:
+def cohort(params, source_folder, shared_folder) -> Cohort:
     """The prepared tiny cohort; read only."""
     data = params.override(at_source(source_folder)).data
-    return Cohort(
-        made_once(
-            "prepared",
-            lambda folder: write_cohort(open_source(data), data, params.splits, folder / "cohort"),
-        )
-        / "cohort"
-    )
+
+    def fill(folder: Path) -> None:
+        write_cohort(open_source(data), data, params.splits, folder / "cohort")
+
+    return Cohort(shared_folder("prepared", fill) / "cohort")
 
 
 @pytest.fixture(scope="module")
-def undrawn() -> Iterator[None]:
-    """Stages forked from here draw no figures of a search, which cost more than its trials; test_pipeline.py sees them drawn."""
-    from pipeline.gem.search import results
+def no_figures() -> Iterator[None]:
+    """Stages forked by these tests draw no figures of a search: they are slow."""
+    from pipeline.gem.search import figures
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(results, "draw", lambda *_: None)
+        patched.setattr(figures, "draw", lambda *_: None)
         yield
 
 
 @pytest.fixture
 def small_model(params) -> Model:
-    """Parameters of a network that costs nothing, with every part that GEM has; without dropout, so that only latents are random."""
+    """A tiny network with every part of GEM. Without dropout, only the latents are random."""
     sizes = {
         "latent": Latent(technical=2, biological=3, perturbation=2),
         "hidden": 8,
@@ -147,35 +138,29 @@ def generator() -> torch.Generator:
 
 
 @pytest.fixture(scope="session")
-def model_directory(cohort, params, made_once) -> Path:
+def model_directory(cohort, params, shared_folder) -> Path:
     """A model directory with two training seeds, for whoever only reads it."""
     from pipeline.gem.training.dataset import TrainingData
     from pipeline.gem.training.model_directory import write_model_directory
     from pipeline.gem.training.trainer import fit
 
-    def make(folder: Path) -> None:
-        changed, data = (
-            params.override({"train.seeds": [1, 2], "train.epochs": 8}),
-            TrainingData.load(cohort, torch.device("cpu")),
-        )
+    def fill(folder: Path) -> None:
+        changed = params.override({"train.seeds": [1, 2], "train.epochs": 8})
+        data = TrainingData.load(cohort, torch.device("cpu"))
+        results = [fit(data, changed, seed) for seed in changed.train.seeds]
         write_model_directory(
-            folder / "default", [fit(data, changed, seed) for seed in changed.train.seeds], changed
+            folder / "default", results, changed, cohort.train_validation_sha256
         )
 
-    return made_once("experiments", make) / "default"
+    return shared_folder("experiments", fill) / "default"
 
 
 @pytest.fixture(scope="session")
-def migrated_store(made_once) -> Path:
-    """An empty MLflow database, to be copied: making one takes seconds."""
+def migrated_store(shared_folder) -> Path:
+    """An empty MLflow database to copy. To create one takes seconds."""
     import mlflow
 
-    return (
-        made_once(
-            "store",
-            lambda folder: mlflow.MlflowClient(
-                f"sqlite:///{folder}/mlflow.db"
-            ).search_experiments(),
-        )
-        / "mlflow.db"
-    )
+    def fill(folder: Path) -> None:
+        mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
+
+    return shared_folder("store", fill) / "mlflow.db"

@@ -1,14 +1,14 @@
-"""Nouns: the shared model module behind every stage. `from pipeline.gem import GEM` is the trained model.
+"""Rooms of the shared model code. `from pipeline.gem import GEM` is the trained model.
 
-model = GEM.load("experiments/default")
-table = model.predict(frame)
+    model = GEM.load("experiments/default")
+    table = model.predict(frame)
 """
 
 __all__ = ["GEM"]
 
 
 def __getattr__(name: str):
-    """GEM when it is first asked for: a stage that needs no network does not wait for torch."""
+    """Imports GEM on first use: a stage that needs no network does not wait for torch."""
     if name == "GEM":
         from pipeline.gem.prediction.api import GEM
 

@@ -1,12 +1,13 @@
-"""Scores of Arc Institute's cell-eval2, from an .npz on the command line to JSON on standard output.
+"""Prints scores of Arc Institute's cell-eval2 as JSON, from an .npz named on the command line.
 
-Runs in an environment of its own (requirements.lock beside this file): it imports nothing of this project, nor this
-project anything of it. The .npz has `observed` (N, G) and `predicted` (M, G) log-CPM, natural log of 1 + CPM, and the
-condition of each sample, `observed_condition` (N,) and `predicted_condition` (M,), text; "control" is the control.
+Runs in its own environment (requirements.lock beside this file). It imports nothing of this
+project, and this project imports nothing of it. The .npz holds `observed` (N, G) and `predicted`
+(M, G) log-CPM, natural log of 1 + CPM, and the condition of each sample as text:
+`observed_condition` (N,), `predicted_condition` (M,). "control" is the control.
 
-Printed: {"metrics": {metric: {condition: value}}, "significant": {condition: [bool] * G}}. A condition without a
-value is absent. Differential genes, of which cell-eval2 judges tables made elsewhere, are scanpy's: Welch's t,
-Benjamini-Hochberg at 0.05.
+Output: {"metrics": {metric: {condition: value}}, "significant": {condition: [bool] * G}}. A
+condition without a value is absent. cell-eval2 reads tables of differential genes; these are
+scanpy's: Welch's t, Benjamini-Hochberg at 0.05.
 """
 
 import json
@@ -27,7 +28,7 @@ METRICS = [
     "delta_mae",
     "delta_pearson",
     "pds_cosine",
-    "de_wilcoxon_direction_match",  # the name says who usually makes the table; here it is Welch's
+    "de_wilcoxon_direction_match",  # of the table it reads: here Welch's
     "de_wilcoxon_sig_jaccard",
 ]
 

@@ -1,22 +1,20 @@
-"""Embedded labels as the model sees them: [standardised features | identity], several labels summed, none missing silently."""
+"""Embedding covariates, encoded as [standardised features | identity], and dependencies."""
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from support.generation import generate
 
 from pipeline.gem.common.config import Covariates, Embedding
 from pipeline.gem.common.errors import InputError
-from pipeline.gem.data.covariates import CovariateEncoder
+from pipeline.gem.data.covariates import CovariateEncoder, FunctionalDependency
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.data.features import FeatureTable
-from pipeline.gem.model.gem import TrainedGEM
-from pipeline.gem.training.dataset import TrainingData
-from pipeline.gem.training.trainer import fit
 
 EMBEDDING = {"kind": "embedding", "table": "drugs.parquet"}
-# Seen: a and b, so that the features are standardised with means 2 and 0, deviations 2 and 1. Only seen as a name: bare.
+DRUG = Covariates.model_validate(
+    {"technical": {}, "biological": {}, "perturbation": {"drug": EMBEDDING}}
+)
+# The training labels a and b standardise the features: means 2 and 0, deviations 2 and 1.
 FEATURES = FeatureTable(("a", "b", "unseen"), np.array([[0, -1], [4, 1], [6, 2]], dtype=np.float32))
 TRAINING = ["a", "b", "control", "a|b", "bare", None]
 LEVELS = ("a", "b", "bare", "control")
@@ -24,46 +22,39 @@ LEVELS = ("a", "b", "bare", "control")
 
 @pytest.fixture
 def encoder() -> MetadataEncoder:
-    covariates = Covariates.model_validate(
-        {"technical": {}, "biological": {}, "perturbation": {"drug": EMBEDDING}}
-    )
-    return MetadataEncoder.fit(pd.DataFrame({"drug": TRAINING}), covariates, {"drug": FEATURES})
+    return MetadataEncoder.fit(pd.DataFrame({"drug": TRAINING}), DRUG, {"drug": FEATURES})
 
 
-def encoded(encoder: MetadataEncoder, *values, unknown: str = "refuse") -> list:
-    return encoder.encode(pd.DataFrame({"drug": pd.Series(values, dtype=object)}), unknown)[
-        "perturbation"
-    ].tolist()
+def encode(encoder: MetadataEncoder, *values, unknown: str = "refuse") -> list:
+    samples = pd.DataFrame({"drug": pd.Series(values, dtype=object)})
+    return encoder.encode(samples, unknown)["perturbation"].tolist()
 
 
-def test_a_seen_label_is_its_features_and_its_identity(encoder):
-    assert encoded(encoder, "a", "b") == [[-1, -1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0]]
-
-
-def test_a_label_never_seen_is_its_features_alone(encoder):
-    assert encoded(encoder, "unseen") == [[2, 2, 0, 0, 0, 0]]
-
-
-def test_a_label_without_features_is_its_identity_alone(encoder):
-    assert encoded(encoder, "control", "bare") == [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0]]
-
-
-def test_several_labels_sum_their_features_and_share_their_identities(encoder):
-    assert encoded(encoder, "a|b", " unseen | a", "b|b", "bare|unseen") == [
-        [0, 0, 1, 1, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 0, 1, 0, 0],
-        [2, 2, 0, 0, 1, 0],
-    ]
+@pytest.mark.parametrize(
+    ("value", "code"),
+    {
+        "a": [-1, -1, 1, 0, 0, 0],
+        "b": [1, 1, 0, 1, 0, 0],
+        "unseen": [2, 2, 0, 0, 0, 0],  # features alone
+        "control": [0, 0, 0, 0, 0, 1],  # identity alone
+        "bare": [0, 0, 0, 0, 1, 0],
+        "a|b": [0, 0, 1, 1, 0, 0],
+        " unseen | a": [1, 1, 1, 0, 0, 0],
+        "b|b": [1, 1, 0, 1, 0, 0],
+        "bare|unseen": [2, 2, 0, 0, 1, 0],
+    }.items(),
+)
+def test_labels_are_the_sum_of_their_features_and_their_identities(encoder, value, code):
+    assert encode(encoder, value) == [code]
 
 
 @pytest.mark.parametrize("missing", [None, np.nan, pd.NA, "", "  "])
 def test_a_missing_label_encodes_as_zeros(encoder, missing):
-    assert encoded(encoder, missing) == [[0] * 6]
+    assert encode(encoder, missing) == [[0] * 6]
 
 
 @pytest.mark.parametrize(
-    ("value", "close"),
+    ("value", "suggestion"),
     [
         ("unsen", "did you mean unseen?"),
         ("a|contrl", "did you mean control?"),
@@ -71,120 +62,152 @@ def test_a_missing_label_encodes_as_zeros(encoder, missing):
         ("zzzz", "known: a, b, bare, control, unseen"),
     ],
 )
-def test_a_label_in_neither_table_nor_training_is_refused_with_what_is_known(encoder, value, close):
+def test_an_unknown_label_is_an_error_with_the_known_ones(encoder, value, suggestion):
     with pytest.raises(InputError) as caught:
-        encoded(encoder, "a", value)
+        encode(encoder, "a", value)
     (problem,) = caught.value.problems
-    assert (
-        problem.startswith(f"drug, row 1: '{value}' was never seen in training; ")
-        and close in problem
-    )
-    assert encoded(encoder, value, unknown="missing") == [[0] * 6]
+    start = f"drug, row 1: '{value}' was never seen in training; {suggestion}"
+    assert problem.startswith(start)
+    assert encode(encoder, value, unknown="missing") == [[0] * 6]
 
 
-def test_the_blocks_tell_features_from_identities(encoder):
+def test_blocks_separate_features_from_identities(encoder):
     assert encoder.blocks("perturbation") == [(2, 4)]
     assert encoder.sizes == {"technical": 0, "biological": 0, "perturbation": 6}
 
 
-def test_blocks_of_other_kinds_are_whole_fields():
-    covariates = Covariates.model_validate(
-        {
-            "technical": {},
-            "biological": {
-                "age": {"kind": "numeric", "scale": "linear"},
-                "sex": {"kind": "categorical"},
-            },
-            "perturbation": {"drug": EMBEDDING},
-        }
-    )
-    samples = pd.DataFrame({"age": [1.0, 2.0], "sex": ["f", "m"], "drug": ["a", "b"]})
-    encoder = MetadataEncoder.fit(samples, covariates, {"drug": FEATURES})
-    assert encoder.blocks("biological") == [(2, 0), (2, 0)] and encoder.blocks("perturbation") == [
-        (2, 2)
-    ]
-    for group, matrix in encoder.encode(samples).items():
-        assert sum(sum(block) for block in encoder.blocks(group)) == matrix.shape[1]
-
-
-def test_features_are_standardised_over_labels_however_many_samples_have_them():
+def test_features_are_standardised_over_labels_and_not_over_samples():
     covariate = Embedding.model_validate(EMBEDDING)
     one, other = (
-        CovariateEncoder.learn("drug", covariate, pd.Series(column), FEATURES)
+        CovariateEncoder.fit("drug", covariate, pd.Series(column), FEATURES)
         for column in (["a", "b"], ["a"] * 9 + ["b"])
     )
     assert np.array_equal(one.features.values, other.features.values)
 
 
 def test_an_embedding_has_a_classifier_of_single_labels(encoder):
-    assert [field.name for field in encoder.heads()] == ["drug"] and encoder.heads()[
-        0
-    ].levels == LEVELS
+    (head,) = encoder.heads()
+    assert (head.name, head.levels) == ("drug", LEVELS)
     query = pd.DataFrame({"drug": ["b", "control", "a|b", "unseen", None]})
     assert encoder.labels(query)["drug"].tolist() == [1, 3, -1, -1, -1]
 
 
 def test_without_features_an_embedding_is_a_multilabel():
-    """What the baselines that know identities alone are given."""
-    identities = Covariates.model_validate(
-        {"technical": {}, "biological": {}, "perturbation": {"drug": EMBEDDING}}
-    ).identities()
-    encoder = MetadataEncoder.fit(pd.DataFrame({"drug": TRAINING}), identities)
-    assert encoded(encoder, "a|b", "control", None) == [[1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
+    encoder = MetadataEncoder.fit(pd.DataFrame({"drug": TRAINING}), DRUG.identities())
+    assert encode(encoder, "a|b", "control", None) == [[1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
     with pytest.raises(InputError, match="unseen"):
-        encoded(encoder, "unseen")
+        encode(encoder, "unseen")
 
 
-def test_numbers_that_name_labels_find_their_features():
+def test_labels_that_are_numbers_have_features():
     features = FeatureTable(("1", "2", "3"), np.array([[0.0], [2.0], [4.0]], dtype=np.float32))
-    covariates = Covariates.model_validate(
-        {"technical": {}, "biological": {}, "perturbation": {"drug": EMBEDDING}}
-    )
-    encoder = MetadataEncoder.fit(
-        pd.DataFrame({"drug": [1.0, 2.0, np.nan]}), covariates, {"drug": features}
-    )
-    assert encoder.encode(pd.DataFrame({"drug": [3, 1]}))["perturbation"].tolist() == [
-        [3, 0, 0],
-        [-1, 1, 0],
+    samples = pd.DataFrame({"drug": [1.0, 2.0, np.nan]})
+    encoder = MetadataEncoder.fit(samples, DRUG, {"drug": features})
+    encoded = encoder.encode(pd.DataFrame({"drug": [3, 1]}))["perturbation"]
+    assert encoded.tolist() == [[3, 0, 0], [-1, 1, 0]]
+
+
+# functional dependencies
+
+CATEGORICAL = {"kind": "categorical"}
+DEPENDENT = Covariates.model_validate(
+    {
+        "technical": {
+            "study": CATEGORICAL,
+            "platform": CATEGORICAL,
+            "date": {"kind": "numeric", "scale": "linear"},
+        },
+        "biological": {
+            "tissue": CATEGORICAL,
+            "cell_type": CATEGORICAL,
+            "marks": {"kind": "multilabel"},
+        },
+        "perturbation": {},
+    }
+)
+SAMPLES = pd.DataFrame(
+    {
+        "study": ["s1", "s1", "s2", "s3"],
+        "platform": ["a", "a", "a", "b"],
+        "date": [1, 1, 2, 3],
+        "tissue": ["liver", "liver", "brain", None],
+        "cell_type": ["kupffer", "hepatocyte", "neuron", "astrocyte"],
+        "marks": ["x|y", "x", "x", "y"],
+    }
+)
+
+
+@pytest.fixture
+def dependent() -> MetadataEncoder:
+    return MetadataEncoder.fit(SAMPLES, DEPENDENT)
+
+
+def encode_row(encoder: MetadataEncoder, unknown: str = "refuse", **values) -> list:
+    encoded = encoder.encode(pd.DataFrame([values]), unknown)
+    return np.concatenate([matrix[0] for matrix in encoded.values()]).tolist()
+
+
+def test_the_finer_covariate_of_a_group_determines_the_coarser(dependent):
+    tissues = {"hepatocyte": "liver", "kupffer": "liver", "neuron": "brain"}
+    assert dependent.dependencies == [
+        FunctionalDependency("study", "platform", {"s1": "a", "s2": "a", "s3": "b"}),
+        FunctionalDependency("cell_type", "tissue", tissues),  # an astrocyte has no tissue
     ]
 
 
-# state
+def test_a_missing_determined_value_is_filled(dependent):
+    complete = {"study": "s3", "platform": "b", "cell_type": "neuron", "tissue": "brain"}
+    expected = encode_row(dependent, **complete)
+    assert encode_row(dependent, study="s3", cell_type="neuron") == expected
+    for missing in (None, "", " ", np.nan):
+        assert encode_row(dependent, **complete | {"platform": missing}) == expected
 
 
-def test_the_state_restores_the_same_encoding(encoder):
-    again = MetadataEncoder.from_state(encoder.state())
-    values = ["a", "unseen", "a|b", "control", None]
-    assert encoded(again, *values) == encoded(encoder, *values)
-    assert again.blocks("perturbation") == encoder.blocks("perturbation")
-    assert (
-        again.groups["perturbation"][0].known
-        == encoder.groups["perturbation"][0].known
-        == (*LEVELS, "unseen")
-    )
+def test_a_present_value_is_kept_though_training_lacks_the_combination(dependent):
+    changed = encode_row(dependent, study="s3", platform="a")
+    assert changed != encode_row(dependent, study="s3", platform="b")
 
 
-def test_a_model_file_keeps_the_features_and_loads_without_pickle(cohort, params, tmp_path):
-    """`weights_only=True` loads tensors and plain values: the features must be such."""
-    gem = fit(
-        TrainingData.load(cohort, torch.device("cpu")), params.override({"train.epochs": 1}), seed=1
-    ).gem
-    gem.save(tmp_path / "model.pt")
-    content = torch.load(tmp_path / "model.pt", weights_only=True)
-    (state,) = (
-        state for state in content["metadata"]["perturbation"] if state["name"] == "perturbation"
-    )
-    assert isinstance(state["features"]["values"], torch.Tensor)
-    again = TrainedGEM.load(tmp_path)
-    assert again.to_bytes() == gem.to_bytes()
-    query = cohort.rows(["test_perturbation"])
-    assert not set(query["perturbation"]) & set(state["levels"]), (
-        "a perturbation never seen is its features alone"
-    )
-    said = generate(gem, query, unknown="missing")
-    assert np.array_equal(generate(again, query, unknown="missing"), said)
-    assert not np.array_equal(
-        generate(gem, query.assign(perturbation=None), unknown="missing"), said
-    )
-    with pytest.raises(InputError, match="nobody knows"):
-        generate(again, query.assign(perturbation="nobody knows"))
+def test_a_platform_of_one_study_does_not_determine_the_study(dependent):
+    assert encode_row(dependent, platform="b")[:3] == [0, 0, 0]
+
+
+def test_nothing_follows_from_an_unknown_or_undetermined_value(dependent):
+    assert sum(encode_row(dependent, cell_type="astrocyte")) == 1
+    assert sum(encode_row(dependent, "missing", study="new", cell_type="neuron")) == 2
+    with pytest.raises(InputError, match="study"):
+        encode_row(dependent, study="new")
+
+
+def test_rows_are_filled_independently_of_their_order_and_type(dependent):
+    query = pd.DataFrame(
+        {"study": ["s1", "s3", None, "s2"] * 5, "platform": [None, "a", "b", ""] * 5}
+    ).sample(frac=1, random_state=1)
+    whole = dependent.encode(query)["technical"]
+    for row in range(len(query)):
+        single = dependent.encode(query.iloc[[row]])["technical"]
+        np.testing.assert_array_equal(whole[[row]], single)
+    np.testing.assert_array_equal(dependent.encode(query.astype("category"))["technical"], whole)
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        pd.concat([SAMPLES, SAMPLES.iloc[[0]].assign(platform="b")], ignore_index=True),
+        SAMPLES.iloc[[0, 3]],  # one study each: a query without study may mean another one
+    ],
+    ids=["an exception", "one to one"],
+)
+def test_other_covariates_do_not_determine_each_other(samples):
+    dependencies = MetadataEncoder.fit(samples, DEPENDENT).dependencies
+    assert "platform" not in {dependency.determined for dependency in dependencies}
+
+
+def test_class_labels_are_not_filled(dependent):
+    assert dependent.labels(SAMPLES)["tissue"][3] == -1
+
+
+def test_differing_dependencies_are_a_difference(dependent):
+    other = MetadataEncoder(dependent.groups, dependent.dependencies[:1])
+    assert other.differences(dependent) == ["the functional dependencies between covariates differ"]
+    assert dependent.differences(MetadataEncoder.fit(SAMPLES, DEPENDENT)) == []

@@ -1,5 +1,6 @@
-"""The bilinear model against closed forms by other means, and on cohorts whose effects are known."""
+"""The bilinear model against a slow closed form, and on cohorts with known effects."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -7,18 +8,23 @@ import pandas as pd
 import pytest
 
 from pipeline.gem.common.config import Data
+from pipeline.gem.evaluation import bilinear
 from pipeline.gem.evaluation.baselines import Additive
 from pipeline.gem.evaluation.bilinear import (
     COMPONENTS,
+    DEFAULT_PENALTY,
     PENALTIES,
-    WITHOUT_CHOICE,
     Bilinear,
+    cumulative_errors,
     leading_components,
-    squared_errors,
 )
 
 GENES = 7
 DOSE = {"100 nM": 0.1, "1 uM": 1.0, "10 uM": 10.0}
+DOSES = (*DOSE, None)
+NAMES = [f"p{index}" for index in range(12)]
+TRAINED = NAMES[:10]
+COLUMNS = ["study", "tissue", "perturbation", "perturbation_dose"]
 
 
 @pytest.fixture(scope="module")
@@ -26,97 +32,81 @@ def data(dosed) -> Data:
     return dosed
 
 
-def cohort(
-    effect, perturbations: list[str], noise: float, seed: int, doses: list = (*DOSE, None)
+def simulate(
+    effect, noise: float, seed: int, doses: tuple = DOSES
 ) -> tuple[pd.DataFrame, np.ndarray]:
-    """Two controls and every perturbation at every dose, in each study and tissue; `effect(perturbation, dose)` is (G,)."""
-    rng = np.random.default_rng(seed)
-    done = [
-        ("control", None),
-        ("control", None),
-        *((name, dose) for name in perturbations for dose in doses),
-    ]
-    rows = [
-        (study, tissue, *treatment)
-        for study in ("a", "b")
-        for tissue in ("liver", "lung")
-        for treatment in done
-    ]
-    samples = pd.DataFrame(rows, columns=["study", "tissue", "perturbation", "perturbation_dose"])
-    level = samples["tissue"].map({"liver": 6.0, "lung": 3.0}) + samples["study"].map(
-        {"a": 0.5, "b": -1.0}
+    """Two controls and every trained perturbation at every dose, in each study and tissue.
+
+    `effect(perturbation, dose)`: (G,).
+    """
+    treatments = [("control", None)] * 2 + list(itertools.product(TRAINED, doses))
+    origins = list(itertools.product(("a", "b"), ("liver", "lung")))
+    samples = pd.DataFrame(
+        [(*origin, *treatment) for origin in origins for treatment in treatments], columns=COLUMNS
     )
-    effects = [
-        np.zeros(GENES)
-        if row.perturbation == "control"
-        else effect(row.perturbation, row.perturbation_dose)
-        for row in samples.itertuples()
-    ]
-    return samples, level.to_numpy()[:, None] + np.stack(effects) + noise * rng.normal(
-        size=(len(samples), GENES)
-    )
+    levels = {"a": 0.5, "b": -1.0, "liver": 6.0, "lung": 3.0}
+    expression = np.random.default_rng(seed).normal(size=(len(samples), GENES)) * noise
+    for row, sample in enumerate(samples.itertuples()):
+        expression[row] += levels[sample.study] + levels[sample.tissue]
+        if sample.perturbation != "control":
+            expression[row] += effect(sample.perturbation, sample.perturbation_dose)
+    return samples, expression
 
 
-def query(*treatments: tuple[str, str | None]) -> pd.DataFrame:
-    return pd.DataFrame(
-        [("a", "liver", *treatment) for treatment in treatments],
-        columns=["study", "tissue", "perturbation", "perturbation_dose"],
-    )
-
-
-NAMES = [f"p{index}" for index in range(12)]
+def query(*treatments: tuple[str | None, str | None]) -> pd.DataFrame:
+    """In study a and liver, whose controls are at 6.5."""
+    return pd.DataFrame([("a", "liver", *row) for row in treatments], columns=COLUMNS)
 
 
 @pytest.fixture(scope="module")
 def features() -> pd.DataFrame:
-    """Three features of each perturbation, on scales of their own."""
-    return pd.DataFrame(
-        np.random.default_rng(3).normal([1, 0, 50], [1, 0.1, 20], (len(NAMES), 3)),
-        index=NAMES,
-        columns=["f", "g", "h"],
-    )
+    """Three features of each perturbation, of different scales."""
+    values = np.random.default_rng(3).normal([1, 0, 50], [1, 0.1, 20], (len(NAMES), 3))
+    return pd.DataFrame(values, index=NAMES, columns=["f", "g", "h"])
 
 
 @pytest.fixture(scope="module")
-def noisy() -> tuple[pd.DataFrame, np.ndarray]:
-    """Effects of no particular structure, of all but the last two perturbations."""
+def train() -> tuple[pd.DataFrame, np.ndarray]:
+    """Random effects of ten perturbations; treatments differ in their numbers of samples."""
     rng = np.random.default_rng(4)
-    table = {(name, dose): rng.normal(0, 2, GENES) for name in NAMES for dose in (*DOSE, None)}
-    samples, expression = cohort(lambda name, dose: table[name, dose], NAMES[:10], 0.5, 5)
-    # Some treatments are measured less often than others.
-    kept = (samples["perturbation"] == "control").to_numpy() | (rng.random(len(samples)) < 0.7)
-    return samples[kept].reset_index(drop=True), expression[kept]
+    effects = {pair: rng.normal(0, 2, GENES) for pair in itertools.product(NAMES, DOSES)}
+    samples, expression = simulate(lambda name, dose: effects[name, dose], 0.5, 5)
+    sampled = is_control(samples) | (rng.random(len(samples)) < 0.7)
+    return samples[sampled].reset_index(drop=True), expression[sampled]
+
+
+def is_control(samples: pd.DataFrame) -> np.ndarray:
+    return (samples["perturbation"] == "control").to_numpy()
 
 
 @pytest.fixture(scope="module")
-def held(noisy) -> tuple[pd.DataFrame, np.ndarray]:
-    """A choice split: other draws of the same perturbations."""
-    samples, expression = noisy
-    rows = np.random.default_rng(6).choice(len(samples), 40, replace=False)
-    return samples.iloc[rows], expression[rows] + np.random.default_rng(7).normal(size=(40, GENES))
+def selection(train) -> tuple[pd.DataFrame, np.ndarray]:
+    """Other samples of the same perturbations."""
+    rng = np.random.default_rng(6)
+    rows = rng.choice(len(train[0]), 40, replace=False)
+    return train[0].iloc[rows], train[1][rows] + rng.normal(size=(40, GENES))
 
 
-# --- the parts ------------------------------------------------------------------------------------------------------
+# --- the parts ---
 
 
 @pytest.mark.parametrize("genes", [5, 300])
-def test_the_components_are_the_singular_vectors_of_the_values_repeated(rng, genes):
+def test_components_are_the_singular_vectors_of_the_repeated_values(rng, genes):
     values, numbers = rng.normal(size=(12, genes)), rng.integers(1, 9, 12)
-    expected = np.linalg.svd(np.repeat(values, numbers, axis=0), full_matrices=False)[2][
-        : min(12, genes)
-    ].T
-    found = leading_components(values, numbers)
-    assert found.shape == expected.shape
-    np.testing.assert_allclose(np.abs((found * expected).sum(axis=0)), 1, rtol=1e-7)
-    np.testing.assert_allclose(found.T @ found, np.eye(found.shape[1]), atol=1e-7)
+    _, _, vectors = np.linalg.svd(np.repeat(values, numbers, axis=0), full_matrices=False)
+    components = leading_components(values, numbers)
+    assert components.shape == (genes, min(12, genes))
+    matched = np.sum(components * vectors[: components.shape[1]].T, axis=0)
+    np.testing.assert_allclose(np.abs(matched), 1, rtol=1e-7)
+    np.testing.assert_allclose(components.T @ components, np.eye(len(matched)), atol=1e-7)
 
 
-def test_there_are_no_more_components_than_allowed_and_none_of_nothing(rng):
+def test_the_number_of_components_is_limited_and_zero_for_zeros(rng):
     assert leading_components(rng.normal(size=(200, 100)), np.ones(200)).shape == (100, COMPONENTS)
     assert leading_components(np.zeros((200, 100)), np.ones(200)).shape == (100, 0)
 
 
-def test_squared_errors_are_those_of_the_truncated_predictions(rng):
+def test_cumulative_errors_are_those_of_truncated_predictions(rng):
     components = np.linalg.qr(rng.normal(size=(GENES, 4)))[0]
     observed, scores = rng.normal(size=(9, GENES)), rng.normal(size=(9, 4))
     weights = rng.integers(1, 5, 9)
@@ -124,316 +114,260 @@ def test_squared_errors_are_those_of_the_truncated_predictions(rng):
         weights @ ((observed - scores[:, :number] @ components[:, :number].T) ** 2).sum(axis=1)
         for number in range(5)
     ]
-    np.testing.assert_allclose(
-        squared_errors(scores, observed @ components, weights),
-        np.subtract(errors, errors[0]),
-        atol=1e-10,
-    )
+    errors_by_number = cumulative_errors(scores, observed @ components, weights)
+    np.testing.assert_allclose(errors_by_number, np.subtract(errors, errors[0]), atol=1e-10)
 
 
-# --- the whole, against a slow closed form --------------------------------------------------------------------------
+# --- the model, against a slow closed form ---
 
 
-def slow_design(
-    samples: pd.DataFrame, training: pd.DataFrame, table: dict[str, np.ndarray], size: int
-) -> np.ndarray:
-    """p of each sample by a loop: log dose (standardised on the training rows that have one), whether there is one, features, products."""
-    logs = np.array([np.log(DOSE[dose] + 1e-6) for dose in training["perturbation_dose"] if dose])
+def slow_design(samples, train, table: dict[str, np.ndarray], size: int) -> np.ndarray:
+    """p by a loop: standardised log dose, whether there is a dose, features, products."""
+    logs = np.array([np.log(DOSE[dose] + 1e-6) for dose in train["perturbation_dose"] if dose])
     rows = []
     for row in samples.itertuples():
-        given = (
-            [(np.log(DOSE[row.perturbation_dose] + 1e-6) - logs.mean()) / logs.std(), 1.0]
-            if row.perturbation_dose
-            else [0.0, 0.0]
-        )
-        own = table.get(row.perturbation, np.zeros(size))
-        rows.append([*given, *own, *(one * other for one in own for other in given)])
+        dose = [0.0, 0.0]
+        if row.perturbation_dose:
+            log = np.log(DOSE[row.perturbation_dose] + 1e-6)
+            dose = [(log - logs.mean()) / logs.std(), 1.0]
+        features = table.get(row.perturbation, np.zeros(size))
+        rows.append([*dose, *features, *np.outer(features, dose).ravel()])
     return np.array(rows)
 
 
-def slow_term(train, effects, held, held_effects, table, size, asked):
-    """(prediction of the training rows, of the held rows, of the asked) of one map, searched over every penalty and number."""
+def slow_map(tables, effects, table: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Predictions of one map for each of `tables` (train, selection, query), whose penalty and
+    number of components are the best of all for the second of `effects`."""
+    train, size = tables[0], len(next(iter(table.values())))
     exact = train["perturbation"] + train["perturbation_dose"].map(str)
-    means = np.stack(
-        [
-            np.sqrt((exact == name).sum()) * effects[exact == name].mean(axis=0)
-            for name in exact.unique()
-        ]
-    )
-    components = np.linalg.svd(means, full_matrices=False)[2].T
-    designs = [slow_design(samples, train, table, size) for samples in (train, held, asked)]
+    means = [
+        np.sqrt((exact == name).sum()) * effects[0][exact == name].mean(axis=0)
+        for name in exact.unique()
+    ]
+    components = np.linalg.svd(np.stack(means), full_matrices=False)[2].T
+    designs = [slow_design(samples, train, table, size) for samples in tables]
     designs = [design - designs[0].mean(axis=0) for design in designs]
-    best = None
-    for penalty in PENALTIES:
-        gram = designs[0].T @ designs[0] + penalty * len(train) * np.eye(designs[0].shape[1])
-        weights = np.linalg.solve(gram, designs[0].T @ effects)
-        for number in range(components.shape[1] + 1):
-            onto = components[:, :number] @ components[:, :number].T
-            error = ((held_effects - designs[1] @ weights @ onto) ** 2).mean()
-            if best is None or error < best[0] - 1e-12:
-                best = (error, [design @ weights @ onto for design in designs])
-    return best[1]
+    best, least = None, np.inf
+    for penalty, number in itertools.product(PENALTIES, range(components.shape[1] + 1)):
+        ridge = penalty * len(train) * np.eye(designs[0].shape[1])
+        weights = np.linalg.solve(designs[0].T @ designs[0] + ridge, designs[0].T @ effects[0])
+        projection = components[:, :number] @ components[:, :number].T
+        predictions = [design @ weights @ projection for design in designs]
+        error = ((effects[1] - predictions[1]) ** 2).mean()
+        if error < least - 1e-12:
+            best, least = predictions, error
+    return best
 
 
-def slow_bilinear(data, noisy, held, features, asked) -> np.ndarray:
-    """All of it, with explicit loops and matrices."""
-    additive = Additive(data, *noisy)
-    (train, effects), (other, other_effects) = (
-        (samples[treated], (expression - additive.no_change(samples))[treated])
-        for samples, expression in (noisy, held)
-        for treated in [(samples["perturbation"] != "control").to_numpy()]
+def slow_bilinear(data, train, selection, features, rows) -> np.ndarray:
+    additive = Additive(data, *train)
+    tables, effects = [], []
+    for samples, expression in (train, selection):
+        treated = ~is_control(samples)
+        tables.append(samples[treated])
+        effects.append((expression - additive.no_change(samples))[treated])
+    tables, mean = [*tables, rows], effects[0].mean(axis=0)
+    effects = [values - mean for values in effects]
+    names = sorted(tables[0]["perturbation"].unique())
+    trained = features.loc[names].to_numpy()
+    standardised = (features - trained.mean(axis=0)) / trained.std(axis=0)
+    first = slow_map(
+        tables, effects, dict(zip(features.index, standardised.to_numpy(), strict=True))
     )
-    mean = effects.mean(axis=0)
-    effects, other_effects = effects - mean, other_effects - mean
-    seen = features.loc[sorted(train["perturbation"].unique())].to_numpy()
-    table = {
-        name: (features.loc[name].to_numpy() - seen.mean(axis=0)) / seen.std(axis=0)
-        for name in features.index
-    }
-    said = slow_term(train, effects, other, other_effects, table, features.shape[1], asked)
-    effects, other_effects = effects - said[0], other_effects - said[1]
-    names = sorted(train["perturbation"].unique())
-    means = np.stack([effects[train["perturbation"] == name].mean(axis=0) for name in names])
-    numbers = np.array([(train["perturbation"] == name).sum() for name in names])
-    _, values, directions = np.linalg.svd(np.sqrt(numbers)[:, None] * means, full_matrices=False)
+    effects = [values - own for values, own in zip(effects, first[:2], strict=True)]
+    of_name = [(tables[0]["perturbation"] == name).to_numpy() for name in names]
+    means = np.stack([effects[0][rows].mean(axis=0) for rows in of_name])
+    weighted = np.sqrt([rows.sum() for rows in of_name])[:, None] * means
+    _, values, directions = np.linalg.svd(weighted, full_matrices=False)
     scores = means @ directions[values > 1e-5 * values[0]].T
     scores = scores / np.sqrt((scores**2).sum(axis=1).mean())
-    more = slow_term(
-        train,
-        effects,
-        other,
-        other_effects,
-        dict(zip(names, scores, strict=True)),
-        scores.shape[1],
-        asked,
-    )
-    return additive.no_change(asked) + mean + said[2] + more[2]
+    second = slow_map(tables, effects, dict(zip(names, scores, strict=True)))
+    return additive.no_change(rows) + mean + first[2] + second[2]
 
 
-def test_bilinear_is_its_definition_by_loops_and_explicit_solutions(data, noisy, held, features):
-    asked = query(*((name, dose) for name in (*NAMES, "never seen") for dose in (*DOSE, None)))
-    found = Bilinear.fit(data, *noisy, features, held)
-    np.testing.assert_allclose(
-        found.predict(asked), slow_bilinear(data, noisy, held, features, asked), atol=1e-6
-    )
+def test_bilinear_is_its_definition_by_loops_and_explicit_solutions(
+    data, train, selection, features
+):
+    rows = query(*itertools.product((*NAMES, "unknown"), DOSES))
+    predicted = Bilinear.fit(data, *train, features, selection).predict(rows)
+    expected = slow_bilinear(data, train, selection, features, rows)
+    np.testing.assert_allclose(predicted, expected, atol=1e-6)
 
 
-def test_the_choice_split_chooses_and_does_not_fit(data, noisy, held, features, monkeypatch):
-    chosen = Bilinear.fit(data, *noisy, features, held).maps[0]
-    # The same penalty and number without a choice split: the same coefficients, from training alone.
-    monkeypatch.setattr(
-        "pipeline.gem.evaluation.bilinear.WITHOUT_CHOICE", (chosen.penalty, chosen.weights.shape[1])
-    )
-    alone = Bilinear.fit(data, *noisy, features, None).maps[0]
-    np.testing.assert_array_equal(alone.weights, chosen.weights)
-    np.testing.assert_array_equal(alone.components, chosen.components)
+def test_the_selection_split_does_not_change_the_coefficients(
+    data, train, selection, features, monkeypatch
+):
+    selected = Bilinear.fit(data, *train, features, selection).maps[0]
+    monkeypatch.setattr(bilinear, "DEFAULT_PENALTY", selected.penalty)
+    monkeypatch.setattr(bilinear, "DEFAULT_COMPONENTS", selected.weights.shape[1])
+    default = Bilinear.fit(data, *train, features, None).maps[0]
+    np.testing.assert_array_equal(default.weights, selected.weights)
+    np.testing.assert_array_equal(default.components, selected.components)
 
 
-def test_a_choice_split_of_controls_alone_is_none(data, noisy, features):
-    samples, expression = noisy
-    control = (samples["perturbation"] == "control").to_numpy()
-    found = Bilinear.fit(
-        data, samples, expression, features, (samples[control], expression[control])
-    )
-    assert found.maps[0].penalty == WITHOUT_CHOICE[0]
-    np.testing.assert_array_equal(
-        found.predict(samples),
-        Bilinear.fit(data, samples, expression, features, None).predict(samples),
-    )
+def test_a_selection_split_of_controls_alone_is_ignored(data, train, features):
+    control = is_control(train[0])
+    controls = train[0][control], train[1][control]
+    fitted, without = (Bilinear.fit(data, *train, features, rows) for rows in (controls, None))
+    assert fitted.maps[0].penalty == DEFAULT_PENALTY
+    np.testing.assert_array_equal(fitted.predict(train[0]), without.predict(train[0]))
 
 
-# --- cohorts whose answer is known ----------------------------------------------------------------------------------
-
-
-def linear_in_features(features: pd.DataFrame, by_dose: bool):
-    """An effect that is linear in the features, in a space of two directions; `by_dose`: times the log of the dose."""
-    rng = np.random.default_rng(8)
-    onto = (
-        rng.normal(size=(features.shape[1], 2))
-        @ rng.normal(size=(2, GENES))
-        / features.std().to_numpy()[:, None]
-    )
-
-    def effect(name: str, dose: str | None) -> np.ndarray:
-        return (features.loc[name].to_numpy() @ onto + 2) * (
-            1 + 0.3 * np.log(DOSE[dose]) if by_dose else 1.0
-        )
-
-    return effect
+# --- cohorts with a known answer ---
 
 
 @pytest.mark.parametrize("by_dose", [False, True])
-def test_effects_linear_in_the_features_are_recovered_for_an_unseen_perturbation(
+def test_effects_linear_in_the_features_are_recovered_for_an_unknown_perturbation(
     data, features, by_dose
 ):
-    effect = linear_in_features(features, by_dose)
-    samples, expression = cohort(effect, NAMES[:10], 0.0, 9, doses=list(DOSE))
-    fitted = Bilinear.fit(data, samples, expression, features, (samples, expression))
-    asked = query(*((name, dose) for name in NAMES[10:] for dose in DOSE))
-    additive = Additive(data, samples, expression).predict(asked)
-    expected = np.stack(
-        [6.5 + effect(row.perturbation, row.perturbation_dose) for row in asked.itertuples()]
-    )
-    spread = np.sqrt(np.mean((expected - additive) ** 2))  # what the mean effect leaves
-    assert np.sqrt(np.mean((fitted.predict(asked) - expected) ** 2)) < 0.005 * spread
+    rng = np.random.default_rng(8)
+    # Two directions, from features divided by their scale; `by_dose`: times the log of the dose.
+    weights = rng.normal(size=(3, 2)) @ rng.normal(size=(2, GENES))
+    scaled = features / features.std()
+
+    def effect(name: str, dose: str) -> np.ndarray:
+        return (scaled.loc[name].to_numpy() @ weights + 2) * (
+            1 + 0.3 * by_dose * np.log(DOSE[dose])
+        )
+
+    train = simulate(effect, 0.0, 9, doses=tuple(DOSE))
+    rows = query(*itertools.product(NAMES[10:], DOSE))
+    expected = [6.5 + effect(*row) for row in itertools.product(NAMES[10:], DOSE)]
+    errors = [
+        np.sqrt(np.mean((fitted.predict(rows) - expected) ** 2))
+        for fitted in (Bilinear.fit(data, *train, features, train), Additive(data, *train))
+    ]
+    assert errors[0] < 0.005 * errors[1]
 
 
-def test_without_features_seen_perturbations_are_recovered_and_unseen_ones_have_the_mean_effect(
-    data,
-):
+def test_without_features_known_perturbations_are_recovered_and_unknown_have_the_mean(data):
     rng = np.random.default_rng(10)
-    table = {name: rng.normal(0, 2, GENES) for name in NAMES[:10]}
-    samples, expression = cohort(lambda name, dose: table[name], NAMES[:10], 0.0, 11, doses=[None])
+    effects = {name: rng.normal(0, 2, GENES) for name in TRAINED}
+    samples, expression = simulate(lambda name, dose: effects[name], 0.0, 11, doses=(None,))
     fitted = Bilinear.fit(data, samples, expression, None, (samples, expression))
     np.testing.assert_allclose(fitted.predict(samples), expression, atol=0.01)
-    mean = 6.5 + np.mean(list(table.values()), axis=0)
-    np.testing.assert_allclose(
-        fitted.predict(query(("never seen", None), (None, None))), [mean, mean], atol=1e-10
-    )
+    unknown = fitted.predict(query(("unknown", None), (None, None)))
+    mean = 6.5 + np.mean(list(effects.values()), axis=0)
+    np.testing.assert_allclose(unknown, [mean, mean], atol=1e-10)
 
 
-def test_what_the_features_do_not_tell_of_seen_perturbations_is_learnt_too(
-    data, noisy, held, features
-):
-    # The effects here have nothing to do with the features.
-    samples, expression = noisy
-    fitted = Bilinear.fit(data, samples, expression, features, (samples, expression))
+def test_effects_that_features_do_not_explain_are_learnt_by_the_second_map(data, train, features):
+    samples, expression = train
+    fitted = Bilinear.fit(data, samples, expression, features, train)
     first = replace(fitted, maps=fitted.maps[:1])
-    assert np.mean((fitted.predict(samples) - expression) ** 2) < 0.5 * np.mean(
-        (first.predict(samples) - expression) ** 2
+    errors = [np.mean((model.predict(samples) - expression) ** 2) for model in (fitted, first)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_controls_have_no_change(data, train, selection, features):
+    controls = train[0][is_control(train[0])]
+    predicted = Bilinear.fit(data, *train, features, selection).predict(controls)
+    np.testing.assert_array_equal(predicted, Additive(data, *train).no_change(controls))
+
+
+def test_bilinear_beats_no_change_on_held_out_samples_of_the_cohort(cohort, source_folder):
+    table = pd.read_parquet(source_folder / "embeddings" / "perturbation.parquet")
+    train, (rows, observed) = (
+        (cohort.rows([name]), cohort.expression([name])) for name in ("train", "validation")
     )
+    features = table.set_index("perturbation")
+    fitted = Bilinear.fit(cohort.declared, *train, features, (rows, observed))
+    predictions = fitted.predict(rows), fitted.additive.no_change(rows)
+    errors = [np.mean((predicted - observed) ** 2) for predicted in predictions]
+    assert errors[0] < errors[1]
 
 
-def test_controls_have_no_change(data, noisy, held, features):
-    samples = noisy[0][noisy[0]["perturbation"] == "control"]
-    np.testing.assert_array_equal(
-        Bilinear.fit(data, *noisy, features, held).predict(samples),
-        Additive(data, *noisy).no_change(samples),
-    )
+# --- invariances ---
 
 
-def test_on_the_cohort_bilinear_is_better_than_no_change_on_held_out_samples(cohort, source_folder):
-    features = pd.read_parquet(source_folder / "embeddings" / "perturbation.parquet").set_index(
-        "perturbation"
-    )
-    train, choice = (
-        (cohort.rows(["train"]), cohort.expression(["train"])),
-        (cohort.rows(["validation"]), cohort.expression(["validation"])),
-    )
-    fitted = Bilinear.fit(cohort.declared, *train, features, choice)
-    error = np.mean((fitted.predict(choice[0]) - choice[1]) ** 2)
-    assert error < np.mean((fitted.additive.no_change(choice[0]) - choice[1]) ** 2)
-
-
-# --- invariances ----------------------------------------------------------------------------------------------------
-
-
-def test_the_order_of_rows_and_of_features_and_their_units_do_not_matter(
-    data, noisy, held, features, rng
+def test_the_order_of_rows_and_features_and_the_units_of_features_do_not_matter(
+    data, train, selection, features, rng
 ):
-    samples, expression = noisy
-    expected = Bilinear.fit(data, samples, expression, features, held).predict(samples)
-    order, other = rng.permutation(len(samples)), rng.permutation(len(held[0]))
+    samples, expression = train
+    expected = Bilinear.fit(data, *train, features, selection).predict(samples)
+    order, other = rng.permutation(len(samples)), rng.permutation(len(selection[0]))
     shuffled = Bilinear.fit(
         data,
         samples.iloc[order],
         expression[order],
         features.sample(frac=1, random_state=0),
-        (held[0].iloc[other], held[1][other]),
+        (selection[0].iloc[other], selection[1][other]),
     )
     np.testing.assert_allclose(shuffled.predict(samples.iloc[order]), expected[order], atol=1e-8)
-    rescaled = Bilinear.fit(data, samples, expression, (1000 * features + 7)[["h", "f", "g"]], held)
+    other_units = (1000 * features + 7)[["h", "f", "g"]]
+    rescaled = Bilinear.fit(data, *train, other_units, selection)
     np.testing.assert_allclose(rescaled.predict(samples), expected, atol=1e-8)
 
 
-def test_the_features_of_perturbations_that_training_lacks_teach_nothing(
-    data, noisy, held, features
+def test_features_of_perturbations_without_training_samples_are_not_used(
+    data, train, selection, features
 ):
     changed = features.copy()
     changed.loc[NAMES[10:]] = 1e6
-    samples = noisy[0]
-    expected = Bilinear.fit(data, *noisy, features, held).predict(samples)
-    np.testing.assert_array_equal(
-        Bilinear.fit(data, *noisy, changed, held).predict(samples), expected
+    first, *others = (
+        Bilinear.fit(data, *train, table, selection).predict(train[0])
+        for table in (features, changed, features.loc[TRAINED])
     )
-    np.testing.assert_array_equal(
-        Bilinear.fit(data, *noisy, features.loc[NAMES[:10]], held).predict(samples), expected
-    )
+    for predicted in others:
+        np.testing.assert_array_equal(predicted, first)
 
 
-def test_a_fit_is_the_same_twice_and_changes_no_input(data, noisy, held, features):
-    kept = noisy[1].copy(), held[1].copy(), features.copy()
-    first, second = (Bilinear.fit(data, *noisy, features, held).predict(noisy[0]) for _ in range(2))
+def test_a_fit_is_repeatable_and_leaves_its_inputs_unchanged(data, train, selection, features):
+    before = train[1].copy(), selection[1].copy(), features.copy()
+    first, second = (
+        Bilinear.fit(data, *train, features, selection).predict(train[0]) for _ in range(2)
+    )
     np.testing.assert_array_equal(first, second)
-    np.testing.assert_array_equal(noisy[1], kept[0])
-    np.testing.assert_array_equal(held[1], kept[1])
-    pd.testing.assert_frame_equal(features, kept[2])
+    np.testing.assert_array_equal(train[1], before[0])
+    np.testing.assert_array_equal(selection[1], before[1])
+    pd.testing.assert_frame_equal(features, before[2])
 
 
-# --- odd cohorts ----------------------------------------------------------------------------------------------------
+# --- unusual cohorts ---
 
 
-def test_without_controls_or_without_treated_samples_nothing_is_fitted(data, noisy, features):
-    samples, expression = noisy
-    control = (samples["perturbation"] == "control").to_numpy()
-    for rows in (control, ~control):
+def test_training_without_controls_or_without_treated_samples_is_refused(data, train, features):
+    samples, expression = train
+    for rows in (is_control(samples), ~is_control(samples)):
         with pytest.raises(ValueError, match="controls and treated"):
             Bilinear.fit(data, samples[rows], expression[rows], features, None)
 
 
+CASES = {
+    "no dose column": lambda samples: samples.drop(columns="perturbation_dose"),
+    "no doses": lambda samples: samples.assign(perturbation_dose=None),
+    "missing contexts": lambda samples: samples.assign(
+        tissue=samples["tissue"].replace("liver", None)
+    ),
+    "one context": lambda samples: samples.assign(tissue="lung", study="a"),
+    "one perturbation": lambda samples: samples.assign(
+        perturbation=np.where(is_control(samples), "control", "p0")
+    ),
+    "features missing": lambda samples: samples,
+    "constant feature": lambda samples: samples,
+}
+
+
 @pytest.mark.parametrize("with_features", [True, False])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "no dose",
-        "no dose anywhere",
-        "missing contexts",
-        "one context",
-        "one perturbation",
-        "features missing",
-        "constant feature",
-    ],
-)
-def test_odd_cohorts_get_finite_predictions(data, noisy, held, features, kind, with_features):
-    samples, expression = noisy
-    if kind == "no dose":
-        samples = samples.drop(columns="perturbation_dose")
-    if kind == "no dose anywhere":
-        samples = samples.assign(perturbation_dose=None)
-    if kind == "missing contexts":
-        samples = samples.assign(tissue=samples["tissue"].where(samples["tissue"] != "liver", None))
-    if kind == "one context":
-        samples = samples.assign(tissue="lung", study="a")
-    if kind == "one perturbation":
-        samples = samples.assign(
-            perturbation=samples["perturbation"].where(samples["perturbation"] == "control", "p0")
-        )
-    if kind == "features missing":
+@pytest.mark.parametrize("case", CASES)
+def test_unusual_cohorts_get_finite_predictions(
+    data, train, selection, features, case, with_features
+):
+    samples = CASES[case](train[0])
+    if case == "features missing":
         features = features.iloc[:4].assign(g=[np.nan, 1.0, 2.0, np.nan])
-    if kind == "constant feature":
+    if case == "constant feature":
         features = features.assign(g=1.0)
-    for choice in (held, None):
-        fitted = Bilinear.fit(
-            data, samples, expression, features if with_features else None, choice
-        )
-        for rows in (
-            samples,
-            query(("never seen", "1 uM"), ("p0", None), (None, None), ("p11", "10 uM")),
-            samples.iloc[:0],
-        ):
-            assert np.isfinite(fitted.predict(rows)).all() and fitted.predict(rows).shape == (
-                len(rows),
-                GENES,
-            )
+    unknown = query(("unknown", "1 uM"), ("p0", None), (None, None), ("p11", "10 uM"))
+    for rows in (selection, None):
+        fitted = Bilinear.fit(data, samples, train[1], features if with_features else None, rows)
+        for queried in (samples, unknown, samples.iloc[:0]):
+            predicted = fitted.predict(queried)
+            assert predicted.shape == (len(queried), GENES) and np.isfinite(predicted).all()
 
 
-def test_one_perturbation_without_dose_is_additive(data, noisy):
-    samples, expression = noisy
-    one = samples.assign(
-        perturbation=samples["perturbation"].where(samples["perturbation"] == "control", "p0"),
-        perturbation_dose=None,
-    )
-    found = Bilinear.fit(data, one, expression, None, None)
-    np.testing.assert_allclose(
-        found.predict(one), Additive(data, one, expression).predict(one), atol=1e-10
-    )
+def test_one_perturbation_without_dose_is_additive(data, train):
+    samples = CASES["one perturbation"](train[0]).assign(perturbation_dose=None)
+    predicted = Bilinear.fit(data, samples, train[1], None, None).predict(samples)
+    expected = Additive(data, samples, train[1]).predict(samples)
+    np.testing.assert_allclose(predicted, expected, atol=1e-10)

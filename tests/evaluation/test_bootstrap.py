@@ -1,4 +1,4 @@
-"""The bootstrap: what is drawn, that intervals cover the truth, that differences are paired, what has no value."""
+"""The bootstrap: what is resampled, coverage of intervals, pairing, and values that are missing."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ import pytest
 from pipeline.gem.evaluation.bootstrap import Bootstrap, Score, condition_sums
 
 CONDITIONS = 12
+NO_INTERVAL = "one condition: no interval"
 
 
 @pytest.fixture
@@ -14,126 +15,97 @@ def condition(rng) -> np.ndarray:
     return np.concatenate([np.arange(CONDITIONS), rng.integers(0, CONDITIONS, 48)])
 
 
-def test_resamples_draw_conditions_and_not_samples():
-    # One condition with a thousand samples, nine with one: a bootstrap over samples would see the thousand vary.
+def test_conditions_are_resampled_and_not_samples():
+    # One condition of a thousand samples, nine of one.
     condition = np.concatenate([np.zeros(1000, dtype=int), np.arange(1, 10)])
     resamples = Bootstrap(condition, 200, 0)
-    assert resamples.weights.shape == (201, 10)
-    np.testing.assert_array_equal(resamples.weights[0], 1)
-    np.testing.assert_array_equal(resamples.weights.sum(axis=1), 10)
-    np.testing.assert_array_equal(
-        resamples.sums(np.ones(1009)), resamples.weights @ np.bincount(condition)
-    )
-    np.testing.assert_allclose(
-        resamples.weights[1:].var(axis=0).mean(), 0.9, rtol=0.15
-    )  # multinomial: n p (1 - p)
+    weights = resamples.weights
+    assert weights.shape == (201, 10)
+    np.testing.assert_array_equal(weights[0], 1)
+    np.testing.assert_array_equal(weights.sum(axis=1), 10)
+    np.testing.assert_array_equal(resamples.sums(np.ones(1009)), weights @ np.bincount(condition))
+    # The variance of a multinomial: n p (1 - p).
+    np.testing.assert_allclose(weights[1:].var(axis=0).mean(), 0.9, rtol=0.15)
 
 
-def test_the_same_seed_gives_the_same_resamples(condition):
-    np.testing.assert_array_equal(
-        Bootstrap(condition, 30, 5).weights, Bootstrap(condition, 30, 5).weights
-    )
-    assert (Bootstrap(condition, 30, 5).weights != Bootstrap(condition, 30, 6).weights).any()
+def test_resamples_are_set_by_the_seed(condition):
+    weights = [Bootstrap(condition, 30, seed).weights for seed in (5, 5, 6)]
+    np.testing.assert_array_equal(weights[0], weights[1])
+    assert (weights[0] != weights[2]).any()
 
 
-def test_intervals_cover_the_truth_where_samples_of_a_condition_are_alike(rng):
-    # Errors vary between 40 conditions with 5 samples each; the mean squared error over all conditions is 2.
-    covered, covered_by_samples, trials = 0, 0, 300
-    condition, alone = np.repeat(np.arange(40), 5), np.arange(200)
-    for trial in range(trials):
+def test_intervals_cover_the_truth_if_samples_of_a_condition_are_alike(rng):
+    # Errors vary between 40 conditions of 5 samples; their mean over all conditions is 2.
+    units = {"condition": np.repeat(np.arange(40), 5), "sample": np.arange(200)}
+    covered = dict.fromkeys(units, 0)
+    for trial in range(300):
         values = np.repeat(rng.gamma(2, 1, 40), 5) * rng.uniform(0.95, 1.05, 200)
-        for number, codes in enumerate((condition, alone)):
-            resamples = Bootstrap(codes, 200, trial)
+        for unit, index in units.items():
+            resamples = Bootstrap(index, 200, trial)
             score = resamples.score(resamples.mean(values))
-            inside = score.low <= 2 <= score.high
-            covered += inside and number == 0
-            covered_by_samples += inside and number == 1
-    assert covered / trials > 0.89
-    # As if every sample were a condition: far too narrow, so the choice of unit matters.
-    assert covered_by_samples / trials < 0.75
+            covered[unit] += score.low <= 2 <= score.high
+    assert covered["condition"] / 300 > 0.89
+    # If every sample is taken as a condition, intervals are far too narrow.
+    assert covered["sample"] / 300 < 0.75
 
 
-def test_paired_differences_are_sharper_than_the_scores_themselves(rng):
-    condition = np.arange(50)
-    difficulty = rng.gamma(2, 1, 50)
-    resamples = Bootstrap(condition, 300, 0)
-    first, second = (
-        resamples.mean(difficulty),
-        resamples.mean(difficulty - 0.1 + rng.normal(0, 0.05, 50)),
-    )
-    difference, alone = resamples.score(first - second), resamples.score(first)
+def test_paired_differences_have_narrower_intervals_than_scores(rng):
+    difficulty, resamples = rng.gamma(2, 1, 50), Bootstrap(np.arange(50), 300, 0)
+    first = resamples.mean(difficulty)
+    second = resamples.mean(difficulty - 0.1 + rng.normal(0, 0.05, 50))
+    difference, single = resamples.score(first - second), resamples.score(first)
     assert difference.low > 0
-    assert difference.high - difference.low < 0.2 * (alone.high - alone.low)
+    assert difference.high - difference.low < 0.2 * (single.high - single.low)
 
 
 def test_a_score_without_a_finite_value_is_null_with_a_reason(condition):
-    resamples = Bootstrap(condition, 10, 0)
-    score = resamples.score(np.full(11, np.nan))
-    assert score.value is None
-    assert score.low is None
-    assert score.reason
+    score = Bootstrap(condition, 10, 0).score(np.full(11, np.nan))
+    assert score.value is None and score.low is None and score.reason
 
 
 def test_resamples_without_a_finite_value_are_left_out(condition):
-    resamples = Bootstrap(condition, 4, 0)
-    score = resamples.score(np.array([2.0, 1.0, np.nan, 3.0, np.inf]))
+    score = Bootstrap(condition, 4, 0).score(np.array([2.0, 1.0, np.nan, 3.0, np.inf]))
     assert (score.value, score.conditions) == (2.0, CONDITIONS)
     assert 1 <= score.low < score.high <= 3
 
 
-def test_one_condition_has_a_value_and_no_interval():
+def test_a_score_of_one_condition_has_no_interval(condition):
     resamples = Bootstrap(np.zeros(4, dtype=int), 10, 0)
     score = resamples.score(resamples.mean(np.arange(4.0)))
-    assert score == Score(1.5, None, None, 1, "one condition: no interval")
-
-
-def test_few_scored_conditions_are_counted_and_one_of_them_has_no_interval(condition):
-    resamples = Bootstrap(condition, 4, 0)
-    values = np.array([2.0, 1.0, 2.0, 3.0, 2.5])
+    assert score == Score(1.5, None, None, 1, NO_INTERVAL)
+    resamples, values = Bootstrap(condition, 4, 0), np.array([2.0, 1.0, 2.0, 3.0, 2.5])
     assert resamples.score(values, conditions=3).conditions == 3
-    assert resamples.score(values, conditions=1) == Score(
-        2.0, None, None, 1, "one condition: no interval"
-    )
+    assert resamples.score(values, conditions=1) == Score(2.0, None, None, 1, NO_INTERVAL)
 
 
-# --- means over conditions ------------------------------------------------------------------------------------------
+# --- means and sums over conditions ---
 
 
-def test_the_mean_over_conditions_weighs_conditions_and_leaves_out_those_without_a_value(
-    condition, rng
-):
+def test_the_mean_over_conditions_leaves_out_those_without_a_value(condition, rng):
     resamples, values = Bootstrap(condition, 50, 0), rng.normal(0, 1, CONDITIONS)
     values[[2, 7]] = np.nan
-    found = resamples.condition_mean(values)
-    assert found[0] == pytest.approx(np.nanmean(values), rel=1e-12)
-    for draw, weights in enumerate(resamples.weights):
+    means = resamples.condition_mean(values)
+    for mean, weights in zip(means, resamples.weights, strict=True):
         rows = np.repeat(np.arange(CONDITIONS), weights.astype(int))
-        assert found[draw] == pytest.approx(np.nanmean(values[rows]), rel=1e-12)
+        assert mean == pytest.approx(np.nanmean(values[rows]), rel=1e-12)
 
 
-def test_a_resample_that_draws_no_condition_with_a_value_has_no_mean(condition):
-    values = np.full(CONDITIONS, np.nan)
+def test_a_resample_of_conditions_without_a_value_has_no_mean(condition):
+    values, resamples = np.full(CONDITIONS, np.nan), Bootstrap(condition, 100, 0)
+    assert np.isnan(resamples.condition_mean(values)).all()
     values[4] = 3.0
-    resamples = Bootstrap(condition, 100, 0)
-    found, drawn = resamples.condition_mean(values), resamples.weights[:, 4] > 0
-    assert 10 < (~drawn).sum() < 90
-    np.testing.assert_array_equal(found[drawn], 3)
-    assert np.isnan(found[~drawn]).all()
-    assert np.isnan(resamples.condition_mean(np.full(CONDITIONS, np.nan))).all()
+    present = resamples.weights[:, 4] > 0
+    assert 10 < (~present).sum() < 90
+    expected = np.where(present, 3, np.nan)
+    np.testing.assert_array_equal(resamples.condition_mean(values), expected)
 
 
 @pytest.mark.parametrize("shape", [(60,), (60, 4), (60, 4, 3)])
 def test_sums_by_condition_are_those_of_a_loop(condition, rng, shape):
     values = rng.normal(0, 1, shape).astype(np.float32)
-    expected = np.stack(
-        [values[condition == index].sum(axis=0, dtype=np.float64) for index in range(CONDITIONS)]
-    )
-    np.testing.assert_allclose(
-        condition_sums(values, condition, CONDITIONS), expected, rtol=1e-12, atol=1e-12
-    )
-
-
-def test_a_condition_without_samples_has_the_sum_zero():
-    np.testing.assert_array_equal(
-        condition_sums(np.array([1.0, 2.0]), np.array([0, 2]), 4), [1, 0, 2, 0]
-    )
+    # The last condition has no samples.
+    expected = [
+        values[condition == index].sum(axis=0, dtype=np.float64) for index in range(CONDITIONS + 1)
+    ]
+    sums = condition_sums(values, condition, CONDITIONS + 1)
+    np.testing.assert_allclose(sums, expected, rtol=1e-12, atol=1e-12)

@@ -1,4 +1,4 @@
-"""The tables of a split: what is compared with what, over what it is resampled, and cohorts that lack something."""
+"""The tables of a split: scores, paired comparisons, and cohorts that lack something."""
 
 import shutil
 
@@ -6,72 +6,58 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.decomposition import PCA
-from support.comparison import SEEDS, World, rows_of, world_of
+from support.comparison import SEEDS, SPLITS, rows_of
 
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.evaluation.comparison import (
-    COMPARED,
+    BETTER,
     COMPARISONS,
-    evaluate_scene,
-    nested,
+    SCORE_COLUMNS,
+    UNCLEAR,
+    WORSE,
+    evaluate_split,
+    nested_scores,
     principal_axes,
     sample_errors,
 )
+from pipeline.gem.evaluation.evaluation_split import EvaluationSplits
 from pipeline.gem.evaluation.metrics import METRICS
 from pipeline.gem.evaluation.predictors import MODELS, PREDICTORS, Predictors
-from pipeline.gem.evaluation.test_split import EvaluationSplits
-
-SPLITS = ("test_random", "test_combination", "test_perturbation", "test_study")
 
 
 @pytest.fixture(scope="module")
-def world(cohort, params) -> World:
-    return world_of(cohort, params)
+def results(evaluation) -> dict:
+    return {name: evaluation.result(name) for name in SPLITS}
 
 
-@pytest.fixture(scope="module")
-def results(world) -> dict:
-    return {split: world.result(split) for split in SPLITS}
-
-
-def assert_honest(scores: pd.DataFrame) -> None:
-    """A number with a finite interval, or null with a reason."""
+def assert_numbers_or_reasons(scores: pd.DataFrame) -> None:
+    """Every row has a number with a finite interval, or null with a reason."""
     null = scores["value"].isna()
     assert (scores.loc[null, "reason"].str.len() > 0).all()
     assert scores.loc[null, ["low", "high"]].isna().all(axis=None)
-    bare = ~null & scores["low"].isna()
-    assert scores.loc[bare, "reason"].str.contains("no interval").all()
-    whole = scores[~null & ~bare]
-    assert np.isfinite(whole[["value", "low", "high"]].to_numpy(dtype=float)).all()
-    assert (whole["low"] <= whole["high"]).all()
+    no_interval = ~null & scores["low"].isna()
+    assert scores.loc[no_interval, "reason"].str.contains("no interval").all()
+    complete = scores[~null & ~no_interval]
+    assert np.isfinite(complete[["value", "low", "high"]].to_numpy(dtype=float)).all()
+    assert (complete["low"] <= complete["high"]).all()
     assert (scores.loc[~null, "conditions"] > 0).all()
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_every_predictor_has_every_metric_a_number_or_a_reason(results, split):
-    scores = results[split].scores
-    assert list(scores.columns) == [
-        "split",
-        "predictor",
-        "metric",
-        "value",
-        "low",
-        "high",
-        "conditions",
-        "reason",
-    ]
-    assert list(zip(scores["predictor"], scores["metric"], strict=True)) == [
-        (name, metric) for name in PREDICTORS for metric in METRICS
-    ]
-    assert_honest(scores)
+@pytest.mark.parametrize("name", SPLITS)
+def test_every_predictor_has_every_metric_as_a_number_or_a_reason(results, name):
+    scores = results[name].scores
+    assert list(scores.columns) == SCORE_COLUMNS
+    pairs = list(zip(scores["predictor"], scores["metric"], strict=True))
+    assert pairs == [(predictor, metric) for predictor in PREDICTORS for metric in METRICS]
+    assert_numbers_or_reasons(scores)
 
 
-def test_metrics_json_has_the_same_numbers_and_null(results):
+def test_nested_scores_have_the_same_numbers_and_null(results):
     scores = pd.concat([result.scores for result in results.values()])
-    found = nested(scores)
-    assert set(found) == set(SPLITS)
+    nested = nested_scores(scores)
+    assert set(nested) == set(SPLITS)
     for row in scores.itertuples():
-        value = found[row.split][row.predictor][row.metric]
+        value = nested[row.split][row.predictor][row.metric]
         assert value is None if pd.isna(row.value) else value == row.value
 
 
@@ -85,135 +71,114 @@ def test_the_score_of_a_model_is_the_mean_of_its_seeds(results):
             assert scores[key] == pytest.approx(row["mean"])
 
 
-def test_models_are_compared_with_every_floor_and_with_one_another(results):
+# --- paired comparisons ---
+
+
+def test_models_are_compared_with_every_baseline_and_with_one_another(results):
     for result in results.values():
-        found = result.comparisons
-        for metric in COMPARED:
-            pairs = set(
-                map(
-                    tuple, found.loc[found["metric"] == metric, ["predictor", "against"]].to_numpy()
-                )
-            )
-            assert pairs == set(COMPARISONS)
+        assert set(result.comparisons["metric"]) == {"mse", "delta_pearson"}
+        for _, rows in result.comparisons.groupby("metric"):
+            pairs = zip(rows["predictor"], rows["against"], strict=True)
+            assert set(pairs) == set(COMPARISONS)
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_differences_are_those_of_the_scores_resampled_over_what_the_split_holds_out(
-    world, results, split
-):
-    """Conditions of one held-out perturbation share its error: as if they were independent, intervals would be too narrow."""
-    scene, said = world.by_split[split]
-    found = results[split].comparisons.query("metric == 'mse'").set_index(["predictor", "against"])
+@pytest.mark.parametrize("name", SPLITS)
+def test_differences_of_mse_are_resampled_over_the_held_out_entities(evaluation, results, name):
+    """Conditions of one held-out perturbation share its error; taking them as independent would
+    give too narrow intervals."""
+    split, predictions = evaluation.by_split[name]
+    comparisons = results[name].comparisons.query("metric == 'mse'")
     kind, number = {
-        "test_random": ("condition", scene.condition.max() + 1),
-        "test_combination": ("pair", len(set(scene.pair))),
-        "test_perturbation": ("perturbation", len(set(scene.perturbation))),
-        "test_study": ("study", len(set(scene.study))),
-    }[split]
-    assert set(found["of"]) == {kind} and set(found["number"]) == {number}
-    errors = {name: sample_errors(scene, said[name]) for name in ("gem", "ridge")}
+        "test_random": ("condition", split.condition.max() + 1),
+        "test_combination": ("pair", len(set(split.pair))),
+        "test_perturbation": ("perturbation", len(set(split.perturbation))),
+        "test_study": ("study", len(set(split.study))),
+    }[name]
+    assert set(comparisons["of"]) == {kind} and set(comparisons["number"]) == {number}
+    errors = {name: sample_errors(split, predictions[name]) for name in ("gem", "ridge")}
     difference = errors["ridge"] - errors["gem"]
-    row = found.loc[("gem", "ridge")]
+    row = comparisons.set_index(["predictor", "against"]).loc[("gem", "ridge")]
     assert row["value"] == pytest.approx(difference.mean())
     if number == 1:
-        assert np.isnan(row["low"]) and row["verdict"] == "no clear difference"
+        assert np.isnan(row["low"]) and row["verdict"] == UNCLEAR
         return
-    # By hand: entities drawn with replacement, their samples pooled; the same quantiles to the noise of a bootstrap.
-    rng, parts = (
-        np.random.default_rng(0),
-        [difference[scene.entity == entity] for entity in range(number)],
-    )
-    drawn = [
+    # Entities drawn with replacement, their samples pooled: the same quantiles up to noise.
+    rng = np.random.default_rng(0)
+    parts = [difference[split.entity == entity] for entity in range(number)]
+    means = [
         np.concatenate([parts[entity] for entity in rng.integers(0, number, number)]).mean()
         for _ in range(2000)
     ]
     assert (row["low"], row["high"]) == pytest.approx(
-        np.quantile(drawn, [0.025, 0.975]), abs=0.35 * (np.max(drawn) - np.min(drawn))
+        np.quantile(means, [0.025, 0.975]), abs=0.35 * np.ptp(means)
     )
 
 
-def test_a_treated_condition_counts_once_for_each_entity_it_was_measured_in(world, results):
-    scene, said = world.by_split["test_study"]
-    row = (
-        results["test_study"]
-        .comparisons.query("metric == 'delta_pearson'")
-        .set_index(["predictor", "against"])
-        .loc[("gem_tuned", "ridge")]
-    )
-    values = []
-    for pair in sorted(
-        {
-            (entity, condition)
-            for entity, condition in zip(
-                scene.entity[scene.treated], scene.condition[scene.treated], strict=True
-            )
-        }
-    ):
-        rows = (scene.entity == pair[0]) & (scene.condition == pair[1]) & scene.treated
-        real = (scene.observed - scene.observed_control.mean)[rows].mean(axis=0)
-        deltas = [
-            np.corrcoef(
-                real, (said[name][0].values - scene.predicted_control.mean)[rows].mean(axis=0)
-            )[0, 1]
-            for name in ("gem_tuned", "ridge")
-        ]
-        values.append(deltas[0] - deltas[1])
-    assert row["value"] == pytest.approx(np.mean(values))
-    assert row["number"] == len(set(scene.study))
+def test_delta_pearson_counts_a_condition_once_per_entity(evaluation, results):
+    split, predictions = evaluation.by_split["test_study"]
+    comparisons = results["test_study"].comparisons.query("metric == 'delta_pearson'")
+    row = comparisons.set_index(["predictor", "against"]).loc[("gem_tuned", "ridge")]
+    pairs = zip(split.entity[split.treated], split.condition[split.treated], strict=True)
+    gains = []
+    for entity, condition in sorted(set(pairs)):
+        rows = (split.entity == entity) & (split.condition == condition) & split.treated
+        observed = (split.observed - split.observed_control.mean)[rows].mean(axis=0)
+        correlations = []
+        for name in ("gem_tuned", "ridge"):
+            change = predictions[name][0].values - split.predicted_control.mean
+            correlations.append(np.corrcoef(observed, change[rows].mean(axis=0))[0, 1])
+        gains.append(correlations[0] - correlations[1])
+    assert row["value"] == pytest.approx(np.mean(gains))
+    assert row["number"] == len(set(split.study))
 
 
-def test_better_is_said_only_where_the_paired_interval_is_clear_of_zero(results):
+def test_a_verdict_is_clear_only_if_the_paired_interval_excludes_zero(results):
     for result in results.values():
         for row in result.comparisons.itertuples():
             clear = np.isfinite(row.low) and not row.low <= 0 <= row.high
-            assert row.verdict == (
-                ("better" if row.low > 0 else "worse") if clear else "no clear difference"
-            )
+            expected = (BETTER if row.low > 0 else WORSE) if clear else UNCLEAR
+            assert row.verdict == expected
 
 
-def test_a_model_against_itself_is_no_clear_difference(world):
-    said = world.by_split["test_random"][1]
-    found = world.result("test_random", said | {"gem_tuned": said["gem"]}).comparisons.query(
-        "predictor == 'gem_tuned' and against == 'gem'"
-    )
-    assert (found["value"] == 0).all() and (found["verdict"] == "no clear difference").all()
+def test_a_model_does_not_differ_from_itself(evaluation):
+    predictions = evaluation.by_split["test_random"][1]
+    result = evaluation.result("test_random", predictions | {"gem_tuned": predictions["gem"]})
+    rows = result.comparisons.query("predictor == 'gem_tuned' and against == 'gem'")
+    assert (rows["value"] == 0).all() and (rows["verdict"] == UNCLEAR).all()
 
 
-def test_the_table_of_conditions_averages_to_the_scores(world, results):
-    scene = world.by_split["test_study"][0]
+# --- tables for figures ---
+
+
+def test_the_table_of_conditions_averages_to_the_scores(evaluation, results):
+    split, predictions = evaluation.by_split["test_study"]
     table = results["test_study"].conditions
     assert set(table["predictor"]) == {*MODELS, "ridge", "oracle_metadata"}
     scores = results["test_study"].scores.set_index(["predictor", "metric"])["value"]
     for name, rows in table.groupby("predictor"):
         assert rows["delta_pearson"].mean() == pytest.approx(scores[(name, "delta_pearson")])
-        assert rows["samples"].sum() == scene.treated.sum()
-        errors = sample_errors(scene, world.by_split["test_study"][1][name])
-        assert np.average(rows["mse"], weights=rows["samples"]) == pytest.approx(
-            errors[scene.treated].mean()
-        )
-        assert set(rows["condition"]) == set(scene.condition_name[scene.treated])
+        assert rows["samples"].sum() == split.treated.sum()
+        error = sample_errors(split, predictions[name])[split.treated].mean()
+        assert np.average(rows["mse"], weights=rows["samples"]) == pytest.approx(error)
+        assert set(rows["condition"]) == set(split.condition_name[split.treated])
 
 
 def test_the_table_of_calibration_has_the_shares_behind_the_score(results):
     result = results["test_random"]
     scores = result.scores.set_index(["predictor", "metric"])["value"]
-    assert set(result.calibration["predictor"]) == {
-        *MODELS,
-        "oracle_metadata",
-        "oracle_reference",
-        "oracle_omniscient",
-    }
+    oracles = {"oracle_metadata", "oracle_reference", "oracle_omniscient"}
+    assert set(result.calibration["predictor"]) == {*MODELS, *oracles}
     for name, rows in result.calibration.groupby("predictor"):
         assert list(rows["bin"]) == list(range(1, 11))
         assert rows["share"].sum() == pytest.approx(1)
         if len(SEEDS.get(name, [1])) == 1:
-            assert (rows["share"] - 0.1).abs().sum() == pytest.approx(scores[(name, "calibration")])
+            deviation = (rows["share"] - 0.1).abs().sum()
+            assert deviation == pytest.approx(scores[(name, "calibration")])
 
 
-def test_principal_axes_are_those_of_scikit_learn_and_as_many_as_there_can_be(rng):
-    expression = (
-        rng.normal(0, 1, (300, 4)) @ rng.normal(0, 3, (4, 70)) + rng.normal(0, 0.1, (300, 70))
-    ).astype(np.float32)
+def test_principal_axes_are_those_of_a_full_decomposition(rng):
+    signal = rng.normal(0, 1, (300, 4)) @ rng.normal(0, 3, (4, 70))
+    expression = (signal + rng.normal(0, 0.1, (300, 70))).astype(np.float32)
     axes = principal_axes(expression)
     assert axes.shape == (70, 50)
     np.testing.assert_allclose(axes.T @ axes, np.eye(50), atol=1e-4)
@@ -222,75 +187,67 @@ def test_principal_axes_are_those_of_scikit_learn_and_as_many_as_there_can_be(rn
     assert principal_axes(expression[:20, :8]).shape == (8, 8)
 
 
-# --- cohorts that lack something ------------------------------------------------------------------------------------------
+# --- cohorts that lack something ---
 
 
-@pytest.mark.parametrize(
-    "lacking", ["truth", "control", "studies", "everything", "hidden controls"]
-)
-def test_what_a_cohort_lacks_is_null_with_a_reason_or_absent_and_nothing_fails(
-    world, tmp_path, lacking, monkeypatch
+@pytest.mark.parametrize("missing", ["truth", "control", "study", "both", "hidden controls"])
+def test_scores_that_a_cohort_cannot_have_are_null_with_a_reason(
+    evaluation, tmp_path, missing, monkeypatch
 ):
-    shutil.copytree(world.cohort.folder, tmp_path / "cohort")
-    if lacking != "control":
+    shutil.copytree(evaluation.cohort.folder, tmp_path / "cohort")
+    if missing != "control":
         shutil.rmtree(tmp_path / "cohort" / "truth")
-    plain = Cohort(tmp_path / "cohort")
-    changes = {
-        "control": {"control": None},
-        "studies": {"study_column": None},
-        "everything": {"control": None, "study_column": None},
-    }
-    plain.declared = plain.declared.model_copy(update=changes.get(lacking, {}))
-    scenes = EvaluationSplits(plain, world.params.evaluate)
-    if lacking == "hidden controls":
-        monkeypatch.setattr(
-            scenes,
-            "_hidden_controls",
-            lambda name, samples, expression, own: (samples[:0], expression[:0]),
-        )
-    predictors = Predictors(scenes, {"gem": world.predictors.by_name["gem"].args[0]})
-    for split in ("test_random", "test_study"):
-        scene = scenes.scene(split)
-        result = evaluate_scene(
-            scene,
-            predictors(scene),
+    cohort = Cohort(tmp_path / "cohort")
+    columns = {"control": ["control"], "study": ["study_column"]}
+    columns["both"] = columns["control"] + columns["study"]
+    changes = dict.fromkeys(columns.get(missing, []))
+    cohort.declared = cohort.declared.model_copy(update=changes)
+    splits = EvaluationSplits(cohort, evaluation.params.evaluate)
+    if missing == "hidden controls":
+        monkeypatch.setattr(splits, "_hidden_controls", lambda _, rows, x, own: (rows[:0], x[:0]))
+    predictors = Predictors(splits, {"gem": evaluation.models["gem"]})
+    for name in ("test_random", "test_study"):
+        split = splits.split(name)
+        result = evaluate_split(
+            split,
+            predictors(split),
             {"gem": [1, 2], "gem_reference": [1, 2]},
-            world.axes,
+            evaluation.axes,
             predictors.true_change,
-            world.params.evaluate,
+            evaluation.params.evaluate,
         )
-        assert_honest(result.scores)
-        of_gem = result.scores.set_index(["predictor", "metric"]).loc["gem"]
-        assert np.isfinite(of_gem.loc["mse", "value"])
-        if lacking != "control":
-            assert "truth" in of_gem.loc["skill", "reason"] and result.regret.empty
-        if lacking in ("control", "everything", "hidden controls"):
-            assert (
-                of_gem.loc["delta_pearson", "reason"]
-                == "no two disjoint sets of controls of the same context"
-            )
+        assert_numbers_or_reasons(result.scores)
+        scores = result.scores.set_index(["predictor", "metric"]).loc["gem"]
+        assert np.isfinite(scores.loc["mse", "value"])
+        if missing != "control":
+            assert "truth" in scores.loc["skill", "reason"]
+            assert result.error_decomposition.empty
+        delta = scores.loc["delta_pearson"]
+        if missing in ("truth", "study"):
+            assert np.isfinite(delta["value"])
+        else:
+            assert delta["reason"] == "no two disjoint sets of controls of the same context"
             assert set(result.comparisons["metric"]) == {"mse"}
-        if lacking in ("truth", "studies"):
-            assert np.isfinite(of_gem.loc["delta_pearson", "value"])
 
 
-@pytest.mark.parametrize("rows", ["one condition", "one sample", "controls only"])
-def test_a_split_of_almost_nothing_is_evaluated(world, rows):
-    scene, said = world.by_split["test_study"]
-    treated = np.flatnonzero(scene.treated)
-    chosen = {
-        "one condition": np.flatnonzero(scene.condition == scene.condition[treated[0]]),
+@pytest.mark.parametrize("subset", ["one condition", "one sample", "controls only"])
+def test_a_split_of_very_few_samples_is_evaluated(evaluation, subset):
+    split, predictions = evaluation.by_split["test_study"]
+    treated = np.flatnonzero(split.treated)
+    rows = {
+        "one condition": np.flatnonzero(split.condition == split.condition[treated[0]]),
         "one sample": treated[:1],
-        "controls only": np.flatnonzero(~scene.treated),
-    }[rows]
-    result = world.result("test_study", *rows_of(scene, said, chosen)[::-1])
-    assert_honest(result.scores)
+        "controls only": np.flatnonzero(~split.treated),
+    }[subset]
+    part, part_predictions = rows_of(split, predictions, rows)
+    result = evaluation.result("test_study", part_predictions, part)
+    assert_numbers_or_reasons(result.scores)
     scores = result.scores.set_index(["predictor", "metric"])
-    if rows == "controls only":
+    if subset == "controls only":
         assert scores.loc[("gem", "delta_pearson"), "reason"] == "no treated sample in this split"
         assert result.conditions.empty
     else:
         assert scores.loc[("gem", "mse"), "reason"] == "one condition: no interval"
         assert np.isfinite(scores.loc[("ridge", "delta_pearson"), "value"])
         assert len(result.conditions) == 6
-    assert (result.comparisons["verdict"] == "no clear difference").all()
+    assert (result.comparisons["verdict"] == UNCLEAR).all()

@@ -1,20 +1,25 @@
-"""Every metric as it is wired, recomputed by slow loops from the arrays of a scene; and scenes made by hand with known answers."""
+"""Every metric of a split against its definition by loops, and splits with known answers."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
-from scipy.stats import false_discovery_control, t
-from support.comparison import World, made_controls, made_scene, rows_of, scores, truths, world_of
+from scipy.stats import false_discovery_control, rankdata, t
+from support.comparison import (
+    CohortEvaluation,
+    rows_of,
+    scores,
+    simple_controls,
+    simple_split,
+    split_context,
+)
 
 from pipeline.gem.evaluation.bootstrap import Bootstrap
+from pipeline.gem.evaluation.evaluation_split import Controls, EvaluationSplit, PredictedSplit
 from pipeline.gem.evaluation.metrics import METRICS
-from pipeline.gem.evaluation.predictors import Prediction
-from pipeline.gem.evaluation.scoring import TESTABLE, MetricDraws, SplitContext, measure, score
-from pipeline.gem.evaluation.test_split import Controls, EvaluationSplit
+from pipeline.gem.evaluation.scoring import MIN_TEST_SAMPLES, MetricDraws, measure, score
 
-SPLITS = ("test_random", "test_combination", "test_perturbation", "test_study")
 PREDICTORS = (
     "no_change",
     "training_mean",
@@ -26,733 +31,504 @@ PREDICTORS = (
     "oracle_omniscient",
 )
 
-
-@pytest.fixture(scope="module")
-def world(cohort, params) -> World:
-    return world_of(cohort, params)
+# --- against definitions ---
 
 
-# --- by plain loops -----------------------------------------------------------------------------------------------------
+def pearson(first: np.ndarray, second: np.ndarray) -> float:
+    if np.ptp(first) < 1e-9 or np.ptp(second) < 1e-9:
+        return 0.0
+    return np.corrcoef(first.astype(float), second.astype(float))[0, 1]
 
 
-def pearson(first, second) -> float:
-    first, second = (np.asarray(side, dtype=float) for side in (first, second))
-    return (
-        0.0 if np.ptp(first) < 1e-9 or np.ptp(second) < 1e-9 else np.corrcoef(first, second)[0, 1]
-    )
+def mean_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """Over pairs of different samples."""
+    pairs = [np.linalg.norm(a - b) for a in x for b in y if a is not b]
+    return np.mean(pairs)
 
 
-class Loops:
-    """The metrics of a prediction by definition. Rows without a prediction are left out first; conditions may be repeated."""
+class Definitions:
+    """The metrics of a prediction over the given conditions, which may be repeated, leaving out
+    samples that are not predicted."""
 
-    def __init__(self, world: World, split: str, said: Prediction):
-        self.scene, predictions = world.by_split[split]
-        self.said, self.axes, self.truth = said, world.axes, world.predictors.true_change
-        self.baseline, self.ideal, self.replicate = (
-            predictions[name][0].values for name in ("ridge", "oracle_metadata", "replicate")
-        )
-        self.own = (
-            self.scene.reference_control
-            if said.uses_study_controls
-            else self.scene.predicted_control
-        )
+    def __init__(self, evaluation: CohortEvaluation, name: str, predicted: PredictedSplit):
+        self.split, self.others = evaluation.by_split[name]
+        self.values, self.draw = predicted.values, predicted.draw
+        self.predicted, self.axes = predicted, evaluation.axes
+        self.observed = self.split.observed.astype(float)
+        self.control = self.split.predicted_control
+        if predicted.uses_study_controls:
+            self.control = self.split.reference_control
+        self.changed, self.change = evaluation.predictors.true_change(self.split)
 
-    def rows(self, conditions: list[int]) -> list[int]:
-        condition = self.scene.condition.tolist()
-        return [
-            row
-            for index in conditions
-            for row in range(len(condition))
-            if condition[row] == index and self.known(row)
-        ]
+    def rows(self, conditions: list[int], values: np.ndarray | None = None) -> list[int]:
+        values = self.values if values is None else values
+        predicted = np.isfinite(self.values[:, 0]) & np.isfinite(values[:, 0])
+        members = [np.flatnonzero(predicted & (self.split.condition == i)) for i in conditions]
+        return list(np.concatenate(members))
 
-    def known(self, row: int) -> bool:
-        return not math.isnan(self.said.values[row, 0])
+    def treated(self, conditions: list[int]) -> list[np.ndarray]:
+        """The treated rows of each condition that has any."""
+        groups = [np.array(self.rows([index]), dtype=int) for index in conditions]
+        treated = [rows[self.split.treated[rows]] for rows in groups]
+        return [rows for rows in treated if len(rows)]
 
-    def mse(self, conditions, predicted=None, also=None) -> float:
-        predicted = self.said.values if predicted is None else predicted
-        rows = [
-            row for row in self.rows(conditions) if also is None or not math.isnan(also[row, 0])
-        ]
-        return (
-            np.mean(
-                [
-                    np.mean((self.scene.observed[row].astype(float) - predicted[row]) ** 2)
-                    for row in rows
-                ]
-            )
-            if rows
-            else math.nan
-        )
+    def mse(self, conditions) -> float:
+        rows = self.rows(conditions)
+        return np.mean((self.observed[rows] - self.values[rows]) ** 2)
 
     def mae(self, conditions) -> float:
-        return np.mean(
-            [
-                np.mean(np.abs(self.scene.observed[row].astype(float) - self.said.values[row]))
-                for row in self.rows(conditions)
-            ]
-        )
+        rows = self.rows(conditions)
+        return np.mean(np.abs(self.observed[rows] - self.values[rows]))
 
-    def skill(self, conditions, ideal=None) -> float:
-        ideal = self.ideal if ideal is None else ideal
-        mine, ridge, best = (
-            self.mse(conditions, values, ideal)
-            for values in (self.said.values, self.baseline, ideal)
+    def skill(self, conditions, ceiling: str = "oracle_metadata") -> float:
+        ideal, ridge = (self.others[name][0].values for name in (ceiling, "ridge"))
+        rows = self.rows(conditions, ideal)
+        own, baseline, best = (
+            np.mean((self.observed[rows] - values[rows]) ** 2)
+            for values in (self.values, ridge, ideal)
         )
-        return (ridge - mine) / (ridge - best)
+        return (baseline - own) / (baseline - best)
 
     def skill_replicate(self, conditions) -> float:
-        return self.skill(conditions, self.replicate)
+        return self.skill(conditions, "replicate")
 
     def sample_pearson(self, conditions) -> float:
-        return np.mean(
-            [
-                pearson(self.scene.observed[row], self.said.values[row])
-                for row in self.rows(conditions)
-            ]
-        )
+        rows = self.rows(conditions)
+        return np.mean([pearson(self.observed[row], self.values[row]) for row in rows])
 
     def gene_pearson(self, conditions) -> float:
         rows = self.rows(conditions)
-        total, weight = 0.0, 0.0
-        for gene in range(self.scene.observed.shape[1]):
-            observed, predicted = (
-                self.scene.observed[rows, gene].astype(float),
-                self.said.values[rows, gene].astype(float),
-            )
-            total += observed.var() * pearson(observed, predicted)
-            weight += observed.var()
-        return total / weight
+        pairs = list(zip(self.observed[rows].T, self.values[rows].T, strict=True))
+        weights = [observed.var() for observed, _ in pairs]
+        return np.average([pearson(*pair) for pair in pairs], weights=weights)
 
-    def treated(self, conditions) -> list[tuple[int, list[int]]]:
-        groups = [
-            (index, [row for row in self.rows([index]) if self.scene.treated[row]])
-            for index in conditions
+    def changes(self, conditions, observed_reference, reference) -> list[tuple]:
+        """(observed, predicted) mean change of each treated condition."""
+        observed, predicted = self.observed - observed_reference, self.values - reference
+        return [
+            (observed[rows].mean(axis=0), predicted[rows].mean(axis=0))
+            for rows in self.treated(conditions)
         ]
-        return [(index, rows) for index, rows in groups if rows]
 
-    def change(self, rows, values, reference) -> np.ndarray:
-        return np.mean([values[row].astype(float) - reference[row] for row in rows], axis=0)
+    def changes_from_control(self, conditions) -> list[tuple]:
+        return self.changes(conditions, self.split.observed_control.mean, self.control.mean)
 
     def delta_pearson(self, conditions) -> float:
-        return np.mean(
-            [
-                pearson(
-                    self.change(rows, self.scene.observed, self.scene.observed_control.mean),
-                    self.change(rows, self.said.values, self.own.mean),
-                )
-                for _, rows in self.treated(conditions)
-            ]
-        )
+        return np.mean([pearson(*pair) for pair in self.changes_from_control(conditions)])
 
     def delta_pearson_systema(self, conditions) -> float:
-        centre = self.scene.perturbed_centre
-        return np.mean(
-            [
-                pearson(
-                    self.change(rows, self.scene.observed, centre),
-                    self.change(rows, self.said.values, centre),
-                )
-                for _, rows in self.treated(conditions)
-            ]
-        )
+        centroid = self.split.perturbed_centroid
+        return np.mean([pearson(*pair) for pair in self.changes(conditions, centroid, centroid)])
 
     def discrimination(self, conditions) -> float:
-        groups = [rows for _, rows in self.treated(conditions)]
-        real = [
-            self.change(rows, self.scene.observed, self.scene.observed_control.mean)
-            for rows in groups
-        ]
-        found = []
-        for own, rows in enumerate(groups):
-            said = self.change(rows, self.said.values, self.own.mean)
-            if np.linalg.norm(said) < 1e-6:
-                found.append(0.5)
+        observed, predicted = zip(*self.changes_from_control(conditions), strict=True)
+        result = []
+        for own, change in enumerate(predicted):
+            length = np.linalg.norm(change)
+            if length < 1e-6:
+                result.append(0.5)
                 continue
-            cosine = [said @ other / np.linalg.norm(said) / np.linalg.norm(other) for other in real]
-            rank = sum(
-                other > cosine[own] + 1e-12 for index, other in enumerate(cosine) if index != own
-            )
-            rank += (
-                sum(
-                    abs(other - cosine[own]) <= 1e-12
-                    for index, other in enumerate(cosine)
-                    if index != own
-                )
-                / 2
-            )
-            found.append(1 - rank / (len(groups) - 1))
-        return np.mean(found)
+            cosine = [change @ other / length / np.linalg.norm(other) for other in observed]
+            rank = rankdata(-np.round(cosine, 12))[own]
+            result.append(1 - (rank - 1) / (len(observed) - 1))
+        return np.mean(result)
 
-    def true_sets(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        changed, change = self.truth(self.scene)
-        of = {
-            index: [
-                row
-                for row in range(len(self.scene.condition))
-                if self.scene.condition[row] == index
-            ]
-            for index in set(self.scene.condition)
-        }
-        return {
-            index: (np.mean(changed[rows], axis=0) >= 0.5, np.mean(change[rows], axis=0))
-            for index, rows in of.items()
-        }
+    def true_effect(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = self.split.condition == index
+        return self.changed[rows].mean(axis=0) >= 0.5, self.change[rows].mean(axis=0)
 
     def de_direction(self, conditions) -> float:
-        real, found = self.true_sets(), []
-        for index, rows in self.treated(conditions):
-            genes, change = real[index]
-            said = self.change(rows, self.said.values, self.own.mean)
-            signs = [
-                (np.sign(said[gene]) * np.sign(change[gene]) + 1) / 2
-                for gene in np.flatnonzero(genes)
-            ]
-            found += [np.mean(signs)] if signs else []
-        return np.mean(found) if found else math.nan
+        result = []
+        for rows in self.treated(conditions):
+            genes, true_change = self.true_effect(self.split.condition[rows[0]])
+            change = (self.values - self.control.mean)[rows].mean(axis=0)
+            if genes.any():
+                signs = np.sign(change[genes]) * np.sign(true_change[genes])
+                result.append(np.mean((signs + 1) / 2))
+        return np.mean(result) if result else math.nan
 
     def de_jaccard(self, conditions) -> float:
-        if self.said.drawn is None:
-            return math.nan
-        real, found = self.true_sets(), []
-        for index, rows in self.treated(conditions):
-            if len(rows) < TESTABLE:
-                continue
-            said = set(
-                np.flatnonzero(welch(self.said.drawn, self.own, rows, self.scene.context[rows[0]]))
-            )
-            true = set(np.flatnonzero(real[index][0]))
-            found += [len(said & true) / len(said | true)] if said | true else []
-        return np.mean(found) if found else math.nan
+        result = []
+        for rows in self.treated(conditions):
+            if len(rows) >= MIN_TEST_SAMPLES:
+                genes = self.true_effect(self.split.condition[rows[0]])[0]
+                context = self.split.context[rows[0]]
+                own = welch_genes(self.draw, self.control, rows, context)
+                if (genes | own).any():
+                    result.append((genes & own).sum() / (genes | own).sum())
+        return np.mean(result) if result else math.nan
 
     def calibration(self, conditions) -> float:
-        if self.said.pit is None:
-            return math.nan
-        values = [value for row in self.rows(conditions) for value in self.said.pit[row]]
-        shares = [
-            sum(
-                edge / 10 <= value < (edge + 1) / 10 or (edge == 9 and value == 1)
-                for value in values
-            )
-            / len(values)
-            for edge in range(10)
-        ]
-        return sum(abs(share - 0.1) for share in shares)
+        pit = self.predicted.pit[self.rows(conditions)]
+        counts = np.histogram(pit, bins=10, range=(0, 1))[0]
+        return np.abs(counts / pit.size - 0.1).sum()
 
     def count_log_likelihood(self, conditions) -> float:
-        given = self.said.log_likelihood
-        return (
-            math.nan
-            if given is None
-            else float(np.mean([given[row] for row in self.rows(conditions)]))
-        )
+        return np.mean(self.predicted.log_likelihood[self.rows(conditions)])
 
     def e_distance(self, conditions) -> float:
-        spoken, found = self.said.values if self.said.drawn is None else self.said.drawn, []
-        for _, rows in self.treated(conditions):
+        values = self.values if self.draw is None else self.draw
+        result = []
+        for rows in self.treated(conditions):
             if len(rows) > 1:
-                x, y = (
-                    np.stack([values[row].astype(float) @ self.axes for row in rows])
-                    for values in (spoken, self.scene.observed)
-                )
-                between = np.mean([np.linalg.norm(a - b) for a in x for b in y])
-                within = [
-                    np.mean(
-                        [
-                            np.linalg.norm(a - b)
-                            for i, a in enumerate(side)
-                            for j, b in enumerate(side)
-                            if i != j
-                        ]
-                    )
-                    for side in (x, y)
-                ]
-                found.append(2 * between - sum(within))
-        return np.mean(found) if found else math.nan
+                x, y = (list(side[rows] @ self.axes) for side in (values, self.observed))
+                within = mean_distance(x, x) + mean_distance(y, y)
+                result.append(2 * mean_distance(x, y) - within)
+        return np.mean(result) if result else math.nan
 
     def spread_pearson(self, conditions) -> float:
-        if self.said.drawn is None:
-            return math.nan
-        sides = self.scene.observed, self.said.drawn
-        found = [
-            pearson(*(values[rows].astype(float).std(axis=0, ddof=1) for values in sides))
-            for _, rows in self.treated(conditions)
+        result = [
+            pearson(self.observed[rows].std(axis=0), self.draw[rows].std(axis=0))
+            for rows in self.treated(conditions)
             if len(rows) > 1
         ]
-        return np.mean(found) if found else math.nan
+        return np.mean(result) if result else math.nan
 
     def target_bias(self, conditions) -> float:
-        rows = [row for row in self.rows(conditions) if self.scene.target[row] >= 0]
-        return (
-            np.mean(
-                [
-                    self.said.values[row, self.scene.target[row]]
-                    - self.scene.observed[row, self.scene.target[row]]
-                    for row in rows
-                ]
-            )
-            if rows
-            else math.nan
-        )
+        rows = [row for row in self.rows(conditions) if self.split.target[row] >= 0]
+        target = self.split.target[rows]
+        if not rows:
+            return math.nan
+        return np.mean(self.values[rows, target] - self.observed[rows, target])
 
 
-def welch(values: np.ndarray, control: Controls, rows: list[int], context: str) -> np.ndarray:
-    """Genes found by loops: the treated mean against that of the matched controls, whose spread all controls of the context tell."""
-    changes = np.stack([values[row].astype(float) - control.mean[row] for row in rows])
-    share = sum(
-        (np.mean(control.group[rows] == group)) ** 2
-        / control.number[rows][control.group[rows] == group][0]
-        for group in set(control.group[rows])
-    )
-    p = []
-    for gene in range(changes.shape[1]):
-        parts = (
-            changes[:, gene].var(ddof=1) / len(rows),
-            control.deviation[context][gene] ** 2 * share,
-        )
-        freedom = sum(parts) ** 2 / (
-            parts[0] ** 2 / (len(rows) - 1) + parts[1] ** 2 / control.freedom[context]
-        )
-        p.append(2 * t.sf(abs(changes[:, gene].mean()) / math.sqrt(sum(parts)), freedom))
+def welch_genes(values, control: Controls, rows, context: str) -> np.ndarray:
+    """(G,) bool by loops: the treated mean against that of the matched controls, whose deviation
+    comes from all controls of the context."""
+    changes = values[rows].astype(float) - control.mean[rows]
+    share = 0.0
+    for group in set(control.group[rows]):
+        members = control.group[rows] == group
+        share += members.mean() ** 2 / control.number[rows][members][0]
+    degrees, p = control.degrees_of_freedom[context], []
+    for change, deviation in zip(changes.T, control.deviation[context], strict=True):
+        parts = change.var(ddof=1) / len(rows), deviation**2 * share
+        total = sum(parts) ** 2 / (parts[0] ** 2 / (len(rows) - 1) + parts[1] ** 2 / degrees)
+        p.append(2 * t.sf(abs(change.mean()) / math.sqrt(sum(parts)), total))
     return false_discovery_control(p) <= 0.05
 
 
+def undefined_metrics(predictor: str, predicted: PredictedSplit) -> set[str]:
+    """The metrics that may be null for a predictor on the tiny cohort."""
+    names = {"skill_replicate", "target_bias", "de_jaccard"}
+    if predicted.draw is None:
+        names |= {"calibration", "spread_pearson"}
+    if not predictor.startswith("gem"):
+        names.add("count_log_likelihood")
+    own = {
+        "no_change": {"delta_pearson"},
+        "training_mean": {"gene_pearson"},
+        "replicate": {"calibration", "e_distance", "spread_pearson"},
+    }
+    return names | own.get(predictor, set())
+
+
 @pytest.mark.parametrize(
-    ("split", "predictor"),
+    ("name", "predictor"),
     [
-        (split, name)
-        for split in SPLITS
-        for name in PREDICTORS
-        if split[-3:] != "ion" or name == "gem"
+        *((name, predictor) for name in ("test_random", "test_study") for predictor in PREDICTORS),
+        ("test_combination", "gem"),
+        ("test_perturbation", "gem"),
     ],
 )
-def test_every_metric_is_what_loops_over_samples_and_genes_give(world, split, predictor):
-    scene, said = world.by_split[split]
-    found = measured(world, split, said[predictor][0])
-    loops, everything = (
-        Loops(world, split, said[predictor][0]),
-        list(range(scene.condition.max() + 1)),
-    )
-    for name in METRICS:
-        if found[name].values is None:
-            assert found[name].reason
+def test_every_metric_is_that_of_its_definition(evaluation, name, predictor):
+    split, predictions = evaluation.by_split[name]
+    predicted = predictions[predictor][0]
+    draws = evaluation.measure(name, predicted)
+    definitions = Definitions(evaluation, name, predicted)
+    conditions = list(range(split.condition.max() + 1))
+    for metric, values in draws.items():
+        if values.values is None:
+            assert values.reason and metric in undefined_metrics(predictor, predicted), metric
         else:
-            assert found[name].values[0] == pytest.approx(
-                getattr(loops, name)(everything), rel=1e-5, abs=1e-5
-            ), name
-            assert found[name].conditions > 0
-    null = {name for name in METRICS if found[name].values is None}
-    may = (
-        {"calibration", "de_jaccard", "spread_pearson"}
-        if said[predictor][0].drawn is None
-        else set()
-    )
-    may |= set() if predictor.startswith("gem") else {"count_log_likelihood"}
-    may |= {"skill_replicate", "target_bias", "de_jaccard"} | (
-        {"delta_pearson"} if predictor == "no_change" else set()
-    )
-    may |= (
-        {"gene_pearson"}
-        if predictor == "training_mean"
-        else {"calibration", "e_distance", "spread_pearson"}
-        if predictor == "replicate"
-        else set()
-    )
-    assert null <= may
+            expected = getattr(definitions, metric)(conditions)
+            assert values.values[0] == pytest.approx(expected, rel=1e-5, abs=1e-5), metric
+            assert values.conditions > 0
 
 
-def measured(world: World, split: str, said: Prediction) -> dict[str, MetricDraws]:
-    scene, predictions = world.by_split[split]
-    return measure(
-        said, truths(scene, predictions, world.axes, world.predictors.true_change, draws=12)
-    )
-
-
-@pytest.mark.parametrize("split", ["test_random", "test_study"])
+@pytest.mark.parametrize("name", ["test_random", "test_study"])
 @pytest.mark.parametrize(
     "metric", ["mse", "skill", "gene_pearson", "delta_pearson", "calibration", "target_bias"]
 )
-def test_every_resample_is_the_metric_of_the_conditions_drawn_each_as_often_as_it_is(
-    world, split, metric
-):
-    scene, said = world.by_split[split]
-    prediction = said["gem"][0]
-    found = measured(world, split, prediction)[metric].values
-    if found is None:
-        assert (split, metric) == ("test_random", "target_bias") or metric == "skill"
+def test_every_resample_is_the_metric_of_the_repeated_conditions(evaluation, name, metric):
+    split, predictions = evaluation.by_split[name]
+    values = evaluation.measure(name, predictions["gem"][0])[metric].values
+    if values is None:
+        assert (name, metric) == ("test_random", "target_bias") or metric == "skill"
         return
-    loops, weights = Loops(world, split, prediction), Bootstrap(scene.condition, 12, 0).weights
+    definitions = Definitions(evaluation, name, predictions["gem"][0])
+    weights = Bootstrap(split.condition, 12, 0).weights
     for draw in range(1, 4):
-        drawn = [index for index, times in enumerate(weights[draw]) for _ in range(int(times))]
-        assert found[draw] == pytest.approx(
-            getattr(loops, metric)(drawn), rel=1e-5, abs=1e-6, nan_ok=True
-        )
+        conditions = np.repeat(np.arange(weights.shape[1]), weights[draw].astype(int))
+        expected = getattr(definitions, metric)(list(conditions))
+        assert values[draw] == pytest.approx(expected, rel=1e-5, abs=1e-6, nan_ok=True)
 
 
-def test_the_interval_holds_the_middle_of_the_resamples(world):
-    scene, said = world.by_split["test_study"]
-    known = truths(scene, said, world.axes, draws=200)
-    one = measure(said["ridge"][0], known)["mse"]
-    found = score([one], known.resamples)
-    assert (found.low, found.high) == pytest.approx(np.quantile(one.values[1:], [0.025, 0.975]))
-    assert found.low < found.value < found.high
+# --- skill and seeds ---
 
 
-def test_skill_is_zero_for_the_baseline_one_for_the_ideal_and_null_where_the_two_do_not_differ_clearly(
-    world,
-):
-    scene, said = world.by_split["test_study"]
-    assert measured(world, "test_study", said["ridge"][0])["skill"].values[0] == 0
-    assert measured(world, "test_study", said["oracle_metadata"][0])["skill"].values[0] == 1
-    for ideal in ("ridge", "training_mean"):
-        same = truths(scene, said | {"oracle_metadata": said[ideal]}, world.axes)
-        assert (
-            "oracle_metadata is not clearly better than ridge"
-            in measure(said["gem"][0], same)["skill"].reason
-        )
+def test_the_interval_is_of_quantiles_of_the_resamples(evaluation):
+    split, predictions = evaluation.by_split["test_study"]
+    context = split_context(split, predictions, evaluation.axes, draws=200)
+    draws = measure(predictions["ridge"][0], context)["mse"]
+    result = score([draws], context.resamples)
+    expected = np.quantile(draws.values[1:], [0.025, 0.975])
+    assert (result.low, result.high) == pytest.approx(expected)
+    assert result.low < result.value < result.high
 
 
-def test_skill_of_a_predictor_that_sees_the_study_says_that_one_is_not_its_limit(world):
-    said = world.by_split["test_study"][1]
-    assert (
-        "can tell more"
-        in measured(world, "test_study", said["oracle_reference"][0])["skill"].reason
-    )
-    assert measured(world, "test_study", said["gem"][0])["skill"].reason == ""
+def test_skill_is_zero_for_ridge_one_for_the_ideal_and_null_if_they_do_not_differ(evaluation):
+    split, predictions = evaluation.by_split["test_study"]
+    for name, expected in (("ridge", 0), ("oracle_metadata", 1)):
+        assert evaluation.measure("test_study", predictions[name][0])["skill"].values[0] == expected
+    for ceiling in ("ridge", "training_mean"):
+        others = predictions | {"oracle_metadata": predictions[ceiling]}
+        skill = measure(predictions["gem"][0], split_context(split, others))["skill"]
+        assert "oracle_metadata is not clearly better than ridge" in skill.reason
 
 
-def test_a_score_over_seeds_is_the_mean_and_null_where_one_seed_has_none():
-    resamples = Bootstrap(np.arange(3), 4, 0)
+def test_skill_with_a_sample_of_the_study_notes_that_one_is_not_its_limit(evaluation):
+    predictions = evaluation.by_split["test_study"][1]
+    reasons = [
+        evaluation.measure("test_study", predictions[name][0])["skill"].reason
+        for name in ("oracle_reference", "gem")
+    ]
+    assert "can tell more" in reasons[0] and reasons[1] == ""
+
+
+def test_the_score_over_seeds_is_their_mean_and_null_if_one_is_null():
+    resamples, null = Bootstrap(np.arange(3), 4, 0), MetricDraws.null("constant")
     first, second = MetricDraws(np.arange(5.0), 3), MetricDraws(np.arange(5.0) + 2, 3)
-    assert score([first, second], resamples).value == 1
-    assert score([first], resamples).high - score([first, second], resamples).high == -1
-    found = score([first, MetricDraws.null("constant")], resamples)
-    assert (found.value, found.low, found.reason) == (
-        None,
-        None,
-        "of 1 of 2 training seeds: constant",
-    )
-    assert score([MetricDraws.null("constant")] * 2, resamples).reason == "constant"
+    both = score([first, second], resamples)
+    assert both.value == 1 and both.high == score([first], resamples).high + 1
+    one_null = score([first, null], resamples)
+    assert one_null.value is one_null.low is None
+    assert one_null.reason == "of 1 of 2 training seeds: constant"
+    assert score([null, null], resamples).reason == "constant"
 
 
-# --- scenes made by hand ------------------------------------------------------------------------------------------------
+# --- splits with known answers ---
+
+GENES, CONDITIONS, REPLICATES = 40, 12, 6
+SAMPLES = CONDITIONS * REPLICATES
 
 
 @pytest.fixture
-def made(rng) -> tuple[EvaluationSplit, np.ndarray, np.ndarray]:
-    """(scene, (N, G) true expectation, (m, G) controls): 12 conditions of 6 samples, 40 genes, a third changed."""
-    level, condition = rng.normal(5, 2, 40), np.repeat(np.arange(12), 6)
-    effect = rng.normal(0, 1.5, (12, 40)) * (rng.random((12, 40)) < 0.3)
-    control = level + rng.normal(0, 0.2, (60, 40))
+def simulated(rng) -> tuple[EvaluationSplit, np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """(split, (N, G) expectation, (changed, change) of each sample); a third of the genes of a
+    condition are changed."""
+    level, condition = rng.normal(5, 2, GENES), np.repeat(np.arange(CONDITIONS), REPLICATES)
+    effect = rng.normal(0, 1.5, (CONDITIONS, GENES)) * (rng.random((CONDITIONS, GENES)) < 0.3)
+    control = level + rng.normal(0, 0.2, (60, GENES))
     expected = level + effect[condition]
-    target = np.abs(effect).argmax(axis=1)[condition]
-    changed = (effect != 0)[condition], effect[condition]
-    centre = np.tile(effect.mean(axis=0) + level, (72, 1))
-    scene = made_scene(
+    split = simple_split(
         expected + rng.normal(0, 0.2, expected.shape),
         condition,
         control,
-        target=target,
-        perturbed_centre=centre,
+        target=np.abs(effect).argmax(axis=1)[condition],
+        perturbed_centroid=np.tile(effect.mean(axis=0) + level, (SAMPLES, 1)),
     )
-    return scene, expected, changed
+    return split, expected, ((effect != 0)[condition], effect[condition])
 
 
-def test_a_perfect_prediction_has_the_best_value_of_every_metric(made):
-    scene, _, changed = made
-    pit = np.broadcast_to((np.arange(40) + 0.5) / 40, scene.observed.shape)
-    perfect = Prediction(
-        scene.observed, drawn=scene.observed, pit=pit, log_likelihood=np.zeros(len(pit))
-    )
-    worse = Prediction(scene.observed + 1)
-    known = truths(
-        scene,
-        {"ridge": [worse], "oracle_metadata": [perfect], "replicate": [perfect]},
-        true_change=lambda _: changed,
-    )
-    found = {name: one.values[0] for name, one in measure(perfect, known).items()}
-    for name in ("mse", "mae", "target_bias", "calibration", "count_log_likelihood"):
-        assert found[name] == pytest.approx(0, abs=1e-9)
-    for name in (
-        "skill",
-        "skill_replicate",
-        "sample_pearson",
-        "gene_pearson",
-        "spread_pearson",
-        "discrimination",
-        "delta_pearson_systema",
-    ):
-        assert found[name] == pytest.approx(1, abs=1e-9)
-    # The two sides have controls of their own, so these are only nearly perfect.
-    assert (
-        found["delta_pearson"] > 0.99
-        and found["de_direction"] > 0.95
-        and found["de_jaccard"] > 0.75
-    )
-    assert found["e_distance"] < 0
+def test_a_perfect_prediction_has_the_best_value_of_every_metric(simulated):
+    split, _, true_change = simulated
+    pit = np.broadcast_to((np.arange(GENES) + 0.5) / GENES, split.observed.shape)
+    perfect = PredictedSplit(split.observed, split.observed, pit, np.zeros(SAMPLES))
+    others = {
+        "ridge": [PredictedSplit(split.observed + 1)],
+        "oracle_metadata": [perfect],
+        "replicate": [perfect],
+    }
+    draws = measure(perfect, split_context(split, others, true_change=lambda _: true_change))
+    values = {name: metric.values[0] for name, metric in draws.items()}
+    # The two sides have their own controls or draws, so these are only nearly perfect.
+    assert values.pop("delta_pearson") > 0.99
+    assert values.pop("de_direction") > 0.95
+    assert values.pop("de_jaccard") > 0.75
+    assert values.pop("e_distance") < 0
+    best = {name: METRICS[name].best for name in values}
+    assert values == pytest.approx(best, abs=1e-9)
 
 
-def test_a_constant_prediction_has_no_correlation_and_says_why(made):
-    scene = made[0]
-    found = scores(scene, Prediction(np.full(scene.observed.shape, 3.0)))
-    assert "constant over genes" in found["sample_pearson"].reason
-    assert "constant over the samples" in found["gene_pearson"].reason
-    assert found["discrimination"].value is not None and 0 <= found["discrimination"].value <= 1
+def test_a_constant_prediction_has_no_correlation_and_a_reason(simulated):
+    result = scores(simulated[0], PredictedSplit(np.full((SAMPLES, GENES), 3.0)))
+    assert "constant over genes" in result["sample_pearson"].reason
+    assert "constant over the samples" in result["gene_pearson"].reason
+    assert 0 <= result["discrimination"].value <= 1
 
 
-def test_a_prediction_of_no_change_has_no_direction_and_ties_with_everything(made):
-    scene = made[0]
-    found = scores(scene, Prediction(scene.predicted_control.mean), true_change=lambda _: made[2])
-    assert found["delta_pearson"].reason == "no change is predicted in any condition"
-    assert found["discrimination"].value == 0.5
-    assert found["de_direction"].value == 0.5
+def test_a_prediction_of_no_change_has_no_direction_and_ties(simulated):
+    split, _, true_change = simulated
+    no_change = PredictedSplit(split.predicted_control.mean)
+    result = scores(split, no_change, true_change=lambda _: true_change)
+    assert result["delta_pearson"].reason == "no change is predicted in any condition"
+    assert result["discrimination"].value == result["de_direction"].value == 0.5
 
 
-def test_conditions_of_equal_truth_share_their_ranks(made):
-    scene, expected, _ = made
-    twins = made_scene(np.tile(scene.observed[:6], (2, 1)), np.repeat([0, 1], 6))
-    twins = made_scene(twins.observed, twins.condition, scene.observed[-20:] - expected[-20:] + 5)
-    assert scores(twins, Prediction(twins.observed))["discrimination"].value == 0.5
-
-
-def test_a_shuffled_predictor_scores_about_nothing(made, rng):
-    scene, expected, changed = made
-    values = []
+def test_a_predictor_with_shuffled_conditions_scores_as_by_chance(simulated, rng):
+    split, expected, true_change = simulated
+    names, values = ("delta_pearson", "discrimination", "de_direction"), []
     for _ in range(20):
-        order = rng.permutation(12)
-        found = scores(
-            scene,
-            Prediction(expected[np.argsort(order, kind="stable")[scene.condition] * 6]),
-            true_change=lambda _: changed,
-            draws=1,
-        )
-        values.append(
-            [found[name].value for name in ("delta_pearson", "discrimination", "de_direction")]
-        )
+        first_row = rng.permutation(CONDITIONS)[split.condition] * REPLICATES
+        predicted = PredictedSplit(expected[first_row])
+        result = scores(split, predicted, true_change=lambda _: true_change, draws=1)
+        values.append([result[name].value for name in names])
     assert np.mean(values, axis=0) == pytest.approx([1 / 12, 0.5, 0.5], abs=0.09)
 
 
-def test_a_perturbation_without_effect_scores_about_nothing_with_disjoint_controls_and_much_with_shared_ones(
-    rng,
-):
-    level, condition = rng.normal(5, 2, 60), np.repeat(np.arange(80), 3)
-    deltas = {"disjoint": [], "shared": []}
-    for _ in range(10):
-        control = level + rng.normal(0, 0.3, (12, 60))
-        scene = made_scene(level + rng.normal(0, 0.3, (240, 60)), condition, control)
-        own = {"disjoint": scene.predicted_control, "shared": scene.observed_control}
-        for name, controls in own.items():
-            shown = made_scene(scene.observed, condition, control, predicted_control=controls)
-            deltas[name].append(
-                scores(shown, Prediction(np.tile(level, (240, 1))), draws=1)["delta_pearson"].value
-            )
-    assert abs(np.mean(deltas["disjoint"])) < 3 * np.std(deltas["disjoint"]) / np.sqrt(10) + 0.03
-    assert np.mean(deltas["shared"]) > 0.4
+def test_changes_are_taken_from_the_controls_that_a_predictor_used(simulated, rng):
+    """A new study shifts all of its samples: a predictor without its controls must not be charged
+    with the shift as an effect."""
+    split, expected, _ = simulated
+    shift = rng.normal(0, 1, GENES)
 
+    def shifted(control: Controls) -> Controls:
+        return replace(control, mean=control.mean + shift)
 
-def test_predictors_that_see_the_study_are_measured_from_its_controls_and_the_others_from_those_they_knew(
-    made, rng
-):
-    """A new study shifts all that is measured in it: who cannot know the shift must not be charged with it as an effect."""
-    scene, expected, _ = made
-    shift = rng.normal(0, 1, 40)
-    new = made_scene(
-        scene.observed + shift,
-        scene.condition,
-        observed_control=shifted(scene.observed_control, shift),
-        predicted_control=scene.predicted_control,
-        reference_control=shifted(scene.reference_control, shift),
+    new_study = replace(
+        split,
+        observed=split.observed + shift,
+        observed_control=shifted(split.observed_control),
+        reference_control=shifted(split.reference_control),
     )
-    assert scores(new, Prediction(expected))["delta_pearson"].value > 0.9
-    assert (
-        scores(new, Prediction(expected + shift, uses_study_controls=True))["delta_pearson"].value
-        > 0.9
+    cases = (
+        (expected, False, True),
+        (expected + shift, True, True),
+        (expected + shift, False, False),
     )
-    assert scores(new, Prediction(expected + shift))["delta_pearson"].value < 0.8
+    for values, uses_study_controls, high in cases:
+        predicted = PredictedSplit(values, uses_study_controls=uses_study_controls)
+        delta = scores(new_study, predicted)["delta_pearson"].value
+        assert delta > 0.9 if high else delta < 0.8
 
 
-def shifted(control: Controls, shift: np.ndarray) -> Controls:
-    return Controls(
-        control.mean + shift, control.number, control.group, control.deviation, control.freedom
-    )
-
-
-def test_conditions_without_controls_are_left_out_and_counted(made):
-    scene, expected, _ = made
-    gone = scene.condition < 5
-    part = Controls(
-        np.where(gone[:, None], np.nan, scene.observed_control.mean),
-        scene.observed_control.number,
-        scene.observed_control.group,
-        scene.observed_control.deviation,
-        scene.observed_control.freedom,
-    )
-    found = scores(
-        made_scene(
-            scene.observed,
-            scene.condition,
-            observed_control=part,
-            predicted_control=scene.predicted_control,
-        ),
-        Prediction(expected),
-    )
-    left, _ = rows_of(scene, {}, np.flatnonzero(~gone))
-    assert found["delta_pearson"].conditions == 7
+def test_conditions_without_controls_are_left_out(simulated):
+    split, expected, _ = simulated
+    without = split.condition < 5
+    control = split.observed_control
+    mean = np.where(without[:, None], np.nan, control.mean)
+    part = replace(split, observed_control=replace(control, mean=mean))
+    result = scores(part, PredictedSplit(expected))
+    rest, _ = rows_of(split, {}, np.flatnonzero(~without))
+    expected_result = scores(rest, PredictedSplit(expected[~without]))
+    assert result["delta_pearson"].conditions == 7
     for name in ("delta_pearson", "discrimination"):
-        assert found[name].value == pytest.approx(
-            scores(left, Prediction(expected[~gone]))[name].value
-        )
+        assert result[name].value == pytest.approx(expected_result[name].value)
 
 
-def test_without_the_truth_differential_genes_are_those_that_welch_finds_against_controls(made):
-    scene, _, changed = made
-    sets, change = truths(scene).effects
+# --- differential genes ---
+
+
+def test_without_a_known_truth_differential_genes_are_those_of_welch(simulated):
+    split, _, (changed, _) = simulated
+    sets, change = split_context(split).effects
     for index, genes in enumerate(sets):
-        rows = np.flatnonzero(scene.condition == index)
-        np.testing.assert_array_equal(
-            genes, welch(scene.observed, scene.observed_control, list(rows), "x")
-        )
-        np.testing.assert_allclose(
-            change[index], (scene.observed - scene.observed_control.mean)[rows].mean(axis=0)
-        )
-    real = np.stack([changed[0][scene.condition == index][0] for index in range(12)])
-    found = np.stack(sets)
-    assert (found & ~real).sum() / found.sum() < 0.1
-    assert (found & real).sum() / real.sum() > 0.8
+        rows = np.flatnonzero(split.condition == index)
+        expected = welch_genes(split.observed, split.observed_control, rows, "x")
+        np.testing.assert_array_equal(genes, expected)
+        difference = (split.observed - split.observed_control.mean)[rows]
+        np.testing.assert_allclose(change[index], difference.mean(axis=0))
+    genes, truth = np.stack(sets), changed[::REPLICATES]
+    assert (genes & ~truth).sum() / genes.sum() < 0.1
+    assert (genes & truth).sum() / truth.sum() > 0.8
 
 
 @pytest.mark.parametrize("matched", [2, 40])
-def test_genes_without_effect_are_rarely_called_however_few_controls_are_matched(rng, matched):
-    """Four samples of a treatment, two controls of its study, forty of other studies that tell how much controls vary."""
+def test_genes_without_effect_are_rarely_called_with_few_matched_controls(rng, matched):
+    """Four treated samples, two controls of their study, 41 of other studies that determine the
+    deviation. With the mean of two controls taken as certain, 6 of 200 genes would be called."""
     called = 0
     for _ in range(30):
-        control = made_controls(rng.normal(0, 1, (matched, 200)), 8)
         others = rng.normal(0, 1, (41, 200)).std(axis=0, ddof=1)
-        control = Controls(control.mean, control.number, control.group, {"x": others}, {"x": 40})
-        scene = made_scene(
-            rng.normal(0, 1, (8, 200)),
-            np.repeat([0, 1], 4),
-            observed_control=control,
-            predicted_control=control,
-        )
-        called += sum(int(genes.sum()) for genes in truths(scene).effects[0])
-    assert (
-        called / 60 < 2
-    )  # of 200 genes, and of a condition; with the mean of two controls taken as certain: 6
+        control = simple_controls(rng.normal(0, 1, (matched, 200)), 8)
+        control = replace(control, deviation={"x": others}, degrees_of_freedom={"x": 40})
+        sides = {"observed_control": control, "predicted_control": control}
+        split = simple_split(rng.normal(0, 1, (8, 200)), np.repeat([0, 1], 4), **sides)
+        called += sum(int(genes.sum()) for genes in split_context(split).effects[0])
+    assert called / 60 < 2
 
 
-def test_conditions_too_small_to_test_have_no_differential_genes_and_not_none_of_them(made):
-    scene, expected, _ = made
-    few, said = rows_of(
-        scene,
-        {"x": [Prediction(expected, drawn=scene.observed)]},
-        np.flatnonzero((np.arange(72) % 6 < 3) | (scene.condition == 0)),
-    )
-    sets = truths(few).effects[0]
-    assert [genes is not None for genes in sets] == [True] + [False] * 11
-    found = scores(few, said["x"][0])
-    assert (found["de_direction"].conditions, found["de_jaccard"].conditions) == (1, 1)
-    smaller, said = rows_of(
-        scene,
-        {"x": [Prediction(expected, drawn=scene.observed)]},
-        np.flatnonzero(np.arange(72) % 6 < 3),
-    )
-    found = scores(smaller, said["x"][0])
-    assert found["de_direction"].reason == found["de_jaccard"].reason
-    assert f"{TESTABLE} samples each" in found["de_direction"].reason
+def test_conditions_of_few_samples_are_not_tested(simulated):
+    split, expected, _ = simulated
+    predictions = {"x": [PredictedSplit(expected, draw=split.observed)]}
+    first_three = np.arange(SAMPLES) % REPLICATES < 3
+    rows = np.flatnonzero(first_three | (split.condition == 0))
+    part, part_predictions = rows_of(split, predictions, rows)
+    tested = [genes is not None for genes in split_context(part).effects[0]]
+    assert tested == [True] + [False] * 11
+    result = scores(part, part_predictions["x"][0])
+    assert result["de_direction"].conditions == result["de_jaccard"].conditions == 1
+    part, part_predictions = rows_of(split, predictions, np.flatnonzero(first_three))
+    result = scores(part, part_predictions["x"][0])
+    assert result["de_direction"].reason == result["de_jaccard"].reason
+    assert f"the {MIN_TEST_SAMPLES} samples each" in result["de_direction"].reason
 
 
-def test_both_sides_of_a_distribution_are_of_the_samples_that_are_predicted(made, rng):
-    scene = made[0]
-    heard = np.arange(72) % 2 == 0
-    drawn = np.where(
-        heard[:, None], scene.observed + rng.normal(0, 0.1, scene.observed.shape), np.nan
-    )
-    part, _ = rows_of(scene, {}, np.flatnonzero(heard))
-    whole = scores(scene, Prediction(drawn, drawn=drawn), true_change=lambda _: made[2])
-    half = scores(
-        part,
-        Prediction(drawn[heard], drawn=drawn[heard]),
-        true_change=lambda _: tuple(values[heard] for values in made[2]),
-    )
+# --- partial predictions and missing parts ---
+
+
+def test_metrics_are_of_the_predicted_samples_on_both_sides(simulated, rng):
+    split, _, true_change = simulated
+    rows = np.arange(SAMPLES) % 2 == 0
+    noisy = split.observed + rng.normal(0, 0.1, split.observed.shape)
+    draw = np.where(rows[:, None], noisy, np.nan)
+    part, _ = rows_of(split, {}, np.flatnonzero(rows))
+    partial = scores(split, PredictedSplit(draw, draw=draw), true_change=lambda _: true_change)
+    part_change = tuple(values[rows] for values in true_change)
+    predicted = PredictedSplit(draw[rows], draw=draw[rows])
+    expected = scores(part, predicted, true_change=lambda _: part_change)
     for name in METRICS:
-        assert whole[name].value == pytest.approx(half[name].value), name
-    assert whole["mse"].reason == "on the 36 of 72 samples that it predicts"
+        assert partial[name].value == pytest.approx(expected[name].value), name
+    assert partial["mse"].reason == "on the 36 of 72 samples that it predicts"
+
+
+CHANGES = {"delta_pearson", "discrimination", "de_direction", "de_jaccard"}
+PER_CONDITION = {"e_distance", "spread_pearson"}
 
 
 @pytest.mark.parametrize(
-    "lacking", ["controls", "treated", "replicates", "second condition", "treated predictions"]
+    ("missing", "null"),
+    [
+        ("controls", CHANGES),
+        ("treated", CHANGES | PER_CONDITION | {"delta_pearson_systema"}),
+        ("replicates", PER_CONDITION | {"de_direction", "de_jaccard"}),
+        ("second condition", {"discrimination", "spread_pearson"}),
+        ("treated predictions", CHANGES - {"de_jaccard"} | {"e_distance", "target_bias"}),
+    ],
 )
-def test_what_a_scene_lacks_is_null_with_a_reason_and_never_nan(made, lacking):
-    scene, expected, _ = made
-    prediction, count = Prediction(expected, drawn=expected, pit=np.full(expected.shape, 0.5)), 72
-    if lacking == "controls":
-        scene = made_scene(scene.observed, scene.condition)
-    if lacking == "treated":
-        scene = made_scene(
-            scene.observed, scene.condition, expected[:20], treated=np.zeros(72, dtype=bool)
-        )
-    if lacking == "replicates":
-        count = 12
-        scene, said = rows_of(scene, {"x": [prediction]}, np.arange(0, 72, 6))
-        prediction = said["x"][0]
-    if lacking == "second condition":
-        count = 6
-        scene, said = rows_of(scene, {"x": [prediction]}, np.arange(6))
-        prediction = said["x"][0]
-    if lacking == "treated predictions":
-        scene = made_scene(
-            scene.observed, scene.condition, expected[:20], treated=scene.condition > 3
-        )
-        prediction = Prediction(np.where(scene.treated[:, None], np.nan, expected))
-    found = scores(scene, prediction)
-    assert list(found) == list(METRICS)
-    for name, one in found.items():
-        assert one.reason if one.value is None else np.isfinite(one.value), name
-    expected_null = {
-        "controls": {"delta_pearson", "discrimination", "de_direction", "de_jaccard"},
-        "treated": {
-            "delta_pearson",
-            "delta_pearson_systema",
-            "discrimination",
-            "de_direction",
-            "de_jaccard",
-            "e_distance",
-            "spread_pearson",
-        },
-        "replicates": {"de_direction", "de_jaccard", "e_distance", "spread_pearson"},
-        "second condition": {"discrimination", "spread_pearson"},
-        "treated predictions": {
-            "delta_pearson",
-            "discrimination",
-            "de_direction",
-            "e_distance",
-            "target_bias",
-        },
-    }[lacking]
-    assert expected_null <= {name for name, one in found.items() if one.value is None}
-    if lacking == "second condition":
-        assert found["mse"].low is None and found["mse"].reason == "one condition: no interval"
-    assert len(scene.samples) == count
+def test_metrics_that_a_split_cannot_have_are_null_with_a_reason(simulated, missing, null):
+    split, expected, _ = simulated
+    predicted = PredictedSplit(expected, draw=expected, pit=np.full(expected.shape, 0.5))
+    if missing == "controls":
+        split = simple_split(split.observed, split.condition)
+    if missing == "treated":
+        split = replace(split, treated=np.zeros(SAMPLES, dtype=bool))
+    if missing in ("replicates", "second condition"):
+        rows = np.arange(0, SAMPLES, REPLICATES) if missing == "replicates" else np.arange(6)
+        split, predictions = rows_of(split, {"x": [predicted]}, rows)
+        predicted = predictions["x"][0]
+    if missing == "treated predictions":
+        treated = split.condition > 3
+        split = replace(split, treated=treated, target=np.where(treated, split.target, -1))
+        predicted = PredictedSplit(np.where(treated[:, None], np.nan, expected))
+    result = scores(split, predicted)
+    assert list(result) == list(METRICS)
+    for name, metric in result.items():
+        assert metric.reason if metric.value is None else np.isfinite(metric.value), name
+    assert null <= {name for name, metric in result.items() if metric.value is None}
+    if missing == "second condition":
+        assert result["mse"].low is None and result["mse"].reason == "one condition: no interval"
 
 
-def test_a_cohort_without_hidden_controls_still_has_what_needs_none(world):
-    scene, said = world.by_split["test_study"]
-    bare = pd.Series(
-        {name: getattr(scene, name) for name in scene.__dataclass_fields__}
-    ).to_dict() | {"observed_control": None}
-    known = SplitContext(
-        EvaluationSplit(**bare),
-        Bootstrap(scene.condition, 5, 0),
-        world.axes,
-        {},
-        world.predictors.true_change,
+def test_without_hidden_controls_other_metrics_are_the_same(evaluation):
+    split, predictions = evaluation.by_split["test_study"]
+    truth = evaluation.predictors.true_change
+    without, complete = (
+        measure(predictions["gem"][0], split_context(part, {}, evaluation.axes, truth, 5))
+        for part in (replace(split, observed_control=None), split)
     )
-    found = measure(said["gem"][0], known)
-    whole = measured(world, "test_study", said["gem"][0])
-    assert {name for name in METRICS if found[name].values is None} >= {
-        "delta_pearson",
-        "discrimination",
-    }
+    null = {name for name, draws in without.items() if draws.values is None}
+    assert null >= {"delta_pearson", "discrimination"}
     for name in ("delta_pearson_systema", "de_direction", "de_jaccard"):
-        assert found[name].values[0] == whole[name].values[0]
+        assert without[name].values[0] == complete[name].values[0]

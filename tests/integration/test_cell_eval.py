@@ -1,16 +1,21 @@
-"""An independent judge: Arc Institute's cell-eval2 and scanpy's Welch test, in an environment of their own.
+"""Metrics against Arc Institute's cell-eval2 and scanpy's Welch test, in their own environment.
 
-`make test` creates that environment from tests/cell_eval/requirements.lock; see tests/cell_eval/score.py.
+`make test` creates that environment from tests/cell_eval/requirements.lock.
 """
 
 import json
 import os
 import subprocess
+import sys
+from pathlib import Path
 
+import anndata
 import numpy as np
+import pandas as pd
 import pytest
 from support.settings import ROOT
 
+from pipeline import predict
 from pipeline.gem.evaluation.differential_expression import (
     de_direction,
     de_jaccard,
@@ -24,10 +29,10 @@ from pipeline.gem.evaluation.metrics import (
 )
 
 PYTHON = ROOT / ".venv-cell-eval" / "bin" / "python"
-SCORE = ROOT / "tests" / "cell_eval" / "score.py"
+SCRIPTS = ROOT / "tests" / "cell_eval"
 
 GENES, CONTROLS, REPLICATES = 120, 20, 15
-# What the prediction of each drug is: its own effect, less or more of it, another drug's, its mirror image, nothing at all.
+# Prediction of each drug: (drug whose effect it has, multiple of that effect).
 DRUGS = {
     "own": (0, 1.0),
     "weak": (1, 0.3),
@@ -38,75 +43,65 @@ DRUGS = {
     "null": (6, 1.0),
 }
 NAMES = ["control", *DRUGS]
+SIDES = ("observed", "predicted")
 
 
 @pytest.fixture(scope="module")
 def screen() -> dict[str, np.ndarray]:
-    """Observed and predicted samples, by condition; the drug `null` has no effect, `unmoved` is predicted to be the control."""
-    rng = np.random.default_rng(
-        0
-    )  # a seed with which no gene of the null drug is a false discovery
-    level, noise = (
-        rng.uniform(5, 7, GENES),
-        rng.gamma(9, 0.02, GENES),
-    )  # cell-eval2 refuses negative log-CPM
+    """Observed and predicted samples, and their conditions.
+
+    The drug `null` has no effect. The prediction of `unmoved` is the control.
+    """
+    rng = np.random.default_rng(0)  # with this seed the null drug has no false discovery
+    # cell-eval2 refuses negative log-CPM.
+    level, noise = rng.uniform(5, 7, GENES), rng.gamma(9, 0.02, GENES)
     effects = rng.normal(0, 0.5, (len(DRUGS), GENES)) * (rng.random((len(DRUGS), GENES)) < 0.3)
     effects[list(DRUGS).index("null")] = 0
     controls = rng.normal(level, noise, (2, CONTROLS, GENES))
-    observed = [
-        controls[0],
-        *(rng.normal(level + effect, noise, (REPLICATES, GENES)) for effect in effects),
-    ]
-    predicted = [
-        controls[1],
-        *(
-            rng.normal(level + share * effects[which], noise, (REPLICATES, GENES))
-            for which, share in DRUGS.values()
-        ),
-    ]
+
+    def samples(effect: np.ndarray) -> np.ndarray:
+        return rng.normal(level + effect, noise, (REPLICATES, GENES))
+
+    observed = [controls[0], *(samples(effect) for effect in effects)]
+    predicted = [controls[1], *(samples(share * effects[drug]) for drug, share in DRUGS.values())]
     predicted[NAMES.index("unmoved")] = controls[1]
-    return {
-        "observed": np.concatenate(observed).astype(np.float32),
-        "predicted": np.concatenate(predicted).astype(np.float32),
-        "observed_condition": np.repeat(NAMES, [len(side) for side in observed]),
-        "predicted_condition": np.repeat(NAMES, [len(side) for side in predicted]),
-    }
+    arrays = {}
+    for side, groups in zip(SIDES, (observed, predicted), strict=True):
+        arrays[side] = np.concatenate(groups).astype(np.float32)
+        arrays[f"{side}_condition"] = np.repeat(NAMES, [len(group) for group in groups])
+    return arrays
 
 
 @pytest.fixture(scope="module")
-def judged(screen, tmp_path_factory) -> dict[str, dict]:
-    """What cell-eval2 says of the screen."""
-    if not PYTHON.exists():
-        pytest.fail(
-            f"{PYTHON} is missing: run the tests with `make test`, which creates this environment from tests/cell_eval/requirements.lock"
-        )
+def cell_eval(screen, tmp_path_factory) -> dict[str, dict]:
+    """Scores of the screen by cell-eval2."""
     path = tmp_path_factory.mktemp("cell_eval") / "screen.npz"
     np.savez(path, **screen)
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
-    }
-    done = subprocess.run(
-        [PYTHON, SCORE, path], capture_output=True, text=True, timeout=300, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run_script("score.py", path)
 
 
-def condition_means(values: np.ndarray, condition: np.ndarray) -> np.ndarray:
-    return np.stack(
-        [
-            values[condition == index].mean(axis=0, dtype=np.float64)
-            for index in range(condition.max() + 1)
-        ]
-    )
+def run_script(name: str, *arguments: Path) -> dict:
+    """Output of a script of tests/cell_eval in its own environment."""
+    if not PYTHON.exists():
+        pytest.fail(f"{PYTHON} is missing: run the tests with `make test`")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    command = [PYTHON, SCRIPTS / name, *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout)
+
+
+def groups(screen, side: str) -> dict[str, np.ndarray]:
+    """Samples (n, G) by condition."""
+    return {name: screen[side][screen[f"{side}_condition"] == name] for name in NAMES}
 
 
 @pytest.fixture(scope="module")
 def means(screen) -> tuple[np.ndarray, np.ndarray]:
     """(1 + drugs, G) observed and predicted means, the control first."""
     return tuple(
-        condition_means(screen[side], rank_in_names(screen[f"{side}_condition"]))
-        for side in ("observed", "predicted")
+        np.stack([rows.mean(axis=0, dtype=np.float64) for rows in groups(screen, side).values()])
+        for side in SIDES
     )
 
 
@@ -118,89 +113,111 @@ def changes(means) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def differential(screen) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Our differential genes and changes of every drug, observed and predicted."""
-    return {
-        side: {
-            drug: differential_genes(
-                *(screen[side][screen[f"{side}_condition"] == name] for name in (drug, "control"))
-            )
-            for drug in DRUGS
-        }
-        for side in ("observed", "predicted")
-    }
-
-
-def rank_in_names(labels: np.ndarray) -> np.ndarray:
-    """(N,) index in NAMES of each label."""
-    return np.array([NAMES.index(label) for label in labels])
+    """Differential genes and changes of every drug, observed and predicted."""
+    tables = {}
+    for side in SIDES:
+        rows = groups(screen, side)
+        tables[side] = {drug: differential_genes(rows[drug], rows["control"]) for drug in DRUGS}
+    return tables
 
 
 def of_drugs(values: dict[str, float]) -> np.ndarray:
-    """(drugs,) values in our order; NaN where cell-eval2 gives none."""
+    """(drugs,) values in the order of DRUGS; NaN where cell-eval2 gives none."""
     return np.array([values.get(drug, np.nan) for drug in DRUGS])
 
 
-def test_errors_of_condition_means_are_those_of_cell_eval(judged, means, changes):
-    scores = judged["metrics"]
-    for (observed, predicted), space in (
-        (tuple(side[1:] for side in means), "expr"),
-        (changes, "delta"),
-    ):
-        np.testing.assert_allclose(
-            squared_error(observed, predicted), of_drugs(scores[f"{space}_mse"]), rtol=1e-9
-        )
-        np.testing.assert_allclose(
-            absolute_error(observed, predicted), of_drugs(scores[f"{space}_mae"]), rtol=1e-9
-        )
+def test_errors_of_condition_means_equal_those_of_cell_eval(cell_eval, means, changes):
+    scores = cell_eval["metrics"]
+    for pair, space in ((tuple(side[1:] for side in means), "expr"), (changes, "delta")):
+        for error, name in ((squared_error, "mse"), (absolute_error, "mae")):
+            expected = of_drugs(scores[f"{space}_{name}"])
+            np.testing.assert_allclose(error(*pair), expected, rtol=1e-9)
 
 
-def test_delta_pearson_is_that_of_cell_eval_but_for_a_prediction_of_nothing(judged, changes):
-    ours, theirs = delta_pearson(*changes), of_drugs(judged["metrics"]["delta_pearson"])
+def test_delta_pearson_equals_that_of_cell_eval_except_for_no_predicted_change(cell_eval, changes):
+    ours, theirs = delta_pearson(*changes), of_drugs(cell_eval["metrics"]["delta_pearson"])
     moved = np.array(list(DRUGS)) != "unmoved"
     np.testing.assert_allclose(ours[moved], theirs[moved], atol=1e-9)
     assert ours[moved].min() < -0.5
-    # No correlation is defined there: cell-eval2 charges the worst, we leave it to the caller.
+    # No correlation is defined there: cell-eval2 gives -1, this project leaves it to the caller.
     assert np.isnan(ours[~moved]).all()
     assert theirs[~moved] == -1
 
 
-def test_discrimination_is_that_of_cell_eval_ties_included(judged, changes):
+def test_discrimination_equals_that_of_cell_eval_with_ties(cell_eval, changes):
     ours = discrimination(*changes)
-    np.testing.assert_allclose(ours, of_drugs(judged["metrics"]["pds_cosine"]), atol=1e-12)
-    found = dict(zip(DRUGS, ours, strict=True))
-    assert (found["own"], found["weak"], found["unmoved"], found["mirrored"]) == (1, 1, 0.5, 0)
+    np.testing.assert_allclose(ours, of_drugs(cell_eval["metrics"]["pds_cosine"]), atol=1e-12)
+    values = dict(zip(DRUGS, ours, strict=True))
+    expected = {"own": 1, "weak": 1, "unmoved": 0.5, "mirrored": 0}
+    assert {name: values[name] for name in expected} == expected
 
 
-def test_differential_genes_are_those_of_scanpy(judged, differential):
-    for drug in DRUGS:
-        np.testing.assert_array_equal(
-            differential["observed"][drug][0], judged["significant"][drug], err_msg=drug
-        )
+def test_differential_genes_equal_those_of_scanpy(cell_eval, differential):
+    for drug, (significant, _) in differential["observed"].items():
+        np.testing.assert_array_equal(significant, cell_eval["significant"][drug], err_msg=drug)
     assert sum(significant.sum() for significant, _ in differential["observed"].values()) > 100
 
 
-def test_de_direction_is_that_of_cell_eval_but_for_a_prediction_of_nothing(judged, differential):
-    ours = {
-        drug: de_direction(*differential["observed"][drug], differential["predicted"][drug][1])
-        for drug in DRUGS
-    }
-    theirs = judged["metrics"]["de_wilcoxon_direction_match"]
+def test_de_direction_equals_that_of_cell_eval_except_for_no_predicted_change(
+    cell_eval, differential
+):
+    observed, predicted = (differential[side] for side in SIDES)
+    ours = {drug: de_direction(*observed[drug], predicted[drug][1]) for drug in DRUGS}
+    theirs = cell_eval["metrics"]["de_wilcoxon_direction_match"]
     for drug in set(DRUGS) - {"unmoved", "null"}:
         assert ours[drug] == pytest.approx(theirs[drug], abs=1e-12), drug
-    # A change of exactly 0 is a coin's guess to us, a mistake to them.
+    # A change of exactly 0 counts as half right here, as wrong there.
     assert (ours["unmoved"], theirs["unmoved"]) == (0.5, 0.0)
     assert np.isnan(ours["null"])
 
 
-def test_de_jaccard_is_that_of_cell_eval_but_for_two_empty_sets(judged, differential):
-    ours = {
-        drug: de_jaccard(differential["observed"][drug][0], differential["predicted"][drug][0])
-        for drug in DRUGS
-    }
-    theirs = judged["metrics"]["de_wilcoxon_sig_jaccard"]
+def test_de_jaccard_equals_that_of_cell_eval_except_for_two_empty_sets(cell_eval, differential):
+    observed, predicted = (differential[side] for side in SIDES)
+    ours = {drug: de_jaccard(observed[drug][0], predicted[drug][0]) for drug in DRUGS}
+    theirs = cell_eval["metrics"]["de_wilcoxon_sig_jaccard"]
     for drug in set(DRUGS) - {"null"}:
         assert ours[drug] == pytest.approx(theirs[drug], abs=1e-12), drug
     assert 0 < ours["weak"] < ours["own"]
-    # Nothing to find and nothing said: perfect to them, no value to us.
+    # Two empty sets: no value here, perfect there.
     assert np.isnan(ours["null"])
     assert theirs["null"] == 1
+
+
+def log_cpm_of_groups(counts: np.ndarray, labels: np.ndarray, names: list[str]) -> np.ndarray:
+    """(conditions, G) log-CPM of summed counts."""
+    sums = np.stack([counts[labels == name].sum(axis=0, dtype=np.float64) for name in names])
+    return np.log1p(sums / sums.sum(axis=1, keepdims=True) * 1e6)
+
+
+@pytest.mark.parametrize("total", [1_000_000, 20])
+def test_cell_eval_reads_a_prediction_and_ranks_its_errors_as_this_project_does(
+    monkeypatch, tmp_path, model_directory, cohort, total
+):
+    """A dense matrix, and a sparse one where most counts are zero."""
+    rows = cohort.rows(["train"])
+    names = ["control", *rows["perturbation"].value_counts().drop("control").index[:3]]
+    selected = rows["perturbation"].isin(names).to_numpy()
+    rows, counts = rows[selected].reset_index(drop=True), cohort.counts(["train"])[selected]
+    query, prediction = tmp_path / "query.parquet", tmp_path / "prediction.h5ad"
+    rows[["tissue", "cell_type", "sex", "perturbation"]].to_parquet(query, index=False)
+    options = ["--model", model_directory, "--query", query, "--output", prediction]
+    command = ["predict", *map(str, options), "--total-count", str(total)]
+    monkeypatch.setattr(sys, "argv", command)
+    predict.main()
+
+    labels = rows["perturbation"].to_numpy()
+    obs = pd.DataFrame({"perturbation": labels}, index=rows.index.astype(str))
+    var = pd.DataFrame(index=cohort.genes)
+    observed = anndata.AnnData(counts.astype(np.float32), obs=obs, var=var)
+    observed.write_h5ad(tmp_path / "observed.h5ad")
+    scores = run_script("score_prediction.py", prediction, tmp_path / "observed.h5ad")["expr_mse"]
+    predicted = anndata.read_h5ad(prediction).X
+    assert hasattr(predicted, "toarray") == (total == 20)
+    assert set(names[1:]) <= set(scores) <= set(names)
+    assert np.isfinite(list(scores.values())).all()
+    if total == 1_000_000:
+        difference = log_cpm_of_groups(predicted, labels, names) - log_cpm_of_groups(
+            counts, labels, names
+        )
+        ours = np.square(difference).mean(axis=1)[1:]
+        assert np.corrcoef(ours, [scores[name] for name in names[1:]])[0, 1] > 0.9

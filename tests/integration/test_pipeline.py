@@ -1,7 +1,9 @@
-"""The stages end to end on a tiny cohort, as a user runs them: `dvc repro`, then MLflow, then a second time."""
+"""The stages end to end on a tiny cohort: `dvc repro`, then MLflow, then a second `dvc repro`."""
 
 import json
 import re
+import subprocess
+import sys
 
 import mlflow
 import numpy as np
@@ -15,10 +17,18 @@ from pipeline.gem.common.files import sha256
 from pipeline.gem.evaluation.metrics import METRICS
 from pipeline.gem.evaluation.predictors import PREDICTORS
 
+MODEL_FILES = ("model.safetensors", "history.csv", "report.json", "seeds/seeds.json")
+SEARCH_FILES = ("best.yaml", "trials.csv", "importance.csv", "confirmed.csv")
+SEARCH_FIGURES = ("history", "slices", "importance", "confirmed")  # contours need 4 trials
+EVALUATION_FILES = ("report.html", "metrics.json", "metrics.csv", "comparisons.csv", "seeds.csv",
+                    "conditions.csv", "calibration.csv", "error_decomposition.csv", "latents.csv",
+                    "figures/mse.png", "figures/skill.png")  # fmt: skip
+COLUMNS = ["split", "predictor", "metric", "value", "low", "high", "conditions", "reason"]
+
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory) -> Repository:
-    """After one `dvc repro` of everything."""
+    """After one `dvc repro` of all stages."""
     repository = Repository(tmp_path_factory.mktemp("run") / "repository", TINY)
     repository.dvc("repro")
     return repository
@@ -29,299 +39,280 @@ def client(repository) -> mlflow.MlflowClient:
     return mlflow.MlflowClient(f"sqlite:///{repository.folder}/mlflow.db")
 
 
-@pytest.fixture(scope="module")
-def runs(client) -> list:
+def runs_of(client: mlflow.MlflowClient) -> list:
     experiment = client.get_experiment_by_name("gem")
     return client.search_runs([experiment.experiment_id], max_results=100)
 
 
+@pytest.fixture(scope="module")
+def runs(client) -> list:
+    return runs_of(client)
+
+
+@pytest.fixture(scope="module")
+def scores(repository) -> dict:
+    return json.loads((repository.folder / "experiments/evaluation/metrics.json").read_text())
+
+
 def by_name(runs, name: str):
-    found = [run for run in runs if run.info.run_name == name]
-    assert len(found) == 1, f"{name}: {len(found)} runs"
-    return found[0]
+    (run,) = (run for run in runs if run.info.run_name == name)
+    return run
 
 
-def test_a_second_repro_does_nothing(repository):
-    said = repository.dvc("repro").stdout
-    assert "Data and pipelines are up to date" in said
-    assert "Running stage" not in said
+def test_a_second_repro_runs_nothing(repository):
+    output = repository.dvc("repro").stdout
+    assert "Data and pipelines are up to date" in output
+    assert "Running stage" not in output
+
+
+def test_after_the_results_are_committed_nothing_differs(repository):
+    repository.commit("results")
+    repository.dvc("repro")
+    assert repository.git("status", "--short") == ""
+    assert repository.dvc("status").stdout.strip() == "Data and pipelines are up to date."
+
+
+def test_no_output_holds_the_commit_or_the_folder(repository):
+    """Otherwise dvc.lock could never agree with the commit that contains it."""
+    commit = repository.git("rev-parse", "HEAD~1").strip()
+    for path in (repository.folder / "experiments").rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert (
+                commit[:7].encode() not in content
+                and str(repository.folder).encode() not in content
+            ), path
 
 
 def test_a_changed_table_of_a_person_makes_prepare_run_again(repository):
     table = repository.folder / "data/tables/genes.txt"
     assert "prepare" not in repository.dvc("status", "prepare").stdout
     table.write_text("gene")
-    assert re.search(
-        r"prepare:\s+changed deps:\s+modified:\s+data/tables",
-        repository.dvc("status", "prepare").stdout,
-    )
+    status = repository.dvc("status", "prepare").stdout
+    assert re.search(r"prepare:\s+changed deps:\s+modified:\s+data/tables", status)
     table.unlink()
 
 
-def test_every_output_named_in_the_contract_is_there(repository):
-    for directory in ("experiments/default", "experiments/latent_kl"):
-        for name in (
-            "model.pt",
-            "history.csv",
-            "report.json",
-            "seeds/seeds.json",
-            "figures/learning.png",
-        ):
-            assert (repository.folder / directory / name).stat().st_size > 0
-    for name in (
-        "best.yaml",
-        "trials.csv",
-        "importance.csv",
-        "confirmed.csv",
-        *(
-            f"figures/{name}.png"
-            for name in ("history", "slices", "contours", "importance", "confirmed")
-        ),
-    ):
-        assert (repository.folder / "experiments/latent_kl" / name).stat().st_size > 0
-    for name in (
-        "metrics.json",
-        "metrics.csv",
-        "comparisons.csv",
-        "figures/mse.png",
-        "figures/skill.png",
-    ):
-        assert (repository.folder / "experiments/evaluation" / name).stat().st_size > 0
+def test_a_change_of_prediction_code_concerns_registration_alone(repository):
+    module = repository.folder / "pipeline/gem/prediction/mlflow_model.py"
+    text = module.read_text()
+    module.write_text(text + "\n# changed\n")
+    changed = re.findall(r"^(\w+):", repository.dvc("status").stdout, flags=re.MULTILINE)
+    module.write_text(text)
+    assert changed == ["register"]
 
 
-def test_metrics_json_and_csv_say_the_same_for_every_split_predictor_and_metric(repository):
-    folder = repository.folder / "experiments/evaluation"
-    nested, table = (
-        json.loads((folder / "metrics.json").read_text()),
-        pd.read_csv(folder / "metrics.csv"),
-    )
-    assert list(table.columns) == [
-        "split",
-        "predictor",
-        "metric",
-        "value",
-        "low",
-        "high",
-        "conditions",
-        "reason",
-    ]
-    assert set(nested) == {"test_random", "test_combination", "test_perturbation", "test_study"}
-    for split, predictors in nested.items():
+def test_every_file_of_the_contract_exists(repository):
+    files = [f"{model}/{name}" for model in ("default", "latent_kl") for name in MODEL_FILES]
+    files += [f"latent_kl/{name}" for name in SEARCH_FILES]
+    files += [f"latent_kl/figures/{name}.png" for name in SEARCH_FIGURES]
+    files += [f"evaluation/{name}" for name in EVALUATION_FILES]
+    for name in ("default/figures/learning.png", *files):
+        assert (repository.folder / "experiments" / name).stat().st_size > 0, name
+
+
+def test_metrics_json_and_csv_hold_the_same_values(repository, scores):
+    table = pd.read_csv(repository.folder / "experiments/evaluation/metrics.csv")
+    assert list(table.columns) == COLUMNS
+    assert set(scores) == {"test_random", "test_combination", "test_perturbation", "test_study"}
+    rows = table.set_index(["split", "predictor", "metric"])
+    assert rows.index.is_unique
+    for split, predictors in scores.items():
         assert list(predictors) == list(PREDICTORS)
         for predictor, metrics in predictors.items():
             assert list(metrics) == list(METRICS)
             for metric, value in metrics.items():
-                row = table[
-                    (table["split"] == split)
-                    & (table["predictor"] == predictor)
-                    & (table["metric"] == metric)
-                ].iloc[0]
+                row = rows.loc[(split, predictor, metric)]
                 if value is None:
-                    assert np.isnan(row["value"])
-                    assert row["reason"]
-                else:
-                    # Few conditions have no interval, and say so; a share of a gap may lie outside its own.
-                    assert (
-                        row["low"] <= row["value"] <= row["high"]
-                        or metric.startswith("skill")
-                        or "interval" in str(row["reason"])
-                    )
-                    assert row["value"] == pytest.approx(value)
+                    assert np.isnan(row["value"]) and row["reason"]
+                    continue
+                assert row["value"] == pytest.approx(value)
+                # A ratio may lie outside its own interval; few conditions have none.
+                if not metric.startswith("skill") and "interval" not in str(row["reason"]):
+                    assert row["low"] <= row["value"] <= row["high"]
 
 
-def test_the_ideal_predictor_is_not_beaten_on_any_split(repository):
-    """Each by what it knows: a reference tells of a new study what metadata cannot; a replicate speaks for some samples only."""
-    nested = json.loads((repository.folder / "experiments/evaluation/metrics.json").read_text())
-    for split, predictors in nested.items():
-        errors = {
-            name: metrics["mse"] for name, metrics in predictors.items() if name != "replicate"
-        }
-        assert (
-            errors["oracle_omniscient"] <= errors["oracle_reference"] <= errors["oracle_metadata"]
-        ), split
+def test_no_predictor_beats_the_oracle_with_the_same_information(scores):
+    for split, predictors in scores.items():
+        errors = {name: metrics["mse"] for name, metrics in predictors.items()}
+        del errors["replicate"]  # exists for some samples only
+        oracles = [errors[f"oracle_{name}"] for name in ("omniscient", "reference", "metadata")]
+        assert oracles == sorted(oracles), split
         for name, error in errors.items():
             if not name.startswith("oracle"):
                 ideal = "oracle_reference" if name.endswith("_reference") else "oracle_metadata"
                 assert error >= errors[ideal], (split, name)
 
 
-def test_runs_of_train_tune_and_evaluate_compare_in_one_table(runs):
-    """The same parameters under the same names, the same metrics; a child per trial under one parent."""
+def test_runs_of_train_tune_and_evaluate_have_the_same_parameters_and_metrics(runs):
     default, winner = by_name(runs, "default"), by_name(runs, "latent_kl winner")
     trials = [run for run in runs if run.info.run_name.startswith("latent_kl trial")]
     assert len(trials) == 3
     assert {run.data.tags["stage"] for run in (default, winner, *trials)} == {"train", "tune"}
-    flat = set(default.data.params)
-    assert {"model.latent.biological", "train.kl_weight.technical", "train.learning_rate"} <= flat
-    assert all(flat <= set(run.data.params) for run in (winner, *trials))
-    assert all(
-        {"validation/predictive_log_likelihood", "train/loss", "best/predictive_log_likelihood"}
-        <= set(run.data.metrics)
-        for run in (default, winner)
-    )
-    parent = by_name(runs, "latent_kl")
-    assert {run.data.tags["mlflow.parentRunId"] for run in (winner, *trials)} == {
-        parent.info.run_id
+    names = set(default.data.params)
+    assert {"model.latent.biological", "train.kl_weight.technical"} <= names
+    assert all(names <= set(run.data.params) for run in (winner, *trials))
+    metrics = {
+        "validation/predictive_log_likelihood",
+        "train/loss",
+        "best/predictive_log_likelihood",
     }
-    assert parent.data.metrics["trials/complete"] + parent.data.metrics["trials/pruned"] == 3
-    assert parent.data.metrics["epochs/spent"] + parent.data.metrics["epochs/spared"] == 3 * 3
-    confirmed = [run for run in runs if run.info.run_name.startswith("latent_kl confirm")]
-    assert {"0", parent.data.tags["best.trial"]} <= {
-        run.data.params["confirmed_trial"] for run in confirmed
-    }
-    assert len(confirmed) == 2 and parent.data.metrics["confirmed/mean"] == max(
-        run.data.metrics["best/predictive_log_likelihood"] for run in confirmed
-    )
-    assert "fresh seed" in parent.data.tags["verdict"]
+    assert all(metrics <= set(run.data.metrics) for run in (default, winner))
     assert all("log10.train.kl_weight.technical" in run.data.params for run in trials)
     assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}
 
 
+def test_a_search_is_a_parent_run_with_a_child_per_trial(runs):
+    parent = by_name(runs, "latent_kl")
+    trials = [run for run in runs if run.info.run_name.startswith("latent_kl trial")]
+    children = (by_name(runs, "latent_kl winner"), *trials)
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    metrics = parent.data.metrics
+    assert metrics["trials/complete"] + metrics["trials/pruned"] == 3
+    assert metrics["epochs/trained"] + metrics["epochs/pruned"] == 3 * 3
+    confirmed = [run for run in runs if run.info.run_name.startswith("latent_kl confirmation")]
+    candidates = {run.data.params["confirmed_trial"] for run in confirmed}
+    assert len(confirmed) == 2 and {"0", parent.data.tags["best.trial"]} <= candidates
+    best = max(run.data.metrics["best/predictive_log_likelihood"] for run in confirmed)
+    assert metrics["confirmed/mean"] == best
+    assert "fresh seed" in parent.data.tags["result"]
+
+
 def test_epochs_are_the_steps_of_the_metrics(client, runs):
-    steps = [
-        metric.step
-        for metric in client.get_metric_history(
-            by_name(runs, "default").info.run_id, "validation/mse"
-        )
-    ]
+    run_id = by_name(runs, "default").info.run_id
+    steps = [metric.step for metric in client.get_metric_history(run_id, "validation/mse")]
     assert steps == list(range(1, TINY["train.epochs"] + 1))
 
 
-def test_one_row_tells_the_whole_story_of_a_model(repository, runs):
-    """Evaluate adds its metrics to the run that trained the model, found by the model's hash."""
-    nested = json.loads((repository.folder / "experiments/evaluation/metrics.json").read_text())
-    for name, predictor, directory in (
-        ("default", "gem", "default"),
-        ("latent_kl winner", "gem_tuned", "latent_kl"),
-    ):
-        run = by_name(runs, name)
-        assert run.data.tags["model.sha256"] == sha256(
-            repository.folder / "experiments" / directory / "model.pt"
-        )
-        assert run.data.metrics["test_random/mse"] == pytest.approx(
-            nested["test_random"][predictor]["mse"]
-        )
-        assert run.data.metrics["test_random/reference_mse"] == pytest.approx(
-            nested["test_random"][f"{predictor}_reference"]["mse"]
-        )
+@pytest.mark.parametrize(
+    ("name", "predictor", "directory"),
+    [("default", "gem", "default"), ("latent_kl winner", "gem_tuned", "latent_kl")],
+)
+def test_evaluate_adds_the_scores_to_the_run_that_trained_the_model(
+    repository, runs, scores, name, predictor, directory
+):
+    run, model = by_name(runs, name), f"experiments/{directory}/model.safetensors"
+    assert run.data.tags["model.sha256"] == sha256(repository.folder / model)
+    for metric, key in (("mse", predictor), ("reference_mse", f"{predictor}_reference")):
+        expected = scores["test_random"][key]["mse"]
+        assert run.data.metrics[f"test_random/{metric}"] == pytest.approx(expected)
+
+
+def test_baselines_and_oracles_have_runs_of_their_own(runs):
     assert by_name(runs, "ridge").data.metrics["test_random/skill"] == 0
     assert by_name(runs, "oracle_metadata").data.metrics["test_random/skill"] == 1
 
 
-def test_every_run_carries_the_data_and_the_code(repository, runs):
+def test_every_run_carries_the_hash_of_the_data_and_the_commit(repository, runs):
     lock = yaml_file.read(repository.folder / "dvc.lock").values
     digest = lock["stages"]["prepare"]["outs"][0]["md5"]
-    for name in ("default", "latent_kl winner", "latent_kl trial 0", "evaluate"):
+    commits = repository.git("rev-list", "HEAD").split()
+    for name in ("default", "latent_kl winner", "latent_kl trial=0", "evaluate"):
         run = by_name(runs, name)
-        assert [dataset.dataset.digest for dataset in run.inputs.dataset_inputs] == [digest]
-        assert run.data.tags["git.commit"] == repository.git("rev-parse", "HEAD").strip()
+        assert [data.dataset.digest for data in run.inputs.dataset_inputs] == [digest]
+        assert run.data.tags["git.commit"] in commits
         assert run.data.tags["git.dirty"] == "false"
 
 
-def test_every_trained_model_is_registered_and_the_champion_is_the_best_of_them(repository, client):
-    versions = {
-        one.tags["model.sha256"]: one for one in client.search_model_versions("name = 'gem'")
-    }
+def test_every_trained_model_is_registered_and_the_champion_is_the_best(repository, client):
+    versions = client.search_model_versions("name = 'gem'")
+    by_model = {version.tags["model.sha256"]: version for version in versions}
     values = {}
     for directory in ("default", "latent_kl"):
         folder = repository.folder / "experiments" / directory
-        version = versions[
-            sha256(folder / "model.pt")
-        ]  # one for both where the search's baseline wins
-        values[version.version] = json.loads((folder / "report.json").read_text())["validation"][
-            "predictive_log_likelihood"
-        ]
+        report = json.loads((folder / "report.json").read_text())
+        # One version for both where the baseline of the search wins.
+        version = by_model[sha256(folder / "model.safetensors")]
+        values[version.version] = report["validation"]["predictive_log_likelihood"]
         assert float(version.tags["predictive_log_likelihood"]) == values[version.version]
-    assert len(versions) == len(values)
-    assert values[client.get_model_version_by_alias("gem", "champion").version] == max(
-        values.values()
-    )
+    assert len(by_model) == len(versions) == len(values)
+    champion = client.get_model_version_by_alias("gem", "champion").version
+    assert values[champion] == max(values.values())
 
 
-def test_figures_are_in_the_runs(client, runs):
-    def names(run: str, folder: str) -> set[str]:
-        return {item.path for item in client.list_artifacts(by_name(runs, run).info.run_id, folder)}
+def test_figures_are_artifacts_of_the_runs(client, runs):
+    def figures(run: str) -> set[str]:
+        artifacts = client.list_artifacts(by_name(runs, run).info.run_id, "figures")
+        return {artifact.path.removeprefix("figures/") for artifact in artifacts}
 
-    assert "figures/learning.png" in names("default", "figures")
-    assert {"figures/slices.png", "figures/importance.png"} <= names("latent_kl", "figures")
-    assert {"figures/mse.png", "figures/delta_pearson.png"} <= names("evaluate", "figures")
+    assert "learning.png" in figures("default")
+    assert {"slices.png", "importance.png"} <= figures("latent_kl")
+    assert {"mse.png", "delta_pearson.png"} <= figures("evaluate")
 
 
 def test_trial_zero_is_the_baseline(repository):
     trials = pd.read_csv(repository.folder / "experiments/latent_kl/trials.csv")
-    assert len(trials) == 3
-    baseline = yaml_file.read(repository.folder / "experiments/searches/latent_kl.yaml").values[
-        "baseline"
-    ]
-    first = trials[trials["trial"] == 0].iloc[0]
+    definition = yaml_file.read(repository.folder / "experiments/searches/latent_kl.yaml").values
+    baseline, first = definition["baseline"], trials[trials["trial"] == 0].iloc[0]
     assert first["model.latent.technical"] == baseline["model"]["latent"]["technical"]
-    assert first["train.kl_weight.perturbation"] == baseline["train"]["kl_weight"]["perturbation"]
+    weight = baseline["train"]["kl_weight"]["perturbation"]
+    assert first["train.kl_weight.perturbation"] == weight
 
 
 def test_the_results_are_shown_as_a_table(repository):
-    said = repository.stage("pipeline.evaluate", "--show")
+    output = repository.stage("pipeline.evaluate", "--show")
     for word in ("test_combination", "ridge", "gem_tuned", "oracle_metadata", "skill"):
-        assert word in said
+        assert word in output
 
 
-def test_where_the_store_lost_its_runs_evaluate_opens_them_anew(repository):
-    """As after `dvc pull` on another machine: the models are there, their runs are not."""
-    elsewhere = repository.folder / "elsewhere.db"
-    repository.stage("pipeline.evaluate", MLFLOW_TRACKING_URI=f"sqlite:///{elsewhere}")
-    client = mlflow.MlflowClient(f"sqlite:///{elsewhere}")
-    found = {
-        run.info.run_name: run
-        for run in client.search_runs([client.get_experiment_by_name("gem").experiment_id])
-    }
+def test_evaluate_opens_runs_for_models_that_the_store_does_not_know(repository):
+    """As after `dvc pull` on another machine."""
+    store = f"sqlite:///{repository.folder}/elsewhere.db"
+    repository.stage("pipeline.evaluate", MLFLOW_TRACKING_URI=store)
+    runs = runs_of(mlflow.MlflowClient(store))
     best = yaml_file.read(repository.folder / "experiments/latent_kl/best.yaml").values
-    assert found["gem_tuned"].data.params["model.latent.technical"] == str(
-        best["model"]["latent"]["technical"]
-    )
-    assert found["gem_tuned"].data.params["train.kl_weight.biological"] == str(
-        best["train"]["kl_weight"]["biological"]
-    )
-    assert found["gem"].data.params["model.latent.technical"] == str(TINY["model.latent.technical"])
-    assert {"test_random/mse", "test_random/reference_mse"} <= set(found["gem"].data.metrics)
+    tuned, default = by_name(runs, "gem_tuned").data, by_name(runs, "gem").data
+    latents, weights = best["model"]["latent"], best["train"]["kl_weight"]
+    assert tuned.params["model.latent.technical"] == str(latents["technical"])
+    assert tuned.params["train.kl_weight.biological"] == str(weights["biological"])
+    assert default.params["model.latent.technical"] == str(TINY["model.latent.technical"])
+    assert {"test_random/mse", "test_random/reference_mse"} <= set(default.metrics)
 
 
-def test_a_raised_budget_continues_the_study_and_promotion_does_not_search_again(
-    repository, client
-):
+def test_two_independent_stages_run_side_by_side(repository):
+    """`--single-item` keeps DVC from locking the stages before them."""
+    environment = repository.environment(f"sqlite:///{repository.folder}/mlflow.db")
+    command = [sys.executable, "-m", "dvc", "repro", "--force", "--single-item"]
+    processes = [
+        subprocess.Popen([*command, stage], cwd=repository.folder, env=environment,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for stage in ("train", "tune")
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert repository.dvc("status", "train", "tune").stdout.strip().endswith("up to date.")
+
+
+def test_a_raised_budget_continues_the_search_and_a_promotion_trains_no_trial(repository, client):
     """The last test of the module: it changes the repository."""
-    before = pd.read_csv(repository.folder / "experiments/latent_kl/trials.csv")
+    folder = repository.folder
+    before = pd.read_csv(folder / "experiments/latent_kl/trials.csv")
     repository.stage("pipeline.configure", "--set", "tune.trials=5")
     repository.dvc("repro", "tune")
-    after = pd.read_csv(repository.folder / "experiments/latent_kl/trials.csv")
-    pd.testing.assert_frame_equal(after.iloc[:3].drop(columns="wins"), before.drop(columns="wins"))
-    assert len(after) == 5
-    assert len(after.iloc[:, 5:].drop_duplicates()) == 5, "a point was proposed twice"
-    parents = [
-        run
-        for run in client.search_runs([client.get_experiment_by_name("gem").experiment_id])
-        if run.info.run_name == "latent_kl"
-    ]
-    assert len(parents) == 1
-    assert (
-        parents[0].data.metrics["trials/complete"] + parents[0].data.metrics["trials/pruned"] == 5
-    )
+    after = pd.read_csv(folder / "experiments/latent_kl/trials.csv")
+    same = [table.drop(columns="win_rate") for table in (after.iloc[:3], before)]
+    pd.testing.assert_frame_equal(*same)
+    points = after[[name for name in after if "." in name]]
+    assert len(after) == len(points.drop_duplicates()) == 5
+    metrics = by_name(runs_of(client), "latent_kl").data.metrics
+    assert metrics["trials/complete"] + metrics["trials/pruned"] == 5
 
-    text = (repository.folder / "params.yaml").read_text()
-    said = repository.stage("pipeline.configure", "--promote", "latent_kl")
-    best = yaml_file.read(repository.folder / "experiments/latent_kl/best.yaml").values
-    promoted = yaml_file.read(repository.folder / "params.yaml").values
+    text = (folder / "params.yaml").read_text()
+    output = repository.stage("pipeline.configure", "--promote", "latent_kl")
+    best = yaml_file.read(folder / "experiments/latent_kl/best.yaml").values
+    promoted = yaml_file.read(folder / "params.yaml").values
     assert promoted["model"]["latent"] == best["model"]["latent"]
     assert promoted["train"]["kl_weight"] == best["train"]["kl_weight"]
-    changed = [
-        line
-        for line, was in zip(
-            (repository.folder / "params.yaml").read_text().splitlines(),
-            text.splitlines(),
-            strict=True,
-        )
-        if line != was
-    ]
+    lines = zip((folder / "params.yaml").read_text().splitlines(), text.splitlines(), strict=True)
+    changed = [line for line, previous in lines if line != previous]
     assert len(changed) <= 6
-    assert all(f"+{line}" in said for line in changed)
-    status = repository.dvc("status").stdout
-    assert "tune:" not in status
-    assert ("train:" in status) == bool(changed)
+    assert all(f"+{line}" in output for line in changed)
+
+    results = {
+        name: (folder / "experiments/latent_kl" / name).read_bytes() for name in SEARCH_FILES
+    }
+    number = len(runs_of(client))
+    repository.dvc("repro", "tune")
+    assert len(runs_of(client)) == number
+    for name, content in results.items():
+        assert (folder / "experiments/latent_kl" / name).read_bytes() == content, name

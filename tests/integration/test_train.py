@@ -1,138 +1,114 @@
-"""The stage train told to stop, killed, or started twice: no half a model, no process left behind. Real processes."""
+"""The stage train, interrupted, killed or started twice: no partial model, no process left."""
 
 import json
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import mlflow
 import pytest
 from support.processes import descendants, is_alive, until
-from support.repository import Repository
+from support.repository import Repository, Stage
 from support.settings import TINY
 
 from pipeline.gem.common.files import sha256
 
 LONG = TINY | {"train.epochs": 40, "train.patience": 99}
+OUTPUT = Path("experiments/default")
 
 
-@pytest.fixture
-def repository(cohort, migrated_store, tmp_path) -> Repository:
-    return prepared(tmp_path / "repository", cohort, migrated_store, LONG)
-
-
-def prepared(folder, cohort, migrated_store, parameters: dict) -> Repository:
-    repository = Repository(folder, parameters)
+def prepare(folder: Path, cohort, migrated_store, changes: dict) -> Repository:
+    repository = Repository(folder, changes)
     shutil.copytree(cohort.folder, repository.folder / "data" / "cohort")
     shutil.copy(migrated_store, repository.folder / "mlflow.db")
     return repository
 
 
-def started(repository: Repository):
-    """A training that has told of its second epoch."""
+@pytest.fixture
+def repository(cohort, migrated_store, tmp_path) -> Repository:
+    return prepare(tmp_path / "repository", cohort, migrated_store, LONG)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cohort, migrated_store, tmp_path_factory) -> dict[str, str]:
+    """Hashes of the outputs of a training that nothing stops."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "repository"
+    repository = prepare(folder, cohort, migrated_store, LONG)
+    assert "resuming" not in repository.stage("pipeline.train")
+    return hashes(repository)
+
+
+def hashes(repository: Repository) -> dict[str, str]:
+    names = "model.safetensors", "history.csv", "report.json"
+    return {name: sha256(repository.folder / OUTPUT / name) for name in names}
+
+
+def start(repository: Repository) -> Stage:
+    """A training after its second epoch."""
     stage = repository.start("pipeline.train")
-    until(lambda: "epoch   2/" in repository.said("pipeline.train"))
+    until(lambda: "epoch   2/" in repository.log("pipeline.train"))
     return stage
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_training_told_to_stop_says_so_and_the_next_goes_on_as_if_it_had_not_been(
-    repository, cohort, migrated_store, tmp_path, name
-):
-    stage = started(repository)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGKILL"])
+def test_an_interrupted_training_resumes_to_equal_files(repository, uninterrupted, name):
+    stage = start(repository)
     stage.send_signal(getattr(signal, name))
-    assert stage.wait(timeout=900) == 75, repository.said("pipeline.train")
-    said = repository.said("pipeline.train")
-    assert (
-        said.splitlines()[-1].startswith(f"stopped: train: by {name}; ") and "Traceback" not in said
-    )
-    assert not list((repository.folder / "experiments" / "default").glob("**/*"))
-    client = mlflow.MlflowClient(f"sqlite:///{repository.folder}/mlflow.db")
-    assert [
-        run.info.status
-        for run in client.search_runs([client.get_experiment_by_name("gem").experiment_id])
-    ] == ["KILLED"]
-    if name == "SIGTERM":
-        assert "train: goes on after the last epoch" in repository.stage("pipeline.train")
-        assert (
-            len(list((repository.folder / ".gem/checkpoints").glob("*.ended.pt")))
-            == len(list((repository.folder / ".gem/checkpoints").iterdir()))
-            == 1
-        )
-        other = prepared(tmp_path / "other", cohort, migrated_store, LONG)
-        other.stage("pipeline.train")
-        both = [
-            [
-                sha256(one.folder / "experiments/default" / file)
-                for file in ("model.pt", "history.csv", "report.json")
-            ]
-            for one in (repository, other)
-        ]
-        assert both[0] == both[1]
+    expected = -signal.SIGKILL if name == "SIGKILL" else 75
+    assert stage.wait(timeout=900) == expected, repository.log("pipeline.train")
+    assert not list((repository.folder / OUTPUT).glob("**/*"))
+    if name != "SIGKILL":
+        output = repository.log("pipeline.train")
+        assert output.splitlines()[-1].startswith(f"stopped: train: by {name}; ")
+        assert "Traceback" not in output
+        client = mlflow.MlflowClient(f"sqlite:///{repository.folder}/mlflow.db")
+        experiment = client.get_experiment_by_name("gem")
+        (run,) = client.search_runs([experiment.experiment_id])
+        assert run.info.status == "KILLED"
+    output = repository.stage("pipeline.train")
+    assert re.search(r"train: resuming from epoch [2-9]\d*; earlier metrics", output)
+    assert hashes(repository) == uninterrupted
+    checkpoints = [path.name for path in (repository.folder / ".gem/checkpoints").iterdir()]
+    assert len(checkpoints) == 1 and checkpoints[0].endswith(".finished.pt")
 
 
-def test_a_training_that_was_killed_goes_on(repository, cohort, migrated_store, tmp_path):
-    stage = started(repository)
-    stage.kill()
-    stage.wait()
-    assert "train: goes on after the last epoch" in repository.stage("pipeline.train")
-    other = prepared(tmp_path / "other", cohort, migrated_store, LONG)
-    assert "goes on" not in other.stage("pipeline.train")
-    assert (
-        len({sha256(one.folder / "experiments/default/model.pt") for one in (repository, other)})
-        == 1
-    )
-
-
-def test_a_second_training_of_the_same_folder_is_told_who_trains(repository):
-    stage = started(repository)
+def test_a_second_training_of_the_same_folder_names_the_first(repository):
+    stage = start(repository)
     stage.send_signal(signal.SIGSTOP)
     try:
-        said = repository.stage("pipeline.train", expect=2)
+        output = repository.stage("pipeline.train", expect=2)
     finally:
         stage.kill()
         stage.wait()
-    assert (
-        f"error: experiments/default is being trained here by process {stage.pid}; wait for it, or stop it"
-        in said
-    )
+    assert f"error: {OUTPUT} is being trained by process {stage.pid}; wait for it" in output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_fits_of_several_seeds_end_with_the_training_that_asked_for_them(
-    cohort, migrated_store, tmp_path, number
-):
-    # Enough epochs to outlive the test: whatever ends them is the signal.
-    repository = prepared(
-        tmp_path / "repository", cohort, migrated_store, LONG | {"train.epochs": 5000}
-    )
+def test_processes_of_several_seeds_end_with_the_training(repository, number):
+    # Enough epochs to outlive the test, so that only the signal ends them.
     path = repository.folder / "params.yaml"
-    path.write_text(re.sub(r"\n  seeds: \[1\]", "\n  seeds: [1, 2]", path.read_text()))
-    stage = started(repository)
-    assert "train, seed " in repository.said("pipeline.train")
-    helpers = descendants(stage.pid)
-    assert len(helpers) >= 3, "two fits and what carries their epochs"
+    text = re.sub(r"\n  seeds: \[1\]", "\n  seeds: [1, 2]", path.read_text())
+    path.write_text(re.sub(r"\n  epochs: \d+", "\n  epochs: 5000", text))
+    stage = start(repository)
+    assert "train, seed " in repository.log("pipeline.train")
+    processes = descendants(stage.pid)
+    assert len(processes) >= 2
     stage.send_signal(number)
     assert stage.wait(timeout=900) == (75 if number == signal.SIGTERM else -signal.SIGKILL)
-    until(lambda: not any(is_alive(pid) for pid in helpers), seconds=30)
+    until(lambda: not any(is_alive(pid) for pid in processes), seconds=30)
 
 
-def test_what_a_training_writes_is_whole(repository):
-    """What it wrote before is replaced, file by file, only when all fits are done."""
+def test_a_killed_training_leaves_the_previous_outputs(repository):
+    """Files are replaced only when all fits are done."""
     repository.stage("pipeline.configure", "--set", "train.epochs=2")
     repository.stage("pipeline.train")
-    before = {
-        path: path.read_bytes()
-        for path in (repository.folder / "experiments/default").rglob("*")
-        if path.is_file()
-    }
+    outputs = [path for path in (repository.folder / OUTPUT).rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in outputs}
     repository.stage("pipeline.configure", "--set", "train.epochs=40")
     (repository.folder / "pipeline.train.log").unlink()
-    stage = started(repository)
+    stage = start(repository)
     stage.kill()
     assert stage.wait() == -signal.SIGKILL
     assert {path: path.read_bytes() for path in before} == before
-    assert (
-        json.loads((repository.folder / "experiments/default/report.json").read_text())["epochs"]
-        == 2
-    )
+    assert json.loads((repository.folder / OUTPUT / "report.json").read_text())["epochs"] == 2

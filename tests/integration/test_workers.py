@@ -1,265 +1,177 @@
-"""Worker processes: one memory, an exact budget, and what becomes of a search whose processes are killed. Real processes."""
+"""The workers of one machine: the exact budget, and a search whose processes are killed."""
 
 import os
 import re
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 import mlflow
-import optuna
 import pandas as pd
 import pytest
 from support.processes import children, is_alive, until
 from support.repository import Repository, Stage
-from support.settings import ROOT, TINY
+from support.searches import KL, LATENT
+from support.settings import TINY
 
-STUDY = """
-question: What does a killed worker cost?
+TRIALS = 5
+DEFINITION = f"""
+description: ""
 space:
-  model.latent.technical: {type: integer, low: 2, high: 64, log: true}
-  train.kl_weight.technical: {type: float, low: 0.01, high: 4.0, log: true}
-baseline: {model: {latent: {technical: 4}}, train: {kl_weight: {technical: 1.0}}}
-objective: {metric: predictive_log_likelihood, direction: maximize}
-sampler: {name: random, seed: 1}
-pruner: {name: none}
-trials: 5
+  {LATENT}: {{type: integer, low: 2, high: 64, log: true}}
+  {KL}: {{type: float, low: 0.01, high: 4.0, log: true}}
+baseline: {{model: {{latent: {{technical: 4}}}}, train: {{kl_weight: {{technical: 1.0}}}}}}
+objective: {{metric: predictive_log_likelihood, direction: maximize}}
+sampler: {{name: random, seed: 1}}
+pruner: {{name: none}}
+trials: {TRIALS}
 epochs: 10
 seeds: [1]
-confirm: {top: 1, seeds: [2, 3], epochs: 1}
+confirm: {{top: 1, seeds: [2, 3], epochs: 1}}
 """
 
 
-@pytest.fixture(scope="module")
-def prepared(undrawn, cohort, migrated_store, tmp_path_factory) -> Repository:
-    """With a cohort, a study and an empty store."""
-    repository = Repository(
-        tmp_path_factory.mktemp("workers") / "prepared", TINY | {"train.patience": 99}
-    )
-    (repository.folder / "experiments" / "searches" / "killed.yaml").write_text(STUDY)
+@pytest.fixture
+def repository(no_figures, cohort, migrated_store, tmp_path) -> Repository:
+    """A repository with a cohort, the search `killed` and an empty store."""
+    repository = Repository(tmp_path / "repository", TINY | {"train.patience": 99})
+    (repository.folder / "experiments" / "searches" / "killed.yaml").write_text(DEFINITION)
     shutil.copytree(cohort.folder, repository.folder / "data" / "cohort")
     shutil.copy(migrated_store, repository.folder / "mlflow.db")
     return repository
 
 
 @pytest.fixture
-def repository(prepared, tmp_path) -> Repository:
-    """A prepared repository that no search has seen."""
-    own = object.__new__(Repository)
-    own.folder = tmp_path / "repository"
-    shutil.copytree(prepared.folder, own.folder)
-    return own
-
-
-@pytest.fixture
 def tune(repository):
-    """Starts the search; whatever is left of it ends with the test."""
-    started = []
+    """A function that starts the search with two workers. They end with the test."""
+    stages = []
 
-    def start(*arguments: str, **environment: str) -> Stage:
-        started.append(
-            repository.start("pipeline.tune", "--search", "killed", *arguments, **environment)
-        )
-        return started[-1]
+    def start() -> Stage:
+        arguments = ("--search", "killed", "--workers", "2")
+        stages.append(repository.start("pipeline.tune", *arguments))
+        return stages[-1]
 
     yield start
-    for process in started:
-        process.kill()
-        process.wait()
+    for stage in stages:
+        stage.kill()
+        stage.wait()
 
 
-def said(repository: Repository) -> str:
-    return repository.said("pipeline.tune")
-
-
-def running(repository: Repository, at_least: int = 1) -> list[int]:
-    """Numbers of trials that have trained an epoch and have as many before them, once there are so many."""
-    query = "SELECT number FROM trials JOIN trial_intermediate_values USING (trial_id) WHERE state = 'RUNNING' GROUP BY number HAVING count(*) <= 5"
+def running_trials(repository: Repository) -> list[int]:
+    """Numbers of the trials that trained an epoch, and have as many before them, if two do."""
+    query = (
+        "SELECT number FROM trials JOIN trial_intermediate_values USING (trial_id) "
+        "WHERE state = 'RUNNING' GROUP BY number HAVING count(*) <= 5"
+    )
     database = repository.folder / ".gem" / "optuna.db"
     if not database.exists():
         return []
     with closing(sqlite3.connect(database, timeout=30)) as connection:
-        known = connection.execute(
-            "SELECT name FROM sqlite_master WHERE name = 'trial_intermediate_values'"
-        ).fetchall()
-        numbers = [number for (number,) in connection.execute(query)] if known else []
-    return numbers if len(numbers) >= at_least else []
+        try:
+            numbers = [number for (number,) in connection.execute(query)]
+        except sqlite3.OperationalError:  # no such table: the schema is being created
+            return []
+    return numbers if len(numbers) >= 2 else []
+
+
+def workers_of(stage: Stage) -> list[int]:
+    return until(lambda: len(pids := children(stage.pid)) == 2 and pids)
 
 
 @contextmanager
-def standing(repository: Repository, processes: list[int], trials: int) -> Iterator[list[int]]:
-    """The trials that the processes run; they stand still in the middle of them until the block is left, however slow this machine is."""
+def paused(repository: Repository, workers: list[int]) -> Iterator[list[int]]:
+    """Pauses the workers in the middle of two trials, so that a slow test meets them there."""
 
-    def tell(number: int) -> None:
-        for pid in filter(is_alive, processes):
+    def send(number: int) -> None:
+        for pid in filter(is_alive, workers):
             os.kill(pid, number)
 
-    def look() -> list[int]:
-        tell(signal.SIGSTOP)
-        if not (found := running(repository, trials)):
-            tell(signal.SIGCONT)
-        return found
+    def pause() -> list[int]:
+        send(signal.SIGSTOP)
+        numbers = running_trials(repository)
+        if not numbers:
+            send(signal.SIGCONT)
+        return numbers
 
-    found = until(look)
+    numbers = until(pause)
     try:
-        yield found
+        yield numbers
     finally:
-        tell(signal.SIGCONT)
+        send(signal.SIGCONT)
 
 
-def assert_exact(repository: Repository, trials: int = 5) -> pd.DataFrame:
-    """The budget neither over nor under, every point once, every run closed, a confirmed winner."""
-    table = pd.read_csv(
-        repository.folder / "experiments/killed/trials.csv", float_precision="round_trip"
-    )
-    assert len(table) == trials and set(table["state"]) == {"complete"}
-    assert (
-        len(table[["model.latent.technical", "train.kl_weight.technical"]].drop_duplicates())
-        == trials
-    )
+def check_results(repository: Repository) -> pd.DataFrame:
+    """Exactly the budget, every point once, every MLflow run ended, a confirmed winner."""
+    folder = repository.folder / "experiments" / "killed"
+    table = pd.read_csv(folder / "trials.csv", float_precision="round_trip")
+    assert len(table) == TRIALS and set(table["state"]) == {"complete"}
+    assert not table[[LATENT, KL]].duplicated().any()
     client = mlflow.MlflowClient(f"sqlite:///{repository.folder}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("gem").experiment_id], max_results=200)
     assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}
-    assert (
-        sum(
-            run.info.status == "FINISHED" and run.info.run_name.startswith("killed trial")
-            for run in runs
-        )
-        == trials
-    )
-    assert len(pd.read_csv(repository.folder / "experiments/killed/confirmed.csv").dropna()) == 4
-    assert (repository.folder / "experiments/killed/best.yaml").exists()
+    finished = [run.info.run_name for run in runs if run.info.status == "FINISHED"]
+    assert sum(name.startswith("killed trial") for name in finished) == TRIALS
+    assert len(pd.read_csv(folder / "confirmed.csv").dropna()) == 4
+    assert (folder / "best.yaml").exists()
     return table
 
 
-def point(trial: optuna.trial.FrozenTrial) -> tuple:
-    return tuple(trial.params.values())
-
-
-def test_two_workers_keep_the_budget_and_a_second_call_of_the_same_study_is_refused_by_name(
+def test_the_trial_of_a_killed_worker_is_run_again_and_a_second_process_is_refused(
     repository, tune
 ):
-    process = tune("--workers", "2")
-    both = until(lambda: running(repository, 2))
-    assert len({repository.trials()[number].user_attrs["worker"] for number in both}) == 2
-    assert tune().wait(timeout=900) == 2
-    assert re.search(
-        rf"^error: killed is being searched here by process {process.pid}; .*\n",
-        said(repository),
-        flags=re.MULTILINE,
-    )
-    assert process.wait(timeout=900) == 0, said(repository)
-    assert_exact(repository)
-    lines = [
-        line
-        for line in said(repository).splitlines()
-        if line.startswith("tune: trial ") and " left" in line
-    ]
-    assert len(lines) == 5 and all(
-        re.search(
-            r"complete after 10 epochs, -\d+\.\d+; best -\d+\.\d+ \(trial \d\); \d of 5, .* left",
-            line,
-        )
-        for line in lines
-    )
+    stage = tune()
+    workers = workers_of(stage)
+    with paused(repository, workers) as numbers:
+        trials = repository.trials()
+        assert len({trials[number].user_attrs["worker"] for number in numbers}) == 2
+        refused = tune()
+        assert refused.wait(timeout=900) == 2
+        os.kill(workers[0], signal.SIGKILL)
+    log = repository.log("pipeline.tune")
+    assert f"error: search killed: process {stage.pid} runs it here; " in log
+    assert stage.wait(timeout=900) == 0, repository.log("pipeline.tune")
+    log = repository.log("pipeline.tune")
+    assert f"worker {workers[0]} was ended by SIGKILL; its trial is run again" in log
+    lines = re.findall(r"^search killed: trial \d complete after 10 epochs, -.* left$", log, re.M)
+    assert len(lines) == TRIALS
 
-
-def test_a_killed_workers_trial_is_run_again_with_its_parameters_and_counted_once(repository, tune):
-    process = tune("--workers", "2")
-    workers = until(lambda: len(found := children(process.pid)) == 2 and found)
-    with standing(repository, workers, 2) as numbers:
-        victim = workers[0]
-        os.kill(victim, signal.SIGKILL)
-    assert process.wait(timeout=900) == 0, said(repository)
-    assert f"worker {victim} was ended by SIGKILL; its trial is run again" in said(repository)
-    table = assert_exact(repository)
-    lost = set(numbers) - set(table["trial"])
-    assert len(lost) == 1 and max(table["trial"]) == 5, "one number was used twice"
+    table = check_results(repository)
+    (lost,) = set(numbers) - set(table["trial"])
+    assert max(table["trial"]) == TRIALS, "the retry has a new number"
     trials = repository.trials()
-    again = [trial for trial in trials if trial.user_attrs.get("retry_of") in lost]
-    assert len(again) == 1 and point(again[0]) == point(trials[lost.pop()])
+    (retry,) = (trial for trial in trials if trial.user_attrs.get("retry_of") == lost)
+    assert retry.params == trials[lost].params
 
 
-@pytest.mark.parametrize(("arguments", "name"), [((), "SIGTERM"), (("--workers", "2"), "SIGINT")])
-def test_a_search_told_to_stop_hands_its_trials_back_and_goes_on_as_if_it_had_not(
-    repository, tune, arguments, name
-):
-    process = tune(*arguments)
-    searching = (
-        until(lambda: len(found := children(process.pid)) == 2 and found)
-        if arguments
-        else [process.pid]
-    )
-    with standing(repository, searching, len(searching)):
-        process.send_signal(getattr(signal, name))
-    assert process.wait(timeout=120) == 75, said(repository)
-    stopped = [
-        line
-        for line in said(repository).splitlines()
-        if "trial" not in line and not line.startswith("killed: ")
+def test_a_stopped_search_returns_its_trials_and_the_next_call_runs_them(repository, tune):
+    stage = tune()
+    with paused(repository, workers_of(stage)):
+        stage.send_signal(signal.SIGTERM)
+    assert stage.wait(timeout=120) == 75, repository.log("pipeline.tune")
+    log = repository.log("pipeline.tune")
+    assert "stopped: search killed: by SIGTERM; to continue: make tune SEARCH=killed" in log
+    assert "Traceback" not in log
+    returned = [
+        tuple(trial.params.values()) for trial in repository.trials() if trial.state.name == "FAIL"
     ]
-    assert stopped[-1] == f"stopped: killed: by {name}; go on with: make tune SEARCH=killed"
-    assert "Traceback" not in said(repository)
-    handed_back = [point(trial) for trial in repository.trials() if trial.state.name == "FAIL"]
-    assert handed_back and not running(repository)
-    assert tune().wait(timeout=900) == 0, said(repository)
-    table = assert_exact(repository)
-    points = {
-        tuple(row)
-        for row in table[["model.latent.technical", "train.kl_weight.technical"]].itertuples(
-            index=False
-        )
-    }
-    assert set(handed_back) <= points
+    assert returned and not running_trials(repository)
+    assert tune().wait(timeout=900) == 0, repository.log("pipeline.tune")
+    table = check_results(repository)
+    assert set(returned) <= set(table[[LATENT, KL]].itertuples(index=False, name=None))
 
 
-def test_workers_whose_parent_was_killed_stop_within_seconds_and_the_next_call_goes_on(
-    repository, tune
-):
-    process = tune("--workers", "2")
-    until(lambda: running(repository, 2))
-    workers = children(process.pid)
-    process.kill()
-    process.wait()
+def test_workers_end_with_their_parent_and_the_parent_with_its_workers(repository, tune):
+    stage = tune()
+    until(lambda: running_trials(repository))
+    workers = children(stage.pid)
+    stage.kill()
+    stage.wait()
     until(lambda: not any(is_alive(pid) for pid in workers), seconds=30)
-    assert tune("--workers", "2").wait(timeout=900) == 0, said(repository)
-    assert_exact(repository)
 
-
-def test_a_search_all_of_whose_workers_were_killed_says_so_and_can_be_continued(repository, tune):
-    process = tune("--workers", "2")
-    until(lambda: running(repository, 2))
-    for pid in children(process.pid):
+    stage = tune()
+    for pid in workers_of(stage):
         os.kill(pid, signal.SIGKILL)
-    assert process.wait(timeout=900) == 75
-    assert (
-        "stopped: killed: every worker was killed: is there enough memory?; go on with: make tune SEARCH=killed"
-        in said(repository)
-    )
-
-
-def test_what_the_parent_loaded_is_in_memory_once(tmp_path):
-    code = f"""
-import re, sys
-import torch
-torch.set_num_threads(1)
-from pipeline.gem.common.processes import Interruption
-from pipeline.gem.search.workers import Workers
-data = torch.rand(50_000_000)   # 200 MB
-
-def work(interruption):
-    (data[:1_000_000] * 2).sum(), data.sum()
-    private = sum(int(size) for size in re.findall(r"Private_\\w+:\\s+(\\d+) kB", open("/proc/self/smaps_rollup").read()))
-    with open(r"{tmp_path}/sizes", "a") as file:
-        file.write(f"{{private}}\\n")
-
-with Interruption() as interruption, Workers(2, work) as workers:
-    workers.wait(interruption)
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
-    sizes = [int(line) / 1024 for line in (tmp_path / "sizes").read_text().split()]
-    assert len(sizes) == 2 and max(sizes) < 60, f"{sizes} MB of their own beside 200 MB of data"
+    assert stage.wait(timeout=900) == 75
+    assert "every worker was killed; is there enough memory?" in repository.log("pipeline.tune")

@@ -1,171 +1,209 @@
-"""The predictive distribution against scipy with the same draws, and against counts that the model itself has made."""
+"""The predictive distribution against scipy with the same draws, and against the model's counts."""
+
+import math
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.special import logsumexp
 from scipy.stats import kstest, norm
-from support.comparison import world_of
 
-from pipeline.gem.evaluation.metrics import calibration, pit_histogram, randomised_pit
-from pipeline.gem.model import predictive as module
-from pipeline.gem.model.gem import TrainedGEM, decode
-from pipeline.gem.model.network import PRIOR, REFERENCE_SAMPLE
-from pipeline.gem.model.predictive import predictive
+from pipeline.gem.model import predictive
+from pipeline.gem.model.gem import TrainedGEM
+from pipeline.gem.model.observation import LatentSource, Observed
+from pipeline.gem.model.predictive import predictive_distribution, predictive_log_likelihood
+from pipeline.gem.model.query import DecoderInput, decode
 from pipeline.gem.training.dataset import TrainingData
 from pipeline.gem.training.trainer import fit
 
 DRAWS, SEED = 5, 3
+SPLIT = ["test_random"]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")
-def gem(cohort, params) -> TrainedGEM:
-    return world_of(cohort, params).predictors.by_name["gem"].args[0][0]
+def gem(model_directory) -> TrainedGEM:
+    return TrainedGEM.load(model_directory)
 
 
 @pytest.fixture(scope="module")
-def scene(cohort, params):
-    return world_of(cohort, params).by_split["test_random"][0]
+def samples(cohort) -> pd.DataFrame:
+    return cohort.rows(SPLIT)
 
 
-def many(scene, rows: int) -> pd.DataFrame:
-    return scene.samples.iloc[np.arange(rows) % len(scene.samples)]
+@pytest.fixture(scope="module")
+def inputs(gem, samples) -> DecoderInput:
+    return gem.decoder_input(samples, unknown="missing")
 
 
-@pytest.mark.parametrize("way", [PRIOR, REFERENCE_SAMPLE])
-def test_the_mixture_is_that_of_scipy_over_the_same_draws(gem, scene, way):
-    query = gem.query(
-        scene.samples, scene.reference if way == REFERENCE_SAMPLE else None, unknown="missing"
+@pytest.fixture(scope="module")
+def observed(cohort) -> Observed:
+    return Observed(torch.from_numpy(cohort.expression(SPLIT)))
+
+
+@pytest.fixture(scope="module")
+def counts(cohort) -> np.ndarray:
+    return cohort.counts(SPLIT)
+
+
+@pytest.fixture(scope="module")
+def totals(samples) -> np.ndarray:
+    return samples["total"].to_numpy()
+
+
+def deviation_of(gem: TrainedGEM, source: LatentSource) -> torch.Tensor:
+    return torch.exp(0.5 * gem.network.observation.log_variance(source)).detach()
+
+
+def decoded_by_hand(gem: TrainedGEM, inputs: DecoderInput, generator) -> torch.Tensor:
+    """(N, G) decoded from one draw of the latents."""
+    mean, log_variance = inputs.latents
+    noise = torch.randn(mean.shape, generator=generator)
+    return decode(gem.network, inputs, mean + torch.exp(0.5 * log_variance) * noise)
+
+
+# --- the mixture over draws of the latents ---
+
+
+@pytest.mark.parametrize("source", [LatentSource.PRIOR, LatentSource.REFERENCE])
+@torch.no_grad()
+def test_the_mixture_is_that_of_scipy_over_the_same_draws(
+    gem, cohort, samples, counts, totals, source
+):
+    reference = cohort.expression(SPLIT)[::-1].copy() if source == LatentSource.REFERENCE else None
+    inputs = gem.decoder_input(samples, reference, unknown="missing")
+    result = predictive_distribution(gem, inputs, counts, totals, DRAWS, SEED)
+    generator, deviation = seeded(SEED), deviation_of(gem, source)
+    decoded = [decoded_by_hand(gem, inputs, generator)]
+    draw = decoded[0] + deviation * torch.randn(decoded[0].shape, generator=generator)
+    decoded += [decoded_by_hand(gem, inputs, generator) for _ in range(DRAWS - 1)]
+    decoded = torch.stack(decoded).double().numpy()
+    np.testing.assert_allclose(result.mean, decoded.mean(axis=0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(result.draw, draw.clamp_min(0).numpy(), rtol=1e-4, atol=1e-4)
+    scale, normals = 1e6 / totals[:, None], norm(decoded, deviation.double().numpy())
+    lower = normals.cdf(np.log1p(np.maximum(counts - 0.5, 0) * scale)) * (counts > 0)
+    upper = normals.cdf(np.log1p((counts + 0.5) * scale))
+    np.testing.assert_allclose(result.lower, lower.mean(axis=0), atol=2e-4)
+    np.testing.assert_allclose(result.upper, upper.mean(axis=0), atol=2e-4)
+
+
+def test_probabilities_are_ordered_and_those_of_neighbouring_counts_meet(
+    gem, inputs, counts, totals
+):
+    same, more, zero = (
+        predictive_distribution(gem, inputs, other, totals, DRAWS, SEED)
+        for other in (counts, counts + 1, 0 * counts)
     )
-    latents, found = query.latents, predictive(gem, query, scene.counts, scene.totals, DRAWS, SEED)
-    generator = torch.Generator().manual_seed(SEED)
-    noise = np.exp(0.5 * gem.network.observation.log_variance(way).detach().numpy().astype(float))
-    decoded = []
-    with torch.no_grad():
-        for number in range(DRAWS):
-            z = latents.mean + torch.exp(0.5 * latents.log_variance) * torch.randn(
-                latents.mean.shape, generator=generator
-            )
-            decoded.append(decode(gem.network, query, z).numpy().astype(float))
-            if number == 0:
-                drawn = (
-                    decoded[0] + noise * torch.randn(decoded[0].shape, generator=generator).numpy()
-                )
-    np.testing.assert_allclose(found.mean, np.mean(decoded, axis=0), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found.draw, drawn.clip(0), rtol=1e-4, atol=1e-4)
-    for row in range(0, len(scene.samples), 5):
-        for gene in range(0, scene.counts.shape[1], 7):
-            count, scale = float(scene.counts[row, gene]), 1e6 / scene.totals[row]
-            below = [
-                norm.cdf(np.log1p((count - 0.5) * scale), one[row, gene], noise[gene])
-                if count
-                else 0.0
-                for one in decoded
-            ]
-            upto = [
-                norm.cdf(np.log1p((count + 0.5) * scale), one[row, gene], noise[gene])
-                for one in decoded
-            ]
-            assert found.lower[row, gene] == pytest.approx(np.mean(below), abs=2e-4)
-            assert found.upper[row, gene] == pytest.approx(np.mean(upto), abs=2e-4)
+    assert (same.lower >= 0).all() and (same.upper <= 1 + 1e-6).all()
+    assert (same.lower <= same.upper).all()
+    np.testing.assert_array_equal(same.upper, more.lower)
+    assert (zero.lower == 0).all()
 
 
-def test_probabilities_are_ordered_and_those_of_neighbouring_counts_meet(gem, scene):
-    query = gem.query(scene.samples, unknown="missing")
-    one, next_ = (
-        predictive(gem, query, scene.counts + step, scene.totals, DRAWS, SEED) for step in (0, 1)
-    )
-    assert (
-        (one.lower >= 0).all() and (one.upper <= 1 + 1e-6).all() and (one.lower <= one.upper).all()
-    )
-    np.testing.assert_array_equal(one.upper, next_.lower)
-    assert (predictive(gem, query, 0 * scene.counts, scene.totals, DRAWS, SEED).lower == 0).all()
-
-
-def test_the_same_seed_gives_the_same_and_blocks_of_rows_only_other_draws(gem, scene, monkeypatch):
-    query = gem.query(scene.samples, unknown="missing")
-
-    def mean(draws: int = 200) -> np.ndarray:
-        return predictive(gem, query, scene.counts, scene.totals, draws, SEED).mean
+def test_the_seed_decides_the_draws_and_blocks_of_rows_take_other_draws(
+    gem, inputs, counts, totals, monkeypatch
+):
+    def mean() -> np.ndarray:
+        return predictive_distribution(gem, inputs, counts, totals, 200, SEED).mean
 
     first = mean()
     np.testing.assert_array_equal(first, mean())
-    monkeypatch.setattr(module, "_ROWS", 7)
-    assert np.abs(mean() - first).max() < 0.3
+    monkeypatch.setattr(predictive, "_ROWS", 7)
+    assert 0 < np.abs(mean() - first).max() < 0.3
 
 
-def counts_from(
-    gem: TrainedGEM, samples: pd.DataFrame, totals: np.ndarray, stretch: float = 1.0
-) -> np.ndarray:
-    """Counts drawn from the model: latents, noise, and rounding; its noise `stretch` times as wide."""
-    generator = torch.Generator().manual_seed(99)
-    query = gem.query(samples, unknown="missing")
-    with torch.no_grad():
-        deviation = torch.exp(0.5 * query.latents.log_variance)
-        decoded = decode(
-            gem.network,
-            query,
-            query.latents.mean + deviation * torch.randn(deviation.shape, generator=generator),
-        )
-        noise = torch.exp(0.5 * gem.network.observation.log_variance(PRIOR)) * torch.randn(
-            decoded.shape, generator=generator
-        )
-    expression = (decoded + stretch * noise).numpy().astype(float)
-    return np.round(np.expm1(expression.clip(0)) * totals[:, None] / 1e6).astype(np.int64)
+def uniform_transform(distribution: predictive.PredictiveDistribution) -> np.ndarray:
+    """(N, G) randomised probability integral transform of the observed counts."""
+    random = np.random.default_rng(0).random(distribution.lower.shape)
+    width = distribution.upper - distribution.lower
+    return (distribution.lower + random * width).clip(0, 1)
 
 
-def test_counts_that_the_model_made_have_uniform_transforms_and_are_calibrated_to_chance(
-    gem, scene, rng
+def miscalibration(transform: np.ndarray) -> float:
+    """Sum over ten bins of |share - 1/10|."""
+    shares = np.histogram(transform, 10, (0, 1))[0] / transform.size
+    return float(np.abs(shares - 0.1).sum())
+
+
+@torch.no_grad()
+def test_counts_drawn_from_the_model_are_calibrated_and_with_more_noise_they_are_not(gem, samples):
+    # Few counts in each sample, so that zeros and rounding matter.
+    many, totals = samples.iloc[np.arange(500) % len(samples)], np.full(500, 3e5)
+    inputs = gem.decoder_input(many, unknown="missing")
+    generator, deviation = seeded(99), deviation_of(gem, LatentSource.PRIOR)
+    decoded = decoded_by_hand(gem, inputs, generator)
+    noise = deviation * torch.randn(decoded.shape, generator=generator)
+    transforms = []
+    for factor in (1, 2):
+        expression = (decoded + factor * noise).double().clamp_min(0).numpy()
+        counts = np.round(np.expm1(expression) * totals[:, None] / 1e6).astype(np.int64)
+        distribution = predictive_distribution(gem, inputs, counts, totals, 200, SEED)
+        transforms.append(uniform_transform(distribution))
+    # The genes of a sample share its latents: one gene of each is independent.
+    independent = transforms[0][np.arange(500), np.arange(500) % transforms[0].shape[1]]
+    assert kstest(independent, "uniform").pvalue > 1e-3
+    assert miscalibration(transforms[0]) < 0.03 < 0.2 < miscalibration(transforms[1])
+
+
+@pytest.mark.parametrize("name", ["negative_binomial", "multinomial"])
+@torch.no_grad()
+def test_counts_drawn_from_a_count_model_are_calibrated_and_likelier_than_under_other_models(
+    cohort, params, name
 ):
-    samples, totals = (
-        many(scene, 500),
-        np.full(500, 3e5),
-    )  # few counts, so that zeros and rounding matter
-    found = {}
-    for stretch in (1.0, 2.0):
-        counts = counts_from(gem, samples, totals, stretch)
-        said = predictive(gem, gem.query(samples, unknown="missing"), counts, totals, 200, SEED)
-        pit = randomised_pit(said.lower, said.upper, rng).clip(0, 1)
-        found[stretch] = calibration(pit_histogram(pit, np.zeros(500, dtype=int)), np.ones((1, 1)))[
-            0
+    """Others: the other count model, and the same with another training seed."""
+    (other_name,) = {"negative_binomial", "multinomial"} - {name}
+    data = TrainingData.load(cohort, torch.device("cpu"), with_counts=True)
+
+    def fitted(observation: str, seed: int) -> tuple[TrainedGEM, DecoderInput]:
+        changes = {"train.epochs": 2, "model.observation": observation}
+        with torch.enable_grad():
+            gem = fit(data, params.override(changes), seed).gem
+        inputs = gem.decoder_input(cohort.rows(["train"]))
+        # Without variance in the latents, so that many counts tell the models apart.
+        none = torch.full_like(inputs.latents.mean, -30.0)
+        return gem, inputs._replace(latents=inputs.latents._replace(log_variance=none))
+
+    own, inputs = fitted(name, 1)
+    decoded, library = (
+        decode(own.network, inputs, inputs.latents.mean),
+        np.full(len(inputs[1]), 2000),
+    )
+    counts = own.network.observation.draw_counts(decoded, library, inputs.source, seeded(5))
+    distribution, *others = (
+        predictive_distribution(gem, given, counts, counts.sum(axis=1), 2, SEED)
+        for gem, given in ((own, inputs), fitted(name, 2), fitted(other_name, 1))
+    )
+    mean = distribution.log_likelihood.mean()
+    assert all(mean > other.log_likelihood.mean() for other in others)
+    assert miscalibration(uniform_transform(distribution)) < 0.1
+
+
+# --- the log likelihood of log-CPM ---
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("draws", [1, 6])
+def test_predictive_log_likelihood_is_the_log_of_the_mean_likelihood(gem, inputs, observed, draws):
+    result, mean = predictive_log_likelihood(gem.network, observed, inputs, draws, seeded(1))
+    generator, deviation = seeded(1), deviation_of(gem, LatentSource.PRIOR).double().numpy()
+    decoded = torch.stack([decoded_by_hand(gem, inputs, generator) for _ in range(draws)])
+    log_density = norm(decoded.double(), deviation).logpdf(observed.expression.double()).sum(2)
+    np.testing.assert_allclose(result, logsumexp(log_density, axis=0) - math.log(draws), rtol=1e-5)
+    torch.testing.assert_close(mean, decoded.mean(dim=0))
+
+
+@torch.no_grad()
+def test_more_draws_raise_the_predictive_log_likelihood_in_expectation(gem, inputs, observed):
+    # Jensen: the log of a mean of K draws grows with K towards the marginal likelihood.
+    def mean(draws: int) -> float:
+        scores = [
+            predictive_log_likelihood(gem.network, observed, inputs, draws, seeded(seed))[0]
+            for seed in range(20)
         ]
-        if stretch == 1:
-            # Genes of a sample share its latents: one gene each is independent.
-            assert (
-                kstest(pit[np.arange(500), np.arange(500) % pit.shape[1]], "uniform").pvalue > 1e-3
-            )
-    assert found[1.0] < 0.03 < 0.2 < found[2.0]
+        return float(torch.stack(scores).mean())
 
-
-@pytest.mark.parametrize("observation", ["negative_binomial", "multinomial"])
-def test_counts_that_a_model_of_counts_has_made_are_more_likely_to_it_than_to_others_and_calibrated(
-    cohort, params, observation
-):
-    """Its own draws, judged by itself, by the other model of counts, and by one of another seed."""
-    names = {"negative_binomial", "multinomial"}
-    data = TrainingData.load(cohort, torch.device("cpu"), counted=True)
-    own, *others = (
-        fit(data, params.override({"train.epochs": 2, "model.observation": name}), seed).gem
-        for name, seed in ((observation, 1), (observation, 2), (*(names - {observation}), 1))
-    )
-    samples = cohort.rows(["train"])
-
-    def known(gem: TrainedGEM):
-        """A query whose latents are certain: many counts tell them apart from any other draw."""
-        query = gem.query(samples)
-        return query._replace(
-            latents=query.latents._replace(log_variance=torch.full_like(query.latents.mean, -30.0))
-        )
-
-    with torch.no_grad():
-        query = known(own)
-        decoded = decode(own.network, query, query.latents.mean)
-        counts = own.network.observation.draw_counts(
-            decoded, np.full(len(samples), 2000), query.way, torch.Generator().manual_seed(5)
-        )
-    mine, *theirs = (
-        predictive(gem, known(gem), counts, counts.sum(axis=1), 2, SEED) for gem in (own, *others)
-    )
-    assert all(mine.log_likelihood.mean() > one.log_likelihood.mean() for one in theirs)
-    pit = randomised_pit(mine.lower, mine.upper, np.random.default_rng(0))
-    assert calibration(pit_histogram(pit, np.zeros(len(pit), dtype=int)), np.ones((1, 1)))[0] < 0.1
+    assert mean(1) < mean(4) < mean(16)

@@ -1,4 +1,4 @@
-"""The decoder of predictions: one product, and a table of what distinct metadata add, say what the network says."""
+"""The fused decoder equals the network's, for all forms of the network and of the query."""
 
 import numpy as np
 import pandas as pd
@@ -8,10 +8,12 @@ from support.settings import ROOT
 
 from pipeline.gem.common.config import Covariates, read_params
 from pipeline.gem.data.encoder import MetadataEncoder
-from pipeline.gem.model.gem import TargetGenes, TrainedGEM, decode
-from pipeline.gem.prediction.fused_decoder import FoldedDecoder, Means
+from pipeline.gem.model.gem import TrainedGEM
+from pipeline.gem.model.query import TargetGenes, decode
+from pipeline.gem.prediction import fused_decoder
+from pipeline.gem.prediction.fused_decoder import FusedDecoder, MeanDecoder
 
-GENES = 40
+GENES, ROWS = 40, 200
 COVARIATES = {
     "technical": {"study": {"kind": "categorical"}},
     "biological": {"tissue": {"kind": "categorical"}},
@@ -20,94 +22,86 @@ COVARIATES = {
         "dose": {"kind": "numeric", "scale": "linear"},
     },
 }
-SHAPES = [
+SIZES = {"latent.technical": 3, "latent.biological": 5, "latent.perturbation": 4, "hidden": 32}
+NETWORKS = [
     {},
+    {"observation": "negative_binomial"},
+    {"observation": "multinomial"},
     {"blocks": 2},
-    {"hidden": 8},  # narrower than its inputs: not folded
+    {"hidden": 8},  # narrower than its inputs: not fused
     {"interactions": 0},
     {"additive_technical": False},
     {"additive_technical": False, "linear_decoder": False},
     {"additive_technical": False, "linear_decoder": False, "interactions": 0, "blocks": 1},
 ]
+ALL_NETWORKS = pytest.mark.parametrize("changes", NETWORKS, ids=str)
 
 
-def asked(rows: int, doses: int) -> pd.DataFrame:
-    rng = np.random.default_rng(0)
-    named = {
-        name: [f"{name}_{value}" for value in rng.integers(0, number, rows)]
-        for name, number in (("study", 4), ("tissue", 3), ("perturbation", 5))
+def random_query(doses: int = 2) -> pd.DataFrame:
+    rng, levels = np.random.default_rng(0), {"study": 4, "tissue": 3, "perturbation": 5}
+    columns = {
+        name: [f"{name}_{level}" for level in rng.integers(0, size, ROWS)]
+        for name, size in levels.items()
     }
-    return pd.DataFrame(named).assign(dose=rng.integers(1, doses + 1, rows))
+    return pd.DataFrame(columns).assign(dose=rng.integers(1, doses + 1, ROWS))
 
 
-def built(changes: dict[str, object], samples: pd.DataFrame) -> TrainedGEM:
-    """A GEM none of whose weights is zero or one."""
-    latent = {"latent.technical": 3, "latent.biological": 5, "latent.perturbation": 4, "hidden": 32}
-    params = (
-        read_params(ROOT / "params.yaml")
-        .override({f"model.{name}": value for name, value in (latent | changes).items()})
-        .model
-    )
-    torch.manual_seed(1)
+def random_model(samples: pd.DataFrame, **changes: object) -> TrainedGEM:
+    """A GEM of which no weight is zero or one, and one perturbation has a target gene."""
+    values = {f"model.{name}": value for name, value in (SIZES | changes).items()}
     encoder = MetadataEncoder.fit(samples, Covariates.model_validate(COVARIATES))
-    gem = TrainedGEM.build(
-        np.array([f"G{gene}" for gene in range(GENES)]),
-        encoder,
-        TargetGenes("perturbation", {"perturbation_1": 7}),
-        params,
-    )
+    targets = TargetGenes("perturbation", {"perturbation_1": 7})
+    params = read_params(ROOT / "params.yaml").override(values).model
+    torch.manual_seed(1)
+    gem = TrainedGEM.build(np.arange(GENES).astype(str), encoder, targets, params)
     for weight in gem.network.parameters():
         weight.data += 0.3 * torch.randn_like(weight)
     gem.network.eval()
     return gem
 
 
-@pytest.mark.parametrize("changes", SHAPES, ids=str)
-@torch.no_grad()
-def test_the_product_says_what_the_network_says(changes):
-    gem = built(changes, asked(50, 2))
-    latents = torch.randn(30, 12) * 2
-    said, wanted = (
-        FoldedDecoder(gem.network).decode(latents),
-        gem.network.double().decode(latents.double()),
-    )
-    torch.testing.assert_close(
-        said.double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max())
-    )
+def assert_equal_but_for_rounding(decoded: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = 1e-5 * float(expected.abs().max())
+    torch.testing.assert_close(decoded.to(expected), expected, rtol=1e-5, atol=tolerance)
 
 
-@pytest.mark.parametrize("changes", SHAPES, ids=str)
-@pytest.mark.parametrize("doses", [2, 1000])
+@ALL_NETWORKS
 @torch.no_grad()
-def test_means_are_those_of_the_network_whether_metadata_repeat_or_not(changes, doses):
-    samples = asked(200, doses)
-    gem = built(changes, samples)
-    query = gem.query(samples)
-    means = Means.of(FoldedDecoder(gem.network), query)
-    assert (means.table is not None) == (doses == 2 and changes.get("linear_decoder", True))
-    rows = torch.tensor([3, 199, 3, 0, 77])
-    wanted = decode(gem.network, query.rows(rows), query.latents.mean[rows])
-    torch.testing.assert_close(
-        means(rows), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max())
-    )
+def test_fused_weights_decode_any_latents_as_the_network_does(changes):
+    network, latents = random_model(random_query(), **changes).network, torch.randn(30, 12) * 2
+    decoded = FusedDecoder(network).decode(latents)
+    assert_equal_but_for_rounding(decoded, network.double().decode(latents.double()))
+
+
+@ALL_NETWORKS
+@pytest.mark.parametrize(("doses", "repeats"), [(2, True), (1000, False)])
+@torch.no_grad()
+def test_means_are_those_of_the_network_whether_metadata_repeat_or_not(changes, doses, repeats):
+    samples = random_query(doses)
+    gem = random_model(samples, **changes)
+    query = gem.decoder_input(samples)
+    decoder = MeanDecoder(FusedDecoder(gem.network), query)
+    assert (decoder.table is not None) == (repeats and changes.get("linear_decoder", True))
+    rows = query.rows(torch.tensor([3, 199, 3, 0, 77]))
+    assert (rows.target_gene == 7).any()
+    expected = decode(gem.network, rows, rows.latents.mean)
+    assert_equal_but_for_rounding(decoder.decode(rows), expected)
 
 
 @torch.no_grad()
-def test_a_query_from_references_has_no_table_and_says_the_same():
-    samples = asked(200, 2)
-    gem = built({}, samples)
+def test_means_from_references_are_those_of_the_network_and_need_no_table():
+    samples = random_query()
+    gem = random_model(samples)
     expression = np.random.default_rng(1).uniform(0, 8, (2, GENES)).astype(np.float32)
-    query = gem.query(samples, expression, chosen=np.arange(200) % 2)
-    means, rows = Means.of(FoldedDecoder(gem.network), query), torch.arange(200)
-    assert means.table is None
-    wanted = decode(gem.network, query, query.latents.mean)
-    torch.testing.assert_close(
-        means(rows), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max())
-    )
+    query = gem.decoder_input(samples, expression, reference_index=np.arange(ROWS) % 2)
+    decoder = MeanDecoder(FusedDecoder(gem.network), query)
+    assert decoder.table is None and query.reference_residual.abs().min() > 0
+    expected = decode(gem.network, query, query.latents.mean)
+    assert_equal_but_for_rounding(decoder.decode(query), expected)
 
 
-def test_a_table_that_would_not_fit_in_memory_is_not_made(monkeypatch):
-    samples = asked(200, 2)
-    gem = built({}, samples)
-    monkeypatch.setattr("pipeline.gem.prediction.fused_decoder._TABLE_VALUES", GENES)
-    assert Means.of(FoldedDecoder(gem.network), gem.query(samples)).table is None
+def test_a_table_that_would_be_too_large_is_not_built(monkeypatch):
+    samples = random_query()
+    gem = random_model(samples)
+    monkeypatch.setattr(fused_decoder, "_MAX_TABLE_VALUES", GENES)
+    assert MeanDecoder(FusedDecoder(gem.network), gem.decoder_input(samples)).table is None

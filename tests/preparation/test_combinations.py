@@ -1,310 +1,219 @@
-"""Pairs that params.yaml names are held out whole, both parts seen apart; one that cannot be is refused with the reason."""
+"""Held-out pairs: listed or drawn, with both parts in training; invalid lists are refused."""
 
 import numpy as np
 import pandas as pd
 import pytest
+from support.designs import design, no_splits
 
-from pipeline.gem.common.config import Data, Splits
 from pipeline.gem.common.errors import InputError
 from pipeline.gem.data.splits import TRAIN
 from pipeline.gem.preparation.assign_splits import assign_splits
-from pipeline.gem.preparation.leakage import audit_entities
+from pipeline.gem.preparation.leakage import check_split_leakage
 
-NONE = {
-    "seed": 7,
-    "validation": 0.0,
-    "test_random": 0.0,
-    "test_control": 0.0,
-    "combination": 0.0,
-    "validation_combination": 0.0,
-    "perturbation": 0.0,
-    "study": 0.0,
-}
+
+def cohort(tissues: int = 4, drugs: int = 1, studies: int = 1, repeats: int = 1) -> pd.DataFrame:
+    return design(studies, tissues, drugs, repeats)
+
+
+def pair(tissue: int, drug: int) -> dict[str, str]:
+    return {"tissue": f"tissue{tissue}", "perturbation": f"drug{drug}"}
+
+
+def pairs_in(samples: pd.DataFrame, split: pd.Series, name: str) -> set[tuple[str, str]]:
+    rows = samples[split == name][["tissue", "perturbation"]]
+    return set(rows.itertuples(index=False, name=None))
 
 
 @pytest.fixture
-def declare(params):
-    def with_changes(**changes) -> Data:
-        values = params.data.model_dump(mode="json")
-        values |= {
-            "source": "here",
-            "context_columns": ["line"],
-            "covariates": {"technical": {}, "biological": {}, "perturbation": {}},
-            "date_column": None,
-        }
-        return Data.model_validate(values | changes)
+def hold_out(declare):
+    """(test pairs, validation pairs, split) of a cohort whose splits do not leak."""
 
-    return with_changes
+    def assign(samples: pd.DataFrame, **changes):
+        split, _ = assign_splits(samples, declare(), no_splits(**changes))
+        check_split_leakage(samples, split, declare())
+        test = pairs_in(samples, split, "test_combination")
+        return test, pairs_in(samples, split, "validation_combination"), split
+
+    return assign
 
 
-def splits(**changes) -> Splits:
-    return Splits.model_validate(NONE | changes)
+# listed pairs
 
 
-def cohort(lines: int = 4, drugs: int = 1, studies: int = 1, repeats: int = 1) -> pd.DataFrame:
-    """Every study measures every line with every drug and untreated."""
-    names = ["control", *(f"drug{number}" for number in range(drugs))]
-    rows = [
-        (f"study{s}", f"line{line}", name, "blood")
-        for s in range(studies)
-        for line in range(lines)
-        for name in names
-        for _ in range(repeats)
-    ]
-    table = pd.DataFrame(rows, columns=["study", "line", "perturbation", "tissue"])
-    table.insert(0, "sample_id", [f"s{number:04d}" for number in range(len(table))])
-    return table
+def test_a_listed_pair_of_eight_samples_leaves_seven_for_training(declare):
+    params = no_splits(combination=[pair(2, 0)])
+    split, notes = assign_splits(cohort(), declare(), params)
+    assert pairs_in(cohort(), split, "test_combination") == {("tissue2", "drug0")}
+    assert (split == TRAIN).sum() == 7
+    reason = "a share of 0.0 of 4 pairs of context and perturbation selects none"
+    assert any(f"validation_combination is absent: {reason}" in note for note in notes)
 
 
-def in_split(samples: pd.DataFrame, split: pd.Series, name: str) -> set[tuple[str, str]]:
-    return set(samples[split == name][["line", "perturbation"]].itertuples(index=False, name=None))
+@pytest.mark.parametrize("seed", range(5))
+def test_every_sample_of_every_listed_pair_is_held_out_for_any_seed(hold_out, seed):
+    samples = cohort(tissues=5, drugs=4, studies=3, repeats=2)
+    listed = {"combination": [pair(1, 0), pair(4, 3)], "validation_combination": [pair(0, 1)]}
+    test, validation, split = hold_out(samples, seed=seed, **listed)
+    assert test == {("tissue1", "drug0"), ("tissue4", "drug3")}
+    assert validation == {("tissue0", "drug1")}
+    assert (split == "test_combination").sum() == 12
+    assert (split == "validation_combination").sum() == 6
 
 
-def refused(samples: pd.DataFrame, data: Data, **changes) -> list[str]:
-    with pytest.raises(InputError) as caught:
-        assign_splits(samples, data, splits(**changes))
-    return list(caught.value.problems)
-
-
-# what is held out
-
-
-def test_eight_samples_hold_out_the_pair_that_is_named_and_train_on_the_seven_others(declare):
-    samples = cohort()
-    split, notes = assign_splits(
-        samples, declare(), splits(combination=[{"line": "line2", "perturbation": "drug0"}])
-    )
-    assert (
-        in_split(samples, split, "test_combination") == {("line2", "drug0")}
-        and (split == TRAIN).sum() == 7
-    )
-    audit_entities(samples, split, declare())
-    assert (
-        "validation_combination is absent: of 4 pairs of context and perturbation a share of 0.0 is none, or none is left with both seen apart"
-        in notes
-    )
-
-
-def test_every_sample_of_every_named_pair_is_held_out_whatever_the_seed(declare):
-    samples = cohort(lines=5, drugs=4, studies=3, repeats=2)
-    named = [{"line": "line1", "perturbation": "drug0"}, {"perturbation": "drug3", "line": "line4"}]
-    for seed in range(5):
-        split, _ = assign_splits(
-            samples,
-            declare(),
-            splits(
-                seed=seed,
-                combination=named,
-                validation_combination=[{"line": "line0", "perturbation": "drug1"}],
-            ),
-        )
-        assert (
-            in_split(samples, split, "test_combination") == {("line1", "drug0"), ("line4", "drug3")}
-            and (split == "test_combination").sum() == 12
-        )
-        assert (
-            in_split(samples, split, "validation_combination") == {("line0", "drug1")}
-            and (split == "validation_combination").sum() == 6
-        )
-        audit_entities(samples, split, declare())
-
-
-def test_a_mapping_without_the_perturbation_names_every_treated_sample_and_no_control(declare):
+def test_a_mapping_without_perturbation_lists_all_treated_samples_and_no_control(hold_out):
     samples = cohort(drugs=3)
-    split, _ = assign_splits(samples, declare(), splits(combination=[{"line": "line2"}]))
-    assert in_split(samples, split, "test_combination") == {
-        ("line2", f"drug{number}") for number in range(3)
-    }
-    assert ("line2", "control") in in_split(samples, split, TRAIN)
-    audit_entities(samples, split, declare())
+    test, _, split = hold_out(samples, combination=[{"tissue": "tissue2"}])
+    assert test == {("tissue2", f"drug{number}") for number in range(3)}
+    assert ("tissue2", "control") in pairs_in(samples, split, TRAIN)
 
 
-def test_a_mapping_of_one_context_column_of_two_names_the_pairs_of_all_others(declare):
-    samples = cohort(lines=4, drugs=2)
-    samples["tissue"] = np.where(samples["line"].isin(["line0", "line1"]), "lung", "blood")
-    data = declare(context_columns=["tissue", "line"])
-    split, _ = assign_splits(
-        samples, data, splits(combination=[{"tissue": "lung", "perturbation": "drug1"}])
-    )
-    assert in_split(samples, split, "test_combination") == {("line0", "drug1"), ("line1", "drug1")}
-
-
-def test_a_share_for_validation_is_drawn_beside_named_pairs_and_leaves_both_parts_seen_apart(
-    declare,
-):
-    samples = cohort(lines=4, drugs=3)
-    named = [{"line": "line0", "perturbation": "drug0"}]
-    drawn = set()
-    for seed in range(8):
-        split, _ = assign_splits(
-            samples, declare(), splits(seed=seed, combination=named, validation_combination=0.25)
-        )
-        assert in_split(samples, split, "test_combination") == {("line0", "drug0")}
-        validation = in_split(samples, split, "validation_combination")
-        assert len(validation) == 3
-        drawn |= validation
-        audit_entities(samples, split, declare())
-    assert len(drawn) > 3
-
-
-def test_a_share_for_the_test_leaves_named_validation_pairs_alone(declare):
-    samples = cohort(lines=4, drugs=3)
-    split, _ = assign_splits(
-        samples,
-        declare(),
-        splits(
-            combination=0.25, validation_combination=[{"line": "line3", "perturbation": "drug2"}]
-        ),
-    )
-    assert (
-        in_split(samples, split, "validation_combination") == {("line3", "drug2")}
-        and len(in_split(samples, split, "test_combination")) == 3
-    )
-    audit_entities(samples, split, declare())
-
-
-def test_two_shares_are_those_of_the_parameters(declare):
-    samples = cohort(lines=5, drugs=8)
-    split, _ = assign_splits(
-        samples, declare(), splits(combination=0.2, validation_combination=0.1)
-    )
-    assert (
-        len(in_split(samples, split, "test_combination")) == 8
-        and len(in_split(samples, split, "validation_combination")) == 4
-    )
-
-
-def test_where_few_pairs_can_be_held_out_test_and_validation_share_them(declare):
-    samples = cohort(lines=3, drugs=1)
-    split, _ = assign_splits(
-        samples, declare(), splits(combination=0.5, validation_combination=0.5)
-    )
-    assert (
-        len(in_split(samples, split, "test_combination"))
-        == len(in_split(samples, split, "validation_combination"))
-        == 1
-    )
+def test_a_mapping_of_one_of_two_context_columns_lists_the_pairs_of_the_other(declare):
+    samples = cohort(tissues=4, drugs=2)
+    in_lung = samples["tissue"].isin(["tissue0", "tissue1"])
+    samples["organ"] = np.where(in_lung, "lung", "blood")
+    params = no_splits(combination=[{"organ": "lung", "perturbation": "drug1"}])
+    split, _ = assign_splits(samples, declare(context_columns=["organ", "tissue"]), params)
+    expected = {("tissue0", "drug1"), ("tissue1", "drug1")}
+    assert pairs_in(samples, split, "test_combination") == expected
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_perturbation_of_a_named_pair_is_not_drawn_to_be_held_out_whole(declare, seed):
-    samples = cohort(lines=4, drugs=4)
-    split, _ = assign_splits(
-        samples,
-        declare(),
-        splits(
-            seed=seed, perturbation=0.5, combination=[{"line": "line1", "perturbation": "drug2"}]
-        ),
+def test_the_perturbation_of_a_listed_pair_is_not_held_out_whole(hold_out, seed):
+    samples = cohort(tissues=4, drugs=4)
+    test, _, split = hold_out(samples, seed=seed, perturbation=0.5, combination=[pair(1, 2)])
+    assert test == {("tissue1", "drug2")}
+    assert (split == "test_perturbation").any()
+    assert ("tissue0", "drug2") in pairs_in(samples, split, TRAIN)
+
+
+def test_samples_of_a_listed_pair_in_a_held_out_study_stay_there_with_a_note(declare):
+    samples = cohort(tissues=3, drugs=2, studies=4)
+    params = no_splits(study=0.25, combination=[pair(1, 0)])
+    split, notes = assign_splits(samples, declare(), params)
+    rows = (samples["tissue"] == "tissue1") & (samples["perturbation"] == "drug0")
+    assert split[rows].value_counts().to_dict() == {"test_combination": 3, "test_study": 1}
+    assert "1 samples of the pairs listed for test_combination are in test_study" in notes
+
+
+def test_an_empty_list_holds_out_no_pair(declare):
+    split, notes = assign_splits(cohort(), declare(), no_splits(combination=[]))
+    assert set(split) == {TRAIN}
+    assert "test_combination is absent: the list of pairs is empty" in notes
+
+
+# drawn pairs
+
+
+def test_pairs_drawn_for_validation_keep_the_parts_of_listed_pairs_in_training(hold_out):
+    drawn = set()
+    for seed in range(8):
+        test, validation, _ = hold_out(
+            cohort(drugs=3), seed=seed, combination=[pair(0, 0)], validation_combination=0.25
+        )
+        assert test == {("tissue0", "drug0")} and len(validation) == 3
+        drawn |= validation
+    assert len(drawn) > 3
+
+
+def test_pairs_drawn_for_the_test_exclude_those_listed_for_validation(hold_out):
+    test, validation, _ = hold_out(
+        cohort(drugs=3), combination=0.25, validation_combination=[pair(3, 2)]
     )
-    assert in_split(samples, split, "test_combination") == {("line1", "drug2")}
-    assert (split == "test_perturbation").any() and ("line0", "drug2") in in_split(
-        samples, split, TRAIN
-    )
-    audit_entities(samples, split, declare())
-
-
-def test_samples_of_a_named_pair_in_a_held_out_study_stay_there_and_it_is_said(declare):
-    samples = cohort(lines=3, drugs=2, studies=4)
-    split, notes = assign_splits(
-        samples,
-        declare(),
-        splits(study=0.25, combination=[{"line": "line1", "perturbation": "drug0"}]),
-    )
-    audit_entities(samples, split, declare())
-    pair = (samples["line"] == "line1") & (samples["perturbation"] == "drug0")
-    assert split[pair].value_counts().to_dict() == {"test_combination": 3, "test_study": 1}
-    assert (
-        "1 samples of the pairs that splits names for test_combination are in test_study" in notes
-    )
-
-
-def test_an_empty_list_names_no_pair(declare):
-    split, notes = assign_splits(cohort(), declare(), splits(combination=[]))
-    assert set(split) == {TRAIN} and "test_combination is absent: no pair is named" in notes
-
-
-# what is refused
-
-
-MISTAKES = [
-    (
-        [{"lin": "line1", "perturbation": "drug0"}],
-        "splits.combination.0: lin names no pair; expected columns of data.context_columns and data.control; did you mean line?",
-    ),
-    (
-        [{"tissue": "blood"}],
-        "tissue names no pair; expected columns of data.context_columns and data.control; known: line, perturbation",
-    ),
-    (
-        [{"line": "line11", "perturbation": "drug0"}],
-        "no sample has line = line11; did you mean line",
-    ),
-    (
-        [{"line": "line1"}, {"line": "line2", "perturbation": "durg0"}],
-        "splits.combination.1: no sample has perturbation = durg0; did you mean drug0?",
-    ),
-    (
-        [{"line": "line1", "perturbation": "control"}],
-        "only controls have line = line1 and perturbation = control",
-    ),
-    ([{"perturbation": "drug0"}], "training sees no other context of the perturbation drug0"),
-    (
-        [{"line": f"line{number}"} for number in range(4)],
-        "training sees no other context of the perturbation drug0",
-    ),
-]
+    assert validation == {("tissue3", "drug2")} and len(test) == 3
 
 
 @pytest.mark.parametrize(
-    ("named", "message"), MISTAKES, ids=[message[:60] for _, message in MISTAKES]
+    ("tissues", "drugs", "shares", "sizes"),
+    [
+        (5, 8, (0.2, 0.1), (8, 4)),
+        (3, 1, (0.5, 0.5), (1, 1)),  # fewer than requested can be held out
+    ],
 )
-def test_a_pair_that_is_none_or_not_seen_apart_is_refused_with_the_reason(declare, named, message):
-    assert any(message in problem for problem in refused(cohort(), declare(), combination=named))
+def test_test_and_validation_divide_the_drawn_pairs_by_their_shares(
+    hold_out, tissues, drugs, shares, sizes
+):
+    combination, validation_combination = shares
+    test, validation, _ = hold_out(
+        cohort(tissues, drugs),
+        combination=combination,
+        validation_combination=validation_combination,
+    )
+    assert (len(test), len(validation)) == sizes
 
 
-def test_values_that_no_sample_has_together_name_nothing(declare):
+# invalid lists
+
+
+def problems_of(samples: pd.DataFrame, data, **changes) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        assign_splits(samples, data, no_splits(**changes))
+    return list(caught.value.problems)
+
+
+COLUMNS = "does not define pairs; expected columns of data.context_columns and data.control"
+NO_OTHER_CONTEXT = "training has no other context of the perturbation drug0"
+MISTAKES = [
+    (
+        [{"tisue": "tissue1", "perturbation": "drug0"}],
+        f"splits.combination.0: tisue {COLUMNS}; did you mean tissue?",
+    ),
+    ([{"study_date": "2030-06-01"}], f"study_date {COLUMNS}; known: tissue, perturbation"),
+    ([{"tissue": "tissue11"}], "no sample has tissue = tissue11; did you mean tissue"),
+    (
+        [pair(1, 0), {"tissue": "tissue2", "perturbation": "durg0"}],
+        "splits.combination.1: no sample has perturbation = durg0; did you mean drug0?",
+    ),
+    (
+        [{"tissue": "tissue1", "perturbation": "control"}],
+        "only controls have tissue = tissue1 and perturbation = control",
+    ),
+    ([{"perturbation": "drug0"}], NO_OTHER_CONTEXT),
+    ([{"tissue": f"tissue{number}"} for number in range(4)], NO_OTHER_CONTEXT),
+]
+
+
+@pytest.mark.parametrize(("listed", "message"), MISTAKES, ids=[text[:60] for _, text in MISTAKES])
+def test_an_invalid_list_is_refused_with_the_reason(declare, listed, message):
+    problems = problems_of(cohort(), declare(), combination=listed)
+    assert any(message in problem for problem in problems)
+
+
+def test_values_that_no_sample_combines_are_refused(declare):
     samples = cohort(drugs=2)
-    samples = samples[~((samples["line"] == "line1") & (samples["perturbation"] == "drug1"))]
-    found = refused(samples, declare(), combination=[{"line": "line1", "perturbation": "drug1"}])
-    assert found == [
-        "here: splits.combination.0: no sample has line = line1 and perturbation = drug1; name a pair of context and perturbation that was measured"
+    in_pair = (samples["tissue"] == "tissue1") & (samples["perturbation"] == "drug1")
+    assert problems_of(samples[~in_pair], declare(), combination=[pair(1, 1)]) == [
+        "here: splits.combination.0: no sample has tissue = tissue1 and perturbation = drug1; "
+        "list a measured pair of context and perturbation"
     ]
 
 
-def test_a_context_that_is_left_without_controls_and_other_perturbations_is_refused(declare):
+def test_a_pair_whose_context_has_no_other_sample_is_refused(declare):
     samples = cohort(drugs=2)
-    samples = samples[(samples["line"] != "line1") | (samples["perturbation"] == "drug1")]
-    found = refused(samples, declare(), combination=[{"line": "line1", "perturbation": "drug1"}])
-    assert (
-        len(found) == 1
-        and "training sees neither a control nor another perturbation of the context line1"
-        in found[0]
-    )
+    samples = samples[(samples["tissue"] != "tissue1") | (samples["perturbation"] == "drug1")]
+    (problem,) = problems_of(samples, declare(), combination=[pair(1, 1)])
+    assert "neither a control nor another perturbation of the context tissue1" in problem
 
 
-def test_a_pair_is_named_for_the_test_or_for_validation(declare):
-    pair = [{"line": "line1", "perturbation": "drug0"}]
-    assert (
-        "both name line1 / drug0; a pair is held out once"
-        in refused(cohort(), declare(), combination=pair, validation_combination=pair)[0]
-    )
+def test_a_pair_listed_for_test_and_validation_is_refused(declare):
+    lists = {"combination": [pair(1, 0)], "validation_combination": [pair(1, 0)]}
+    (problem,) = problems_of(cohort(), declare(), **lists)
+    assert "both list tissue1 / drug0; hold out a pair once" in problem
 
 
-def test_without_a_control_no_pair_can_be_named(declare):
-    assert (
-        "data.control is null"
-        in refused(cohort(), declare(control=None), combination=[{"line": "line1"}])[0]
-    )
+def test_listed_pairs_without_a_control_are_refused(declare):
+    data = declare(control=None)
+    problems = problems_of(cohort(), data, combination=[{"tissue": "tissue1"}])
+    assert "data.control is null" in problems[0]
 
 
-def test_every_wrong_mapping_is_told_at_once(declare):
-    found = refused(
+def test_all_invalid_mappings_are_reported_at_once(declare):
+    problems = problems_of(
         cohort(),
         declare(),
-        combination=[{"lin": "line1"}, {"line": "line9"}],
+        combination=[{"tisue": "tissue1"}, {"tissue": "tissue9"}],
         validation_combination=[{"perturbation": "nothing"}],
     )
-    assert [problem.split(": ")[1] for problem in found] == [
+    assert [problem.split(": ")[1] for problem in problems] == [
         "splits.combination.0",
         "splits.combination.1",
         "splits.validation_combination.0",

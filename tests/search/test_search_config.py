@@ -1,22 +1,29 @@
-"""A study file is checked against params.yaml, and the params tool writes valid values and nothing else."""
+"""The definition of a search is validated against params.yaml, with file, line and correction."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from support.searches import KL, LATENT, search_config
 from support.settings import ROOT
 
-from pipeline import configure as tool
-from pipeline.gem.common import yaml_file
-from pipeline.gem.common.config import Params, flatten, read_params
-from pipeline.gem.common.errors import GemError, InputError
+from pipeline.gem.common.config import Params, read_params
+from pipeline.gem.common.errors import InputError
 from pipeline.gem.search.search_config import read_search_config
 
-TEXT = (ROOT / "experiments" / "searches" / "latent_kl.yaml").read_text()
-LATENT, KL = "model.latent.technical", "train.kl_weight.technical"
+SEARCHES = ROOT / "experiments" / "searches"
+DEFINITION = """\
+description: Which?
+space:
+  model.latent.technical: {type: integer, low: 8, high: 128, log: true}
+  train.kl_weight.technical: {type: float, low: 0.01, high: 4.0, log: true}
+baseline: {model: {latent: {technical: 64}}, train: {kl_weight: {technical: 1.0}}}
+objective: {metric: predictive_log_likelihood, direction: maximize}
+sampler: {name: tpe, seed: 5, startup_trials: 10}
+pruner: {name: asha, min_epochs: 2, reduction: 2}
+epochs: 18
+seeds: [1]
+confirm: {top: 2, seeds: [2, 3, 4], from_trials: 20}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -26,548 +33,180 @@ def current() -> Params:
 
 @pytest.fixture
 def problems(tmp_path, current):
-    """The problem lines of latent_kl.yaml with the given replacements (patterns) of text."""
+    """A function: the problem lines of DEFINITION after replacements of text."""
 
-    def of(*replacements: tuple[str, str]) -> list[str]:
-        text = TEXT
+    def read(*replacements: tuple[str, str]) -> list[str]:
+        text = DEFINITION
         for old, new in replacements:
-            text, number = re.subn(old, new, text, count=1)
-            assert number, f"{old!r} is not in the study"
-        (tmp_path / "asked.yaml").write_text(text)
+            assert text.count(old), f"{old!r} is not in the definition"
+            text = text.replace(old, new, 1)
+        path = tmp_path / "changed.yaml"
+        path.write_text(text)
         with pytest.raises(InputError) as caught:
-            read_search_config("asked", current, tmp_path)
-        assert all(
-            problem.startswith(f"{tmp_path / 'asked.yaml'}:") and "\n" not in problem
-            for problem in caught.value.problems
-        )
+            read_search_config("changed", current, tmp_path)
+        for problem in caught.value.problems:
+            assert problem.startswith(f"{path}:") and "\n" not in problem
         return list(caught.value.problems)
 
-    return of
+    return read
 
 
-def one(found: list[str]) -> str:
-    assert len(found) == 1, found
-    return found[0]
+@pytest.mark.parametrize("path", sorted(SEARCHES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_committed_search_is_valid(path, current):
+    config = read_search_config(path.stem, current, SEARCHES)
+    assert set(config.baseline_values) == set(config.space)
 
 
-# studies
-
-
-@pytest.mark.parametrize(
-    "study", [path.stem for path in sorted((ROOT / "experiments" / "searches").glob("*.yaml"))]
-)
-def test_every_committed_study_is_valid(study, current):
-    question = read_search_config(study, current, ROOT / "experiments" / "searches")
-    assert set(question.baseline_values) == set(question.space)
-    assert (
-        flatten(current.override(question.baseline_values).model_dump(mode="json")).keys()
-        == flatten(current.model_dump(mode="json")).keys()
-    )
-
-
-def test_a_mistyped_study_name_is_refused_with_the_one_that_was_meant(current):
-    with pytest.raises(
-        InputError, match=r"laten_kl\.yaml: no such study; did you mean latent_kl\?"
-    ):
-        read_search_config("laten_kl", current, ROOT / "experiments" / "searches")
+def test_an_unknown_search_is_refused_with_the_closest_name(current):
+    with pytest.raises(InputError, match=r"laten_kl\.yaml: no such search; did you mean latent_kl"):
+        read_search_config("laten_kl", current, SEARCHES)
 
 
 @pytest.mark.parametrize("name", ["../params", "/etc/passwd", "", "latent_kl.yaml"])
-def test_a_study_name_that_is_a_path_is_refused(current, name):
-    with pytest.raises(InputError, match="study"):
-        read_search_config(name, current, ROOT / "experiments" / "searches")
+def test_a_path_is_not_the_name_of_a_search(current, name):
+    with pytest.raises(InputError, match="is not a name"):
+        read_search_config(name, current, SEARCHES)
 
 
-def test_an_unknown_key_of_the_space_is_refused_with_its_line_and_the_key_that_was_meant(problems):
-    found = problems((r"  model\.latent\.technical:  ", "  model.latent.tecnical:  "))
-    assert any(
-        re.search(
-            r"asked\.yaml:5: model\.latent\.tecnical is no key of params\.yaml; did you mean model\.latent\.technical\?",
-            problem,
-        )
-        for problem in found
-    )
+def test_an_unknown_key_is_refused_with_its_line_and_the_closest_key(problems):
+    problem = problems((LATENT, "model.latent.tecnical"))[0]
+    expected = f"yaml:3: model.latent.tecnical is not a key of params.yaml; did you mean {LATENT}?"
+    assert problem.endswith(expected)
 
 
-@pytest.mark.parametrize("key", ["splits.study", "tune.trials", "evaluate.seed", "data.source"])
-def test_only_keys_of_model_and_train_can_be_searched(problems, key):
-    found = problems((r"  model\.latent\.technical:  ", f"  {key}:  "))
-    assert any(
-        f"{key} is no key of params.yaml" in problem or f"{key} cannot be searched" in problem
-        for problem in found
-    )
+@pytest.mark.parametrize("key", ["tune.trials", "evaluate.seed", "train.epochs", "train.device"])
+def test_epochs_and_keys_outside_model_and_train_cannot_be_searched(problems, key):
+    assert f"{key} cannot be searched" in problems((LATENT, key))[0]
+
+
+INTEGER = "type: integer, low: 8, high: 128, log: true"
+FLOAT = "type: float, low: 0.01, high: 4.0, log: true"
+STEPS = "type: integer, low: 8, high: 128, log: false, step: "
+CHOICES = "type: categorical, choices: "
 
 
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        (
-            r"technical: 64,",
-            "technical: 129,",
-            f"space.{LATENT}: the baseline 129 lies outside the space",
-        ),
-        (
-            r"technical: 64,",
-            "technical: 3,",
-            f"space.{LATENT}: the baseline 3 lies outside the space",
-        ),
-        (
-            r"technical: 64, ",
-            "",
-            f"{LATENT} must stand in both space and baseline; add it to baseline",
-        ),
-        (
-            r"kl_weight: \{",
-            "free_bits: 0.5\n    kl_weight: {",
-            "train.free_bits must stand in both space and baseline; add it to space",
-        ),
-        (
-            r"low: 8, high: 128",
-            "low: 65, high: 64",
-            f"space.{LATENT}: low (65) must be below high (64)",
-        ),
-        (
-            r"low: 8, high: 128",
-            "low: 64, high: 64",
-            f"space.{LATENT}: low (64) must be below high (64)",
-        ),
-        (
-            r"low: 0\.01, high",
-            "low: 0.0, high",
-            f"space.{KL}: low is 0.0; a log scale needs a positive one",
-        ),
-        (
-            r"low: 0\.01, high: 4\.0, log: true",
-            "low: -1.0, high: 4.0, log: false",
-            f"space.{KL}: -1.0 is no value for params.yaml",
-        ),
-        (
-            r"low: 8, high: 128, log: true",
-            "low: 0, high: 64, log: false",
-            f"space.{LATENT}: 0 is no value for params.yaml",
-        ),
-        (
-            r"low: 8, high: 128",
-            "low: 4, high: 5000",
-            f"space.{LATENT}: 5000 is no value for params.yaml",
-        ),
-        (
-            r"type: integer, low: 8, high: 128, log: true",
-            "type: categorical, choices: [64, x]",
-            f"space.{LATENT}: 'x' is no value for params.yaml",
-        ),
-        (
-            r"type: integer, low: 8, high: 128, log: true",
-            "type: categorical, choices: [8, 32]",
-            f"space.{LATENT}: the baseline 64 lies outside the space",
-        ),
-        (r"low: 8, high: 128", "low: 4.5, high: 64", f"{LATENT}.low is 4.5"),
-        (r"low: 8, high: 128", "low: 4, hihg: 64, high: 64", "hihg is unknown; did you mean high?"),
-        (r"low: 8, high: 128", "high: 64", "low is missing"),
-        (r"type: integer", "type: int", LATENT),
-        (r"log: true", 'log: "true"', f"{LATENT}.log is 'true'"),
-        (r"high: 4\.0", "high: .inf", f"{KL}.high"),
-        (
-            r"technical: 1\.0",
-            "technical: true",
-            f"space.{KL}: the baseline True lies outside the space",
-        ),
-        (r"metric: predictive_log_likelihood", "metric: loss", "objective.metric is 'loss'"),
-        (r"direction: maximize", "direction: up", "objective.direction is 'up'"),
-        (r"epochs: 18 ", "epochs: 0 ", "epochs is 0"),
-        (
-            r"name: tpe",
-            "name: annealing",
-            "sampler.name is 'annealing'; expected 'random', 'grid', 'qmc', 'tpe', 'gp', 'cmaes'",
-        ),
-        (r"name: tpe", "name: random", "sampler.startup_trials is unknown; known: name, seed"),
-        (r"seed: 5", "sed: 5, seed: 5", "sampler.sed is unknown; did you mean seed?"),
-        (r"question: ", "qestion: x\nquestion: ", "qestion is unknown; did you mean question?"),
+        # ranges
+        ("low: 8", "low: 129", f"space.{LATENT}: low (129) must be below high (128)"),
+        ("low: 8, high: 128", "low: 64, high: 64", "low (64) must be below high (64)"),
+        ("low: 0.01", "low: 0.0", f"space.{KL}: low is 0.0; a log scale needs a positive value"),
+        ("low: 8", "low: 4.5", f"{LATENT}.low is 4.5"),
+        ("low: 8", "lwo: 8, low: 8", "lwo is unknown; did you mean low?"),
+        ("low: 8, ", "", "low is missing"),
+        ("high: 4.0", "high: .inf", f"{KL}.high"),
+        ("log: true", 'log: "true"', f"{LATENT}.log is 'true'"),
+        ("log: true}", "log: true, step: 8}", "a log scale has no steps"),
+        (INTEGER, f"{STEPS}7", "steps of 7 from 8 do not reach 128"),
+        ("type: integer", "type: int", LATENT),
+        # values that params.yaml does not allow
+        (FLOAT, "type: float, low: -1.0, high: 4.0, log: false", "-1.0 is not allowed"),
+        ("high: 128", "high: 5000", f"space.{LATENT}: 5000 is not allowed by params.yaml"),
+        (INTEGER, CHOICES + "[64, x]", f"space.{LATENT}: 'x' is not allowed by params.yaml"),
+        # the baseline
+        ("technical: 64", "technical: 129", f"{LATENT}: the baseline 129 is outside the space"),
+        ("technical: 64", "technical: 3", "the baseline 3 is outside the space"),
+        ("technical: 64", "technical: 16.0", "the baseline 16.0 is not allowed by params.yaml"),
+        ("technical: 1.0", "technical: true", "the baseline True is outside the space"),
+        (INTEGER, CHOICES + "[8, 32]", "the baseline 64 is outside the space"),
+        (INTEGER, f"{STEPS}24", "the baseline 64 is outside the space"),
+        ("model: {latent: {technical: 64}}, ", "", f"{LATENT} must be in both space and baseline"),
+        ("train: {", "train: {free_bits: 0.5, ", "free_bits must be in both space and baseline"),
+        # objective, sampler, pruner, seeds
+        ("predictive_log_likelihood", "loss", "objective.metric is 'loss'"),
+        ("maximize", "up", "objective.direction is 'up'"),
+        ("maximize", "minimize", "which would promote the worst model"),
+        ("name: tpe", "name: annealing", "sampler.name is 'annealing'; expected 'random', 'grid'"),
+        ("name: tpe", "name: random", "sampler.startup_trials is unknown; known: name, seed"),
+        ("seed: 5", "sed: 5, seed: 5", "sampler.sed is unknown; did you mean seed?"),
+        ("min_epochs: 2", "min_epochs: 18", "pruner: min_epochs (18) must be below epochs (18)"),
+        ("epochs: 18", "epochs: 0", "epochs is 0"),
+        ("[2, 3, 4]", "[2, 1]", "confirm: 1 is a seed of the trials"),
+        ("[2, 3, 4]", "[2, 2]", "confirm: 2 appears twice"),
+        ("seeds: [1]", "seeds: [1, 1]", "seeds: 1 appears twice"),
+        # conditions
+        (FLOAT, FLOAT + ", when: {a: [64]}", f"{KL}: when: a does not come before it in"),
+        (FLOAT, FLOAT + f", when: {{{LATENT}: [999]}}", f"when: {LATENT} is never 999; remove it"),
+        # keys
+        ("desc", "desciption: x\ndesc", "desciption is unknown; did you mean description?"),
+        ("desc", "description: x\ndesc", "duplicate key description"),
     ],
 )
-def test_a_question_that_cannot_be_asked_is_refused_in_one_line(problems, old, new, expected):
-    assert expected in one(problems((old, new)))
+def test_an_invalid_definition_is_refused_in_one_line(problems, old, new, expected):
+    (problem,) = problems((old, new))
+    assert expected in problem
 
 
-TWO = "objective:\n  - {metric: predictive_log_likelihood, direction: maximize}\n  - {metric: leakage, direction: minimize}\n"
-OBJECTIVE, NO_PRUNER = (
-    (r"objective:(.|\n)*?direction: maximize\n", TWO),
-    (r"pruner: .*", "pruner: {name: none}"),
-)
-STEPS = (
-    r"type: integer, low: 8, high: 128, log: true",
-    "type: integer, low: 8, high: 128, log: false, step: 8",
-)
-CHOICES = [
-    (rf"{name}:  +\{{.*\}}\n", f"{name}: {{type: categorical, choices: [{baseline}, {other}]}}\n")
-    for name, baseline, other in (
-        ("model.latent.technical", 64, 8),
-        ("model.latent.biological", 32, 8),
-        ("model.latent.perturbation", 96, 8),
-        ("train.kl_weight.technical", 1.0, 0.1),
-        ("train.kl_weight.biological", 1.0, 0.1),
-        ("train.kl_weight.perturbation", 1.0, 0.1),
-    )
-]
+OBJECTIVE = "{metric: predictive_log_likelihood, direction: maximize}"
+TWO_OBJECTIVES = (OBJECTIVE, f"[{OBJECTIVE}, {{metric: latent_leakage, direction: minimize}}]")
+LEAKAGE = (OBJECTIVE, "{metric: latent_leakage, direction: minimize}")
+NO_PRUNER = ("pruner: {name: asha, min_epochs: 2, reduction: 2}", "pruner: {name: none}")
+GRID = ("sampler: {name: tpe, seed: 5, startup_trials: 10}", "sampler: {name: grid, seed: 1}")
+CMAES = ("name: tpe", "name: cmaes")
 
 
 @pytest.mark.parametrize(
     ("replacements", "expected"),
     [
+        ([TWO_OBJECTIVES], "pruner: asha needs a single objective, but there are 2"),
+        ([LEAKAGE], "pruner: latent_leakage is computed only at the end of a trial"),
+        ([TWO_OBJECTIVES, NO_PRUNER, CMAES], "sampler: cmaes needs a single objective"),
         (
-            [OBJECTIVE],
-            "pruner: asha compares one number an epoch, and there are 2 objectives; write {name: none}",
+            [CMAES, (FLOAT, CHOICES + "[1.0, 2.0]")],
+            "cmaes needs two numeric keys, but the space has 1",
         ),
         (
-            [
-                (r"metric: predictive_log_likelihood", "metric: leakage"),
-                (r"direction: maximize", "direction: minimize"),
-            ],
-            "pruner: leakage is known at the end of a trial only",
+            [CMAES, (FLOAT, FLOAT + f", when: {{{LATENT}: [64]}}")],
+            "cmaes does not allow a condition",
         ),
+        ([GRID], f"sampler: grid needs steps, but {KL} has none"),
         (
-            [OBJECTIVE, NO_PRUNER, (r"name: tpe", "name: cmaes")],
-            "sampler: cmaes seeks one objective, and there are 2",
-        ),
-        (
-            [(r"name: tpe", "name: cmaes"), *CHOICES[:5]],
-            "sampler: cmaes needs two numeric keys, and the space has 1",
-        ),
-        (
-            [
-                (r"name: tpe", "name: cmaes"),
-                (r"high: 4\.0, log: true", f"high: 4.0, log: true, when: {{{LATENT}: [64]}}"),
-            ],
-            f"sampler: cmaes cannot leave a key out, and {KL} has a condition",
-        ),
-        (
-            [(r"sampler: .*", "sampler: {name: grid, seed: 1}")],
-            f"sampler: grid needs steps: {KL}, train.kl_weight.biological, train.kl_weight.perturbation has none",
-        ),
-        (
-            [(r"sampler: .*", "sampler: {name: grid, seed: 1}"), *CHOICES[3:]],
+            [GRID, (FLOAT, "type: float, low: 0.0, high: 2.0, step: 0.001, log: false")],
             "sampler: the grid has more than 100,000 points",
         ),
         (
-            [(r"pruner: .*", "pruner: {name: hyperband, min_epochs: 18, reduction: 3}")],
-            "pruner: min_epochs (18) must be below epochs (18)",
+            [(OBJECTIVE, f"[{OBJECTIVE}, {OBJECTIVE}]"), NO_PRUNER],
+            "objective: predictive_log_likelihood appears twice",
         ),
         (
-            [(r"seeds: \[2, 3, 4\]", "seeds: [2, 1]")],
-            "confirm: seeds: 1 is a seed of the trials, on which the best were chosen",
-        ),
-        ([(r"\nseeds: \[1\]", "\nseeds: [1, 1]")], "seeds: a seed stands twice"),
-        (
-            [
-                (
-                    r"objective:(.|\n)*?direction: maximize\n",
-                    TWO.replace(
-                        "leakage, direction: minimize",
-                        "predictive_log_likelihood, direction: maximize",
-                    ),
-                ),
-                NO_PRUNER,
-            ],
-            "objective: a metric stands twice",
-        ),
-        (
-            [
-                (r"objective:(.|\n)*?direction: maximize\n", TWO.replace("leakage", "leakag")),
-                NO_PRUNER,
-            ],
-            "objective.1.metric is 'leakag'",
-        ),
-        (
-            [
-                (
-                    r"high: 4\.0, log: true",
-                    "high: 4.0, log: true, when: {model.latent.tecnical: [64]}",
-                )
-            ],
-            f"space.{KL}: when: model.latent.tecnical does not stand before it in the space; did you mean model.latent.technical?",
-        ),
-        (
-            [(r"high: 4\.0, log: true", f"high: 4.0, log: true, when: {{{LATENT}: [999]}}")],
-            f"space.{KL}: when: {LATENT} is never 999; remove it",
-        ),
-        ([(r"log: true\}", "log: true, step: 8}")], f"space.{LATENT}: a log scale has no steps"),
-        (
-            [(STEPS[0], STEPS[1].replace("step: 8", "step: 7"))],
-            f"space.{LATENT}: from 8 in steps of 7 one does not come to 128",
-        ),
-        (
-            [(STEPS[0], STEPS[1].replace("step: 8", "step: 24"))],
-            f"space.{LATENT}: the baseline 64 lies outside the space",
+            [TWO_OBJECTIVES, ("latent_leakage", "latent_leakag"), NO_PRUNER],
+            "objective.1.metric is 'latent_leakag'",
         ),
     ],
 )
-def test_what_optuna_cannot_do_or_makes_no_sense_is_refused(problems, replacements, expected):
-    assert expected in one(problems(*replacements))
+def test_combinations_that_optuna_does_not_support_are_refused(problems, replacements, expected):
+    (problem,) = problems(*replacements)
+    assert expected in problem
 
 
-def test_the_points_of_a_space_are_those_that_its_conditions_leave(current):
-    question = read_search_config("capacity", current, ROOT / "experiments" / "searches")
-    assert question.points() is None, "a learning rate has no end of values"
+def test_both_ends_of_a_range_are_checked(problems):
+    low, high = problems((INTEGER, "type: float, low: 8.5, high: 65.5, log: true"))
+    assert "8.5 is not allowed by params.yaml" in low
+    assert "65.5 is not allowed by params.yaml" in high
+
+
+def test_an_empty_space_is_refused(problems):
+    start, end = DEFINITION.index("  model"), DEFINITION.index("objective:")
+    lines = problems((DEFINITION[start:end], ""), ("space:\n", "space: {}\nbaseline: {}\n"))
+    assert re.search(r"yaml:2: space is \{\}", lines[0]) and len(lines) == 1
+
+
+def test_all_problems_are_reported_at_once(problems):
+    lines = problems(
+        ("low: 8", "low: 700"), ("low: 0.01", "low: -0.01"), ("seeds: [1]", "seeds: [2]")
+    )
+    assert len(lines) == 3
+
+
+def test_the_points_of_a_space_are_those_that_its_conditions_allow():
     choices = {"type": "categorical", "choices": [1, 2]}
     space = {"a": choices, "b": choices | {"when": {"a": [2]}}, "c": choices | {"when": {"b": [1]}}}
-    asked = type(question).model_validate(question.model_dump() | {"space": space})
-    assert sorted(map(str, asked.points())) == [
+    points = search_config(space=space).points()
+    assert sorted(map(str, points)) == [
         "{'a': 1}",
         "{'a': 2, 'b': 1, 'c': 1}",
         "{'a': 2, 'b': 1, 'c': 2}",
         "{'a': 2, 'b': 2}",
     ]
-
-
-def test_a_range_of_fractions_for_an_integer_is_refused_at_both_ends(problems):
-    found = problems((r"type: integer, low: 8, high: 128", "type: float, low: 4.5, high: 64.0"))
-    assert [
-        f"space.{LATENT}: {end} is no value for params.yaml" in problem
-        for end, problem in zip((4.5, 64.0), found, strict=True)
-    ] == [True, True]
-
-
-def test_a_key_of_the_baseline_is_checked_as_a_value_of_params_yaml(problems):
-    """16.0 lies inside the range and is no integer."""
-    assert LATENT in one(problems((r"technical: 64,", "technical: 16.0,")))
-
-
-def test_a_metric_is_sought_in_its_own_direction(problems):
-    """Minimising a likelihood, or maximising an error, would promote the worst model."""
-    assert "direction" in one(problems((r"direction: maximize", "direction: minimize")))
-
-
-@pytest.mark.parametrize(
-    ("old", "new"), [(r"\Z", "\nspace: {}\n"), (r"question:", "question: a\nquestion:")]
-)
-def test_a_key_that_stands_twice_is_refused(problems, old, new):
-    assert "stands twice" in one(problems((old, new)))
-
-
-def test_an_empty_space_is_no_question(problems):
-    text = r"(?s)space:.*\nbaseline:.*\nobjective:"
-    assert "space" in one(problems((text, "space: {}\nbaseline: {}\nobjective:")))
-
-
-def test_all_problems_of_a_study_are_said_at_once(problems):
-    found = problems(
-        (r"low: 8, high: 128", "low: 70, high: 64"),
-        (r"low: 0\.01", "low: -0.01"),
-        (r"biological: \d+, p", "biological: 900, p"),
-    )
-    assert len(found) == 3 and all(
-        name in "\n".join(found) for name in (LATENT, KL, "model.latent.biological")
-    )
-
-
-# the tool
-
-
-@pytest.fixture
-def repository(tmp_path, monkeypatch) -> Path:
-    """A working folder with the committed params.yaml and study."""
-    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
-    (tmp_path / "experiments" / "searches").mkdir(parents=True)
-    (tmp_path / "experiments" / "searches" / "latent_kl.yaml").write_text(TEXT)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def call(repository, monkeypatch, capsys):
-    """Runs `pipeline.configure` with arguments; its standard output."""
-
-    def with_arguments(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["params", *arguments])
-        tool.main()
-        return capsys.readouterr().out
-
-    return with_arguments
-
-
-def test_a_valid_repository_is_checked_in_silence(call):
-    assert call() == ""
-
-
-def test_set_writes_the_value_keeps_the_comment_and_shows_the_difference(call, repository):
-    before = (repository / "params.yaml").read_text()
-    shown = call("--set", "tune.trials=40", "--set", "train.learning_rate=1e-3")
-    after = (repository / "params.yaml").read_text()
-    assert after == re.sub(
-        r"learning_rate: \S+", "learning_rate: 0.001", re.sub(r"trials: \d+", "trials: 40", before)
-    )
-    assert [
-        line for line in shown.splitlines() if line[0] in "+-" and line[1:4] not in ("++ ", "-- ")
-    ] == [
-        line
-        for old, new in zip(before.splitlines(), after.splitlines(), strict=True)
-        if old != new
-        for line in (f"-{old}", f"+{new}")
-    ]
-    assert read_params("params.yaml").tune.trials == 40
-
-
-def test_set_to_the_present_value_says_so_and_writes_nothing(call, repository):
-    stamp = (repository / "params.yaml").stat().st_mtime_ns
-    assert call("--set", "tune.trials=4") == "params.yaml says so already\n"
-    assert (repository / "params.yaml").stat().st_mtime_ns == stamp
-
-
-@pytest.mark.parametrize(
-    ("argument", "expected"),
-    [
-        ("tune.trials=0", "tune.trials"),
-        ("tune.trials=many", "tune.trials"),
-        ("tune.trials=4.5", "tune.trials"),
-        ("tune.trials=", "tune.trials"),
-        ("tune.trial=4", "did you mean tune.trials?"),
-        ("tune=4", "tune is unknown"),
-        ("tune.trials.more=4", "did you mean tune.trials?"),
-        ("tune.trials", "expected KEY=VALUE"),
-        ("=4", "unknown"),
-        ("train.learning_rate=.inf", "train.learning_rate"),
-        ("model.latent.technical=[4]", "model.latent.technical"),
-        ("model.dropout={a: 1}", "model.dropout"),
-        (
-            "synthesize.perturbations_per_study=81",
-            "perturbations_per_study (81) is more than perturbations (80)",
-        ),
-        ("splits.seed=\x07", "splits.seed"),
-    ],
-)
-def test_set_refuses_what_params_yaml_may_not_hold_and_leaves_the_file(
-    call, repository, argument, expected
-):
-    before = (repository / "params.yaml").read_bytes()
-    with pytest.raises(GemError, match=re.escape(expected)) as caught:
-        call("--set", argument)
-    assert all("\n" not in problem for problem in caught.value.problems)
-    assert (repository / "params.yaml").read_bytes() == before
-
-
-def test_set_refuses_all_when_one_of_several_is_refused(call, repository):
-    before = (repository / "params.yaml").read_bytes()
-    with pytest.raises(InputError):
-        call("--set", "tune.trials=40", "--set", "train.epochs=0")
-    assert (repository / "params.yaml").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("argument", "name", "value"),
-    [
-        ("data.control.value=not treated", "data.control.value", "not treated"),
-        ("data.control.value=DMSO, 0.1%", "data.control.value", "DMSO, 0.1%"),
-        ("data.layer=raw", "data.layer", "raw"),
-        ("data.layer='1e3'", "data.layer", "1e3"),
-        ("data.date_column=null", "data.date_column", None),
-        ("model.additive_technical=false", "model.additive_technical", False),
-    ],
-)
-def test_what_set_accepts_reads_back_as_given(call, repository, argument, name, value):
-    call("--set", argument)
-    assert read_params("params.yaml").flat()[name] == value
-
-
-@pytest.mark.parametrize(
-    ("argument", "name", "value"),
-    [
-        ("train.seeds=[1, 2]", "train.seeds", [1, 2]),
-        ("data.context_columns=[]", "data.context_columns", []),
-    ],
-)
-def test_a_list_is_written_as_given_or_refused_by_name_with_the_file_untouched(
-    call, repository, argument, name, value
-):
-    before = (repository / "params.yaml").read_bytes()
-    try:
-        call("--set", argument)
-    except InputError as error:
-        assert name in str(error) and (repository / "params.yaml").read_bytes() == before
-    else:
-        assert read_params("params.yaml").flat()[name] == value
-
-
-def test_a_budget_is_written_where_the_study_has_it(call, repository):
-    (repository / "experiments" / "searches" / "capacity.yaml").write_bytes(
-        (ROOT / "experiments" / "searches" / "capacity.yaml").read_bytes()
-    )
-    study, params = (
-        (repository / "experiments" / "searches" / "capacity.yaml").read_text(),
-        (repository / "params.yaml").read_text(),
-    )
-    shown = call("--budget", "capacity=80")
-    assert "-trials: 40" in shown and "+trials: 80" in shown
-    assert (repository / "experiments" / "searches" / "capacity.yaml").read_text() == study.replace(
-        "trials: 40", "trials: 80"
-    )
-    assert (repository / "params.yaml").read_text() == params
-    assert "+  trials: 7" in call("--budget", "latent_kl=7")
-    assert read_params("params.yaml").tune.trials == 7
-    for wrong in ("capacity=0", "capacity=many", "capacity", "latent_kl=0"):
-        with pytest.raises(InputError):
-            call("--budget", wrong)
-
-
-def test_promote_changes_exactly_the_searched_keys(call, repository):
-    best = {
-        "model": {"latent": {"technical": 5, "biological": 33, "perturbation": 64}},
-        "train": {"kl_weight": {"technical": 1e-2, "biological": 0.5, "perturbation": 4.0}},
-    }
-    (repository / "experiments" / "latent_kl").mkdir()
-    (repository / "experiments" / "latent_kl" / "best.yaml").write_text(yaml_file.dump(best))
-    before, text = read_params("params.yaml").flat(), (repository / "params.yaml").read_text()
-    shown = call("--promote", "latent_kl")
-    assert read_params("params.yaml").flat() == before | flatten(best)
-    assert [
-        line.partition("#")[2] for line in (repository / "params.yaml").read_text().splitlines()
-    ] == [line.partition("#")[2] for line in text.splitlines()]
-    assert sum(line.startswith("+ ") for line in shown.splitlines()) == 6
-
-
-def test_promoting_a_study_that_was_not_run_names_the_file_and_the_command(call):
-    with pytest.raises(
-        InputError,
-        match=r"experiments/latent_kl/best\.yaml: absent; `make tune SEARCH=latent_kl` writes it",
-    ):
-        call("--promote", "latent_kl")
-
-
-def test_promoting_a_key_that_the_study_did_not_search_is_refused(call, repository):
-    (repository / "experiments" / "latent_kl").mkdir()
-    (repository / "experiments" / "latent_kl" / "best.yaml").write_text("train: {epochs: 1}\n")
-    before = (repository / "params.yaml").read_bytes()
-    with pytest.raises(InputError, match=r"train\.epochs"):
-        call("--promote", "latent_kl")
-    assert (repository / "params.yaml").read_bytes() == before
-
-
-def test_a_broken_study_and_an_absent_source_are_said_together(call, repository):
-    (repository / "experiments" / "searches" / "other.yaml").write_text(
-        TEXT.replace("low: 8,", "low: 0,")
-    )
-    (repository / "params.yaml").write_text(
-        (repository / "params.yaml")
-        .read_text()
-        .replace("source: data/synthetic ", "source: elsewhere.h5ad ")
-    )
-    with pytest.raises(InputError) as caught:
-        call()
-    text = "\n".join(caught.value.problems)
-    assert (
-        "experiments/searches/other.yaml:" in text
-        and "data.source: elsewhere.h5ad does not exist" in text
-        and len(caught.value.problems) == 4
-    )
-
-
-def test_bad_input_ends_with_2_and_one_line(repository):
-    command = [sys.executable, "-m", "pipeline.configure", "--set", "tune.trials=x"]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert (
-        done.returncode == 2
-        and done.stderr.startswith("error: params.yaml:")
-        and done.stderr.count("\n") == 1
-        and not done.stdout
-    )
+    assert search_config().points() is None, "a continuous range is infinite"

@@ -1,136 +1,118 @@
-"""The comparison of predictors on the tiny cohort, made once for all tests, and scenes made by hand."""
+"""The evaluation of a cohort, shared by tests, and splits made by hand."""
 
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pandas as pd
-import torch
 
 from pipeline.gem.common.config import Params
 from pipeline.gem.data.cohort import Cohort
-from pipeline.gem.evaluation.bootstrap import Bootstrap
+from pipeline.gem.evaluation.bootstrap import Bootstrap, Score
 from pipeline.gem.evaluation.comparison import (
-    Result,
-    evaluate_scene,
+    SplitResult,
+    evaluate_split,
+    is_complete,
     principal_axes,
     sample_errors,
-    usable,
 )
-from pipeline.gem.evaluation.predictors import Prediction, Predictors
-from pipeline.gem.evaluation.scoring import SplitContext, TrueChange, measure, score
-from pipeline.gem.evaluation.test_split import Controls, EvaluationSplit, EvaluationSplits
-from pipeline.gem.training.dataset import TrainingData
-from pipeline.gem.training.trainer import fit
+from pipeline.gem.evaluation.evaluation_split import (
+    Controls,
+    EvaluationSplit,
+    EvaluationSplits,
+    PredictedSplit,
+)
+from pipeline.gem.evaluation.predictors import Predictors
+from pipeline.gem.evaluation.scoring import MetricDraws, SplitContext, TrueChange, measure, score
+from pipeline.gem.model.gem import TrainedGEM
 
+SPLITS = ("test_random", "test_combination", "test_perturbation", "test_study")
 SEEDS = {"gem": [1, 2], "gem_reference": [1, 2], "gem_tuned": [1], "gem_tuned_reference": [1]}
-Said = dict[str, list[Prediction]]
+Predictions = dict[str, list[PredictedSplit]]
 
 
 @dataclass(frozen=True)
-class World:
-    """A cohort, its scenes, and what every predictor says of them."""
+class CohortEvaluation:
+    """A cohort, its test splits, and the predictions of every predictor."""
 
     params: Params
     cohort: Cohort
-    scenes: EvaluationSplits
+    splits: EvaluationSplits
     predictors: Predictors
+    models: dict[str, list[TrainedGEM]]
     axes: np.ndarray
-    by_split: dict[str, tuple[EvaluationSplit, Said]]
+    by_split: dict[str, tuple[EvaluationSplit, Predictions]]
 
     @classmethod
-    def of(cls, cohort: Cohort, params: Params, models: dict) -> "World":
-        scenes = EvaluationSplits(cohort, params.evaluate)
-        predictors = Predictors(scenes, models)
-        axes = principal_axes(scenes.train_expression)
-        return cls(
-            params,
-            cohort,
-            scenes,
-            predictors,
-            axes,
-            {scene.name: (scene, predictors(scene)) for scene in scenes},
-        )
+    def of(cls, cohort: Cohort, params: Params, models: dict) -> "CohortEvaluation":
+        splits = EvaluationSplits(cohort, params.evaluate)
+        predictors, axes = Predictors(splits, models), principal_axes(splits.train_expression)
+        by_split = {split.name: (split, predictors(split)) for split in splits}
+        return cls(params, cohort, splits, predictors, models, axes, by_split)
 
     def result(
         self,
-        split: str,
-        said: Said | None = None,
-        scene: EvaluationSplit | None = None,
+        name: str,
+        predictions: Predictions | None = None,
+        split: EvaluationSplit | None = None,
         seeds: dict | None = None,
-    ) -> Result:
-        own = self.by_split[split]
-        seeds = SEEDS if seeds is None else seeds
-        return evaluate_scene(
-            scene or own[0],
-            said or own[1],
-            seeds,
+    ) -> SplitResult:
+        return evaluate_split(
+            split or self.by_split[name][0],
+            predictions or self.by_split[name][1],
+            SEEDS if seeds is None else seeds,
             self.axes,
             self.predictors.true_change,
             self.params.evaluate,
         )
 
-
-_made: dict = {}
-
-
-def world_of(cohort: Cohort, params: Params) -> World:
-    """The same for every test file."""
-    if cohort.folder not in _made:
-        data = TrainingData.load(cohort, torch.device("cpu"))
-        first, second = (fit(data, params, seed=seed).gem for seed in (1, 2))
-        _made[cohort.folder] = World.of(
-            cohort, params, {"gem": [first, second], "gem_tuned": [second]}
-        )
-    return _made[cohort.folder]
+    def measure(self, name: str, predicted: PredictedSplit) -> dict[str, MetricDraws]:
+        split, predictions = self.by_split[name]
+        context = split_context(split, predictions, self.axes, self.predictors.true_change, 12)
+        return measure(predicted, context)
 
 
-def rows_of(scene: EvaluationSplit, said: Said, rows: np.ndarray) -> tuple[EvaluationSplit, Said]:
-    """The same of some samples, or in another order; conditions and entities numbered anew."""
+def rows_of(
+    split: EvaluationSplit, predictions: Predictions, rows: np.ndarray
+) -> tuple[EvaluationSplit, Predictions]:
+    """These rows of a split and of its predictions; conditions and entities are numbered anew."""
 
-    def moved(value):
+    def select(value):
         if isinstance(value, Controls):
-            return replace(
-                value, mean=value.mean[rows], number=value.number[rows], group=value.group[rows]
-            )
+            mean, number, group = value.mean[rows], value.number[rows], value.group[rows]
+            return replace(value, mean=mean, number=number, group=group)
         if isinstance(value, pd.DataFrame):
             return value.iloc[rows]
         return value[rows] if isinstance(value, np.ndarray) else value
 
-    changed = {field.name: moved(getattr(scene, field.name)) for field in fields(scene)}
-    changed |= {
-        name: np.unique(changed[name], return_inverse=True)[1] for name in ("condition", "entity")
-    }
-    parts = {
-        name: [
-            replace(
-                one,
-                **{
-                    part: moved(getattr(one, part))
-                    for part in ("values", "drawn", "pit", "log_likelihood")
-                },
-            )
-            for one in several
-        ]
-        for name, several in said.items()
-    }
-    return replace(scene, **changed), parts
+    def select_fields(record):
+        selected = {field.name: select(getattr(record, field.name)) for field in fields(record)}
+        return replace(record, **selected)
+
+    split = select_fields(split)
+    split = replace(
+        split,
+        condition=np.unique(split.condition, return_inverse=True)[1],
+        entity=np.unique(split.entity, return_inverse=True)[1],
+    )
+    selected = {name: [*map(select_fields, seeds)] for name, seeds in predictions.items()}
+    return split, selected
 
 
-def made_scene(
+def simple_split(
     observed: np.ndarray, condition: np.ndarray, control: np.ndarray | None = None, **changes
 ) -> EvaluationSplit:
-    """A scene of one context, every sample treated; `control` (m, G) are split in two: the first half for the observed side."""
+    """A split of one context in which every sample is treated.
+
+    Every other one of `control` (m, G) is on the observed side, the rest on the predicted side.
+    """
     number = len(observed)
     names = np.array([f"c{index}" for index in condition], dtype=object)
-    sides = (
-        (None, None)
-        if control is None
-        else (made_controls(control[::2], number), made_controls(control[1::2], number))
-    )
-    samples = pd.DataFrame({"sample_id": [f"s{row}" for row in range(number)], "total": 1e6})
-    scene = EvaluationSplit(
+    sides = None, None
+    if control is not None:
+        sides = simple_controls(control[::2], number), simple_controls(control[1::2], number)
+    split = EvaluationSplit(
         name="test_random",
-        samples=samples,
+        samples=pd.DataFrame({"sample_id": [f"s{row}" for row in range(number)], "total": 1e6}),
         counts=np.zeros(observed.shape, dtype=int),
         observed=observed,
         reference=None,
@@ -143,41 +125,41 @@ def made_scene(
         perturbation=names,
         pair=names,
         condition_name=names,
-        perturbed_centre=None,
+        perturbed_centroid=None,
         target=np.full(number, -1),
         condition=condition,
         entity=condition,
         entity_kind="condition",
         treated=np.ones(number, dtype=bool),
     )
-    return replace(scene, **changes)
+    return replace(split, **changes)
 
 
-def made_controls(control: np.ndarray, number: int) -> Controls:
+def simple_controls(control: np.ndarray, number: int) -> Controls:
+    """The same controls (m, G) for each of `number` samples."""
     mean = np.broadcast_to(control.mean(axis=0), (number, control.shape[1]))
-    same = np.zeros(number, dtype=int)
-    return Controls(
-        mean, same + len(control), same, {"x": control.std(axis=0, ddof=1)}, {"x": len(control) - 1}
-    )
+    size, group = np.full(number, len(control)), np.zeros(number, dtype=int)
+    return Controls(mean, size, group, {"x": control.std(axis=0, ddof=1)}, {"x": len(control) - 1})
 
 
-def truths(
-    scene: EvaluationSplit,
-    said: Said | None = None,
+def split_context(
+    split: EvaluationSplit,
+    predictions: Predictions | None = None,
     axes: np.ndarray | None = None,
     true_change: TrueChange | None = None,
     draws: int = 20,
 ) -> SplitContext:
     errors = {
-        name: sample_errors(scene, several)
-        for name, several in (said or {}).items()
-        if usable(several)
+        name: sample_errors(split, seeds)
+        for name, seeds in (predictions or {}).items()
+        if is_complete(seeds)
     }
-    axes = np.eye(scene.observed.shape[1]) if axes is None else axes
-    return SplitContext(scene, Bootstrap(scene.condition, draws, 0), axes, errors, true_change)
+    axes = np.eye(split.observed.shape[1]) if axes is None else axes
+    return SplitContext(split, Bootstrap(split.condition, draws, 0), axes, errors, true_change)
 
 
-def scores(scene: EvaluationSplit, prediction: Prediction, **about) -> dict:
-    """Metric to Score of one prediction."""
-    known = truths(scene, **about)
-    return {name: score([one], known.resamples) for name, one in measure(prediction, known).items()}
+def scores(split: EvaluationSplit, predicted: PredictedSplit, **options) -> dict[str, Score]:
+    """Metric to the score of one prediction; `options` as in `split_context`."""
+    context = split_context(split, **options)
+    draws = measure(predicted, context)
+    return {name: score([metric], context.resamples) for name, metric in draws.items()}

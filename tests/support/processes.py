@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def until(found: Callable[[], object], seconds: float = 600.0) -> object:
-    """What `found` gives as soon as it gives something."""
+def until(condition: Callable[[], object], seconds: float = 600.0) -> object:
+    """The first true value of `condition`. AssertionError after `seconds`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if result := found():
+        if result := condition():
             return result
         time.sleep(0.1)
     raise AssertionError(f"nothing within {seconds} s")
@@ -23,15 +23,14 @@ def until(found: Callable[[], object], seconds: float = 600.0) -> object:
 
 def children(pid: int) -> list[int]:
     try:
-        return [
-            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        ]
-    except OSError:  # it has ended
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        return [int(child) for child in text.split()]
+    except OSError:  # the process has ended
         return []
 
 
 def descendants(pid: int) -> set[int]:
-    return {one for child in children(pid) for one in (child, *descendants(child))}
+    return {pid for child in children(pid) for pid in (child, *descendants(child))}
 
 
 def is_alive(pid: int) -> bool:
@@ -42,12 +41,12 @@ def is_alive(pid: int) -> bool:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
-def answers(address: str) -> bool:
+def is_up(address: str) -> bool:
     try:
         urllib.request.urlopen(address, timeout=5).close()
     except OSError:
@@ -56,7 +55,7 @@ def answers(address: str) -> bool:
 
 
 class TrackingServer:
-    """A real MLflow server on loopback; what it has stored outlives it."""
+    """A real MLflow server on loopback. Its database outlives it."""
 
     def __init__(self, folder: Path):
         self.folder, self.port = folder, free_port()
@@ -65,25 +64,10 @@ class TrackingServer:
 
     def start(self) -> "TrackingServer":
         self.kill()
-        where = [
-            "--backend-store-uri",
-            f"sqlite:///{self.folder}/mlflow.db",
-            "--artifacts-destination",
-            str(self.folder / "artifacts"),
-        ]
-        command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            "--workers",
-            "1",
-            *where,
-        ]
+        address = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        store = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
+        artifacts = ["--artifacts-destination", str(self.folder / "artifacts")]
+        command = [sys.executable, "-m", "mlflow", "server", *address, *store, *artifacts]
         quiet = os.environ | {
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -93,7 +77,7 @@ class TrackingServer:
                 command, cwd=self.folder, env=quiet, stdout=log, stderr=log, start_new_session=True
             )
         try:
-            until(lambda: answers(f"{self.address}/health"))
+            until(lambda: is_up(f"{self.address}/health"))
         except AssertionError:
             raise AssertionError((self.folder / "log").read_text()) from None
         return self
@@ -103,7 +87,7 @@ class TrackingServer:
         return self._process is not None
 
     def send(self, number: int) -> None:
-        """A signal to it and to its workers."""
+        """Sends a signal to the server and its workers."""
         os.killpg(self._process.pid, number)
 
     def kill(self) -> None:

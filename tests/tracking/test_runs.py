@@ -1,6 +1,5 @@
-"""Tracking: real MLflow on a real SQLite store."""
+"""Runs in a real MLflow store (SQLite)."""
 
-import shutil
 import subprocess
 import sys
 import warnings
@@ -9,171 +8,156 @@ import mlflow
 import pytest
 from support.settings import ROOT
 
-from pipeline.gem.common import provenance
+from pipeline.gem.common.errors import GemError
 from pipeline.gem.tracking import mlflow_client, runs
+from pipeline.gem.tracking.runs import Run
+
+pytestmark = pytest.mark.usefixtures("store")
 
 
-@pytest.fixture(autouse=True)
-def _store(tmp_path, monkeypatch, migrated_store):
-    shutil.copy(migrated_store, tmp_path / "mlflow.db")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    before = mlflow.get_tracking_uri()
+def test_the_default_store_has_mlflows_own_name(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     mlflow_client.connect("gem")
-    yield
-    mlflow.set_tracking_uri(before)
-
-
-def test_the_default_store_has_mlflows_own_names(tmp_path):
-    with runs.run("one", "train") as run:
+    with Run.open("default", "train") as run:
         pass
-    assert (
-        mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(run.id).info.run_name
-        == "one"
-    )
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert client.get_run(run.id).info.run_name == "default"
 
 
-def test_another_store_is_named_by_the_environment(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/elsewhere.db")
+def test_the_environment_selects_another_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
     mlflow_client.connect("gem")
-    with runs.run("one", "train"):
+    with Run.open("default", "train"):
         pass
-    assert (tmp_path / "elsewhere.db").exists()
+    assert (tmp_path / "other.db").exists()
 
 
-def test_a_run_ends_as_it_went():
-    with runs.run("well", "train") as well:
+def test_the_status_of_a_run_follows_from_its_exception():
+    with Run.open("finished", "train") as finished:
         pass
-    with pytest.raises(ValueError), runs.run("badly", "train") as badly:
+    with pytest.raises(ValueError), Run.open("failed", "train") as failed:
         raise ValueError
-    with pytest.raises(KeyError), runs.run("pruned", "tune", killed_by=(KeyError,)) as pruned:
+    with pytest.raises(KeyError), Run.open("pruned", "tune", killed_by=(KeyError,)) as killed:
         raise KeyError
-    assert [mlflow.get_run(run.id).info.status for run in (well, badly, pruned)] == [
-        "FINISHED",
-        "FAILED",
-        "KILLED",
-    ]
+    with Run.open("lost", "tune") as lost:
+        pass
+    runs.mark_killed(lost.id)
+    runs.mark_killed("0" * 32)  # a deleted run
+    statuses = [mlflow.get_run(run.id).info.status for run in (finished, failed, killed, lost)]
+    assert statuses == ["FINISHED", "FAILED", "KILLED", "KILLED"]
 
 
-def test_children_are_grouped_under_their_parent_and_a_resumed_run_is_the_same_run():
-    with runs.run("parent", "tune") as parent, runs.run("child", "tune", parent=parent.id) as child:
-        child.metrics({"a": 1.0}, step=1)
+def test_a_run_has_parameters_metrics_tags_data_and_files(tmp_path):
+    (tmp_path / "note.txt").write_text("note")
+    with Run.open("default", "train") as run:
+        run.log_params({"model.hidden": 32})
+        run.log_metrics({"loss": 2.0}, step=1)
+        run.log_metrics({"loss": 1.0}, step=2)
+        run.set_tags({"label": 7})
+        run.log_dataset("cohort", "f" * 64, "training")
+        run.log_artifacts([tmp_path / "note.txt"], "notes")
+    logged = mlflow.get_run(run.id)
+    assert logged.data.params == {"model.hidden": "32"}
+    history = mlflow.MlflowClient().get_metric_history(run.id, "loss")
+    assert [(point.step, point.value) for point in history] == [(1, 2.0), (2, 1.0)]
+    expected = {"label": "7", "stage": "train", "mlflow.source.type": "LOCAL"}
+    assert expected.items() <= logged.data.tags.items() and "mlflow.user" in logged.data.tags
+    (dataset,) = logged.inputs.dataset_inputs
+    assert (dataset.dataset.name, dataset.dataset.digest) == ("cohort", "f" * 36)
+    assert dataset.tags[0].value == "training"
+    files = mlflow.artifacts.list_artifacts(run_id=run.id, artifact_path="notes")
+    assert [file.path for file in files] == ["notes/note.txt"]
+
+
+def test_children_are_grouped_under_their_parent_and_a_resumed_run_keeps_its_id():
+    with Run.open("parent", "tune") as parent, Run.open("child", "tune", parent=parent.id) as child:
+        child.log_metrics({"a": 1.0}, step=1)
     assert mlflow.get_run(child.id).data.tags["mlflow.parentRunId"] == parent.id
-    with runs.run("parent", "tune", resume=parent.id) as again:
-        again.metrics({"b": 2.0})
-    assert again.id == parent.id
+    with Run.resume(parent.id) as resumed:
+        resumed.log_metrics({"b": 2.0})
+    assert resumed.id == parent.id
     assert mlflow.get_run(parent.id).data.metrics == {"b": 2.0}
 
 
-def test_a_finished_run_is_completed_without_being_opened_again():
-    with runs.run("default", "train") as run:
+def test_results_are_added_to_a_finished_run_without_opening_it():
+    with Run.open("default", "train") as run:
         pass
     before = mlflow.get_run(run.id).info
-    runs.complete(run.id, {"test_random/mse": 0.5, "nothing": float("nan")}, {"predictor": "gem"})
+    metrics = {"test_random/mse": 0.5, "absent": float("nan")}
+    runs.log_results(run.id, metrics, {"predictor": "gem"})
     after = mlflow.get_run(run.id)
     assert (after.info.end_time, after.info.status) == (before.end_time, "FINISHED")
     assert after.data.metrics == {"test_random/mse": 0.5}
     assert after.data.tags["predictor"] == "gem"
 
 
-def test_a_number_that_is_not_finite_is_left_out_not_stored_as_another():
-    with runs.run("one", "train") as run:
-        run.metrics(
-            {"fine": 1.0, "infinite": float("inf"), "nothing": float("nan"), "absent": None}
-        )
-    assert mlflow.get_run(run.id).data.metrics == {"fine": 1.0}
+def test_metrics_that_are_not_finite_are_left_out():
+    values = {"finite": 1.0, "infinite": float("inf"), "nan": float("nan"), "none": None}
+    with Run.open("default", "train") as run:
+        run.log_metrics(values)
+    assert mlflow.get_run(run.id).data.metrics == {"finite": 1.0}
 
 
 def test_a_parameter_that_mlflow_would_cut_is_refused():
-    with pytest.raises(Exception, match="shorten it"), runs.run("one", "train") as run:
-        run.params({"long": "x" * 7000})
+    with pytest.raises(GemError, match="shorten it"), Run.open("default", "train") as run:
+        run.log_params({"long": "x" * 7000})
 
 
 def test_a_models_run_is_found_by_hash_predictor_and_stage():
     assert runs.find_model_run("f" * 64, "gem", "train") is None
-    with runs.run("default", "train") as default:
-        default.tags({runs.MODEL_TAG: "f" * 64})
-    with runs.run("winner", "tune") as winner:
-        winner.tags({runs.MODEL_TAG: "f" * 64})
+    with Run.open("default", "train") as default:
+        default.set_tags({runs.MODEL_TAG: "f" * 64})
+    with Run.open("winner", "tune") as winner:
+        winner.set_tags({runs.MODEL_TAG: "f" * 64})
     assert runs.find_model_run("f" * 64, "gem", "train") == default.id
     assert runs.find_model_run("f" * 64, "gem_tuned", "tune") == winner.id
-    with runs.run("opened anew", "evaluate") as anew:
-        anew.tags({runs.MODEL_TAG: "e" * 64, runs.PREDICTOR_TAG: "gem"})
-    assert runs.find_model_run("e" * 64, "gem", "train") == anew.id
+    with Run.open("evaluated", "evaluate") as evaluated:
+        evaluated.set_tags({runs.MODEL_TAG: "e" * 64, runs.PREDICTOR_TAG: "gem"})
+    assert runs.find_model_run("e" * 64, "gem", "train") == evaluated.id
 
 
-def test_the_datas_digest_is_dvcs_hash_where_dvc_wrote_one(tmp_path):
-    assert provenance.data_digest("data/cohort", "0123456789abcdef" * 4) == "0123456789abcdef" * 2
-    (tmp_path / "dvc.lock").write_text(
-        "stages:\n  prepare:\n    outs:\n    - path: data/cohort\n      md5: 7d4.dir\n"
-    )
-    assert provenance.data_digest("data/cohort", "0" * 64) == "7d4.dir"
-
-
-def test_the_code_is_tagged_with_commit_and_dirt(tmp_path):
-    def git(*arguments: str) -> None:
-        subprocess.run(
-            ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments],
-            cwd=tmp_path,
-            check=True,
-            capture_output=True,
-        )
-
-    assert provenance.code_tags() == {}
-    git("init", "--quiet")
-    (tmp_path / "params.yaml").write_text("a: 1\n")
-    (tmp_path / "pipeline").mkdir()
-    (tmp_path / "pipeline" / "x.py").write_text("")
-    (tmp_path / "requirements.lock").write_text("")
-    git("add", ".")
-    git("commit", "--quiet", "--message", "start")
-    assert provenance.code_tags()["git.dirty"] == "false"
-    (tmp_path / "params.yaml").write_text("a: 2\n")
-    dirty = provenance.code_tags()
-    assert dirty["git.dirty"] == "true"
-    assert len(dirty["git.diff_sha256"]) == 64
-
-
-def test_machines_that_make_the_experiment_in_the_same_moment_share_it(monkeypatch):
-    """MLflow looks the name up, finds nothing, and fails to make what another machine has made meanwhile."""
+def test_machines_that_create_the_experiment_at_the_same_moment_share_it(monkeypatch):
+    """MLflow looks the name up, finds nothing, and fails to create what another machine did."""
     theirs = mlflow.MlflowClient().create_experiment("shared")
-    looked_up = (
-        mlflow.tracking._tracking_service.client.TrackingServiceClient.get_experiment_by_name
-    )
-    answers = iter([lambda *_: None, looked_up])
-
-    def too_early(client, name):
-        return next(answers)(client, name)
-
+    service = mlflow.tracking._tracking_service.client.TrackingServiceClient
+    answers = iter([lambda *_: None, service.get_experiment_by_name])
     monkeypatch.setattr(
-        mlflow.tracking._tracking_service.client.TrackingServiceClient,
-        "get_experiment_by_name",
-        too_early,
+        service, "get_experiment_by_name", lambda client, name: next(answers)(client, name)
     )
     mlflow_client.connect("shared")
-    with runs.run("one", "train") as run:
+    with Run.open("default", "train") as run:
         pass
     assert mlflow.get_run(run.id).info.experiment_id == theirs
 
 
-def test_two_processes_may_open_a_fresh_store_at_once(tmp_path):
+def test_two_processes_may_create_the_store_at_once(tmp_path):
     fresh = tmp_path / "fresh"
     fresh.mkdir()
-    code = "from pipeline.gem.tracking import mlflow_client, runs; mlflow_client.connect('gem')\nwith runs.run('x', 'train'): pass"
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=fresh,
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    outcomes = [(process.communicate(timeout=120)[1], process.returncode) for process in both]
-    assert [code for _, code in outcomes] == [0, 0], outcomes
+    code = (
+        "from pipeline.gem.tracking import mlflow_client, runs\n"
+        "mlflow_client.connect('gem')\n"
+        "with runs.Run.open('default', 'train'): pass"
+    )
+    options = {
+        "cwd": fresh,
+        "env": {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+    processes = [subprocess.Popen([sys.executable, "-c", code], **options) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         client = mlflow.MlflowClient(f"sqlite:///{fresh}/mlflow.db")
-        assert len(client.search_runs([client.get_experiment_by_name("gem").experiment_id])) == 2
+        experiment = client.get_experiment_by_name("gem")
+        assert len(client.search_runs([experiment.experiment_id])) == 2
+
+
+@pytest.mark.parametrize("address", ["htp://127.0.0.1:5000", "nonsense://x"])
+def test_a_wrong_address_is_a_one_line_error(monkeypatch, address):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    message = f"MLFLOW_TRACKING_URI: cannot open {address}"
+    with pytest.raises(GemError, match=message) as caught:
+        mlflow_client.connect("gem")
+    assert "\n" not in str(caught.value)

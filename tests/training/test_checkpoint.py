@@ -1,4 +1,4 @@
-"""Fits that are stopped and go on: the same bits as one that was not, at whatever epoch."""
+"""Interrupted fits resume to the bits of an uninterrupted one, after any epoch."""
 
 import os
 
@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from pipeline.gem.training.checkpoint import Checkpoint
-from pipeline.gem.training.dataset import TrainingData
-from pipeline.gem.training.trainer import fit
+from pipeline.gem.training.trainer import Trainer, fit
 
-# Dropout draws from torch's own state, metadata dropout from the fit's: both must go on.
+# Dropout draws from torch's global state, metadata dropout from the generator of the fit.
 CHANGES = {
     "train.epochs": 7,
     "train.patience": 2,
@@ -20,143 +19,122 @@ CHANGES = {
 }
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
 @pytest.fixture(scope="module")
-def data(cohort) -> TrainingData:
-    return TrainingData.load(cohort, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def chosen(params):
+def changed(params):
     return params.override(CHANGES)
 
 
 @pytest.fixture(scope="module")
-def whole(data, chosen):
-    return fit(data, chosen, seed=1)
+def uninterrupted(data, changed):
+    return fit(data, changed, seed=1)
 
 
-def stop_at(last: int):
-    def told(epoch) -> None:
+@pytest.fixture
+def checkpoint(changed, tmp_path) -> Checkpoint:
+    return Checkpoint.of(changed, "data", 1, tmp_path)
+
+
+def stop_after(last: int):
+    def on_epoch(epoch) -> None:
         if epoch.epoch == last:
-            raise Stop
+            raise StopError
 
-    return told
+    return on_epoch
 
 
-def records(finished) -> list[dict]:
-    return [
-        {name: value for name, value in epoch.metrics().items() if name != "train/seconds"}
-        for epoch in finished.history
-    ]
+def metrics(result) -> list[dict]:
+    return [epoch.metrics() | {"train/seconds": 0.0} for epoch in result.history]
 
 
 @pytest.mark.parametrize("stops", [[1], [2], [3, 5], [1, 2, 3, 4, 5, 6, 7]])
-def test_a_fit_that_was_stopped_goes_on_to_the_same_bits(data, chosen, whole, tmp_path, stops):
-    checkpoint = Checkpoint.of(chosen, "data", 1, tmp_path)
+def test_a_stopped_fit_resumes_to_equal_bits(data, changed, uninterrupted, checkpoint, stops):
     for last in stops:
-        with pytest.raises(Stop):
-            fit(data, chosen, 1, stop_at(last), checkpoint)
-        torch.manual_seed(99)  # whatever ran between
-    seen = []
-    again = fit(data, chosen, 1, seen.append, checkpoint)
-    assert again.gem.to_bytes() == whole.gem.to_bytes() and records(again) == records(whole)
-    assert [epoch.epoch for epoch in seen] == list(range(1, len(whole.history) + 1)), (
-        "epochs before are told again"
-    )
+        with pytest.raises(StopError):
+            fit(data, changed, 1, stop_after(last), checkpoint)
+        assert checkpoint.epochs() == last
+        torch.manual_seed(99)  # other work in between
+    epochs = []
+    resumed = fit(data, changed, 1, epochs.append, checkpoint)
+    assert resumed.gem.to_bytes() == uninterrupted.gem.to_bytes()
+    assert metrics(resumed) == metrics(uninterrupted)
+    assert epochs == resumed.history, "earlier epochs are reported again"
 
 
-def test_epochs_that_are_kept_are_not_trained_again(data, chosen, tmp_path, monkeypatch):
-    from pipeline.gem.training import trainer
-
-    checkpoint, trained, real = (
-        Checkpoint.of(chosen, "data", 1, tmp_path),
-        [],
-        trainer.Trainer._epoch,
-    )
+def test_saved_epochs_are_not_trained_again(data, changed, checkpoint, monkeypatch):
+    trained, run_epoch = [], Trainer._run_epoch
     monkeypatch.setattr(
-        trainer.Trainer, "_epoch", lambda loop, number: trained.append(number) or real(loop, number)
+        Trainer,
+        "_run_epoch",
+        lambda self, number: trained.append(number) or run_epoch(self, number),
     )
-    with pytest.raises(Stop):
-        fit(data, chosen, 1, stop_at(2), checkpoint)
-    finished = fit(data, chosen, 1, checkpoint=checkpoint)
-    assert trained == list(range(1, len(finished.history) + 1))
+    with pytest.raises(StopError):
+        fit(data, changed, 1, stop_after(2), checkpoint)
+    result = fit(data, changed, 1, checkpoint=checkpoint)
+    assert trained == list(range(1, len(result.history) + 1))
 
 
-def test_a_fit_with_a_checkpoint_is_one_without(data, chosen, whole, tmp_path):
-    assert (
-        fit(data, chosen, 1, checkpoint=Checkpoint.of(chosen, "data", 1, tmp_path)).gem.to_bytes()
-        == whole.gem.to_bytes()
-    )
-
-
-def test_other_settings_data_or_seeds_have_a_file_of_their_own(chosen, tmp_path):
-    files = [
-        Checkpoint.of(chosen, "data", 1, tmp_path),
-        Checkpoint.of(chosen, "data", 2, tmp_path),
-        Checkpoint.of(chosen, "other", 1, tmp_path),
-        Checkpoint.of(chosen.override({"train.epochs": 8}), "data", 1, tmp_path),
+def test_other_settings_data_or_seeds_have_another_checkpoint(changed, checkpoint, tmp_path):
+    others = [
+        Checkpoint.of(changed, "data", 2, tmp_path),
+        Checkpoint.of(changed, "other", 1, tmp_path),
+        Checkpoint.of(changed.override({"train.epochs": 8}), "data", 1, tmp_path),
     ]
-    assert len({file.path for file in files}) == 4
-    assert Checkpoint.of(chosen.override({"train.seeds": [1, 2]}), "data", 1, tmp_path) == files[0]
+    assert len({checkpoint, *others}) == 4
+    more_seeds = changed.override({"train.seeds": [1, 2]})
+    assert Checkpoint.of(more_seeds, "data", 1, tmp_path) == checkpoint
 
 
-def test_a_damaged_file_is_said_and_counts_as_none(data, chosen, whole, tmp_path, capsys):
-    checkpoint = Checkpoint.of(chosen, "data", 1, tmp_path)
-    with pytest.raises(Stop):
-        fit(data, chosen, 1, stop_at(2), checkpoint)
-    checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:2000])
-    assert fit(data, chosen, 1, checkpoint=checkpoint).gem.to_bytes() == whole.gem.to_bytes()
-    assert f"warning: {checkpoint.path}: cannot be read" in capsys.readouterr().err
-
-
-def test_nothing_but_tensors_and_plain_values_is_read(tmp_path, capsys):
-    checkpoint = Checkpoint(tmp_path / "one.pt")
-    torch.save({"history": np.array([object()], dtype=object)}, checkpoint.path)
-    assert checkpoint.load() is None and "cannot be read" in capsys.readouterr().err
-
-
-def test_a_fit_that_has_ended_is_told_again_and_not_trained(
-    data, chosen, whole, tmp_path, monkeypatch
+def test_a_damaged_checkpoint_counts_as_none_with_a_warning(
+    data, changed, uninterrupted, checkpoint, caplog
 ):
-    from pipeline.gem.training import trainer
+    with pytest.raises(StopError):
+        fit(data, changed, 1, stop_after(2), checkpoint)
+    checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:2000])
+    assert checkpoint.epochs() == 0
+    result = fit(data, changed, 1, checkpoint=checkpoint)
+    assert result.gem.to_bytes() == uninterrupted.gem.to_bytes()
+    assert f"{checkpoint.path}: cannot be read" in caplog.text
 
-    checkpoint = Checkpoint.of(chosen, "data", 1, tmp_path)
-    fit(data, chosen, 1, checkpoint=checkpoint)
-    checkpoint.end()
+
+def test_only_tensors_and_plain_values_are_loaded(tmp_path, caplog):
+    checkpoint = Checkpoint(tmp_path / "hostile.pt")
+    torch.save({"history": np.array([object()], dtype=object)}, checkpoint.path)
+    assert checkpoint.load() is None and "cannot be read" in caplog.text
+
+
+def test_a_finished_fit_is_reported_again_but_not_trained(
+    data, changed, uninterrupted, checkpoint, monkeypatch
+):
+    fit(data, changed, 1, checkpoint=checkpoint)
+    checkpoint.finish()
     assert not checkpoint.path.exists()
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer.Trainer, "_epoch", lambda loop, number: pytest.fail("it trains"))
-        seen = []
-        again = fit(data, chosen, 1, seen.append, checkpoint)
-    assert (
-        again.gem.to_bytes() == whole.gem.to_bytes()
-        and seen == again.history
-        and records(again) == records(whole)
-    )
-    checkpoint.forget()
-    checkpoint.forget()
+    monkeypatch.setattr(Trainer, "_run_epoch", lambda self, number: pytest.fail("it trains"))
+    epochs = []
+    cached = fit(data, changed, 1, epochs.append, checkpoint)
+    assert cached.gem.to_bytes() == uninterrupted.gem.to_bytes()
+    assert epochs == cached.history and metrics(cached) == metrics(uninterrupted)
+    checkpoint.discard_finished()
+    checkpoint.discard_finished()
     assert checkpoint.load() is None
 
 
-def test_the_newest_ends_are_kept(tmp_path):
-    checkpoints = [Checkpoint(tmp_path / f"{number}.pt") for number in range(10)]
-    for age, checkpoint in enumerate(checkpoints):
+def test_only_the_newest_finished_fits_are_kept(tmp_path):
+    checkpoints = [Checkpoint(tmp_path / f"{number}.pt") for number in range(11)]
+
+    def kept() -> list[int]:
+        return [number for number, one in enumerate(checkpoints) if one.load() is not None]
+
+    for age, checkpoint in enumerate(checkpoints[:10]):
         checkpoint.save({"a": torch.ones(2)})
-        checkpoint.end()
-        os.utime(checkpoint.ended, (1000 + age, 1000 + age))
-    checkpoints[0].end()  # it is not there any more
-    assert [checkpoint.load() is not None for checkpoint in checkpoints] == 2 * [False] + 8 * [True]
-    checkpoints[2].end()  # used once more
-    last = Checkpoint(tmp_path / "last.pt")
-    last.save({"a": torch.ones(2)})
-    last.end()
-    assert [checkpoint.load() is not None for checkpoint in checkpoints] == [
-        False,
-        False,
-        True,
-        False,
-    ] + 6 * [True]
+        checkpoint.finish()
+        os.utime(checkpoint.finished_path, (1000 + age, 1000 + age))
+    checkpoints[0].finish()  # deleted before
+    assert kept() == list(range(2, 10))
+    checkpoints[2].finish()  # used again
+    checkpoints[10].save({"a": torch.ones(2)})
+    checkpoints[10].finish()
+    assert kept() == [2, *range(4, 11)]

@@ -1,69 +1,48 @@
-"""What a module of this repository really imports, followed to the end, by parsing: nothing is run."""
+"""The files and packages that a module imports, determined without running it."""
 
 import ast
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib.metadata import version
+from modulefinder import ModuleFinder
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-_DISTRIBUTIONS = {"yaml": "PyYAML"}  # packages that are installed under another name
+_DISTRIBUTIONS = {"ruamel": "ruamel.yaml"}  # import names that differ from the name on PyPI
 
 
-def module_files(module: str) -> list[str]:
-    """Files that importing `module` runs, its packages first: `a.b` runs a/__init__.py and a/b.py."""
-    parts = module.split(".")
-    files = ["/".join([*parts[:depth], "__init__.py"]) for depth in range(1, len(parts) + 1)] + [
-        "/".join(parts) + ".py"
-    ]
-    return [file for file in files if (ROOT / file).is_file()]
-
-
-def imported(file: str) -> set[str]:
-    """Every module named in an import of the file, wherever it stands; names may be attributes or submodules."""
-    return _named(ast.walk(_tree(file)))
+class _Finder(ModuleFinder):
+    def scan_code(self, co, m) -> None:
+        # The lazy import of GEM in pipeline/gem/__init__.py runs only for its users.
+        if m.__name__ != "pipeline.gem":
+            super().scan_code(co, m)
 
 
 def import_closure(module: str) -> list[str]:
-    """The repository's files behind a module, sorted."""
-    found: set[str] = set()
-    waiting = module_files(module)
-    while waiting:
-        file = waiting.pop()
-        if file not in found:
-            found.add(file)
-            waiting += [
-                new
-                for name in imported(file)
-                if name.startswith("pipeline")
-                for new in module_files(name)
-            ]
-    return sorted(found)
+    """The files of this repository that `module` imports, directly or not, anywhere in the code;
+    sorted, with the module itself and its packages."""
+    finder = _Finder(path=[str(ROOT)])
+    finder.import_hook(module)
+    paths = (Path(entry.__file__) for entry in finder.modules.values() if entry.__file__)
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths)
 
 
 def requirements(files: Iterable[str]) -> list[str]:
-    """What pip must install to import the files, pinned to what is installed here; not what a function imports when it is called.
+    """The packages that the files import at the top level, pinned to the installed versions.
 
-    Without the local part of a version (torch's +cpu), which no index has.
+    Without the local part of a version (+cpu of torch), which no index has.
     """
-    packages = (
-        {name.split(".")[0] for file in files for name in _named(iter(_tree(file).body))}
-        - sys.stdlib_module_names
-        - {"pipeline"}
-    )
+    packages = {package for file in files for package in _top_level_packages(file)}
+    packages -= sys.stdlib_module_names | {"pipeline"}
     names = sorted(_DISTRIBUTIONS.get(package, package) for package in packages)
     return [f"{name}=={version(name).split('+')[0]}" for name in names]
 
 
-def _tree(file: str) -> ast.Module:
-    return ast.parse((ROOT / file).read_text(encoding="utf-8"))
-
-
-def _named(nodes: Iterator[ast.AST]) -> set[str]:
+def _top_level_packages(file: str) -> set[str]:
     names = set()
-    for node in nodes:
+    for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+            names.add(node.module)
+    return {name.split(".")[0] for name in names}

@@ -1,4 +1,4 @@
-"""params.yaml as frozen, typed models: no defaults here, every value has one home.
+"""params.yaml as frozen, typed models without defaults: every value is in the file.
 
 `read_params` reports every unknown key, missing key, wrong type and value out of range at once.
 """
@@ -6,7 +6,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -19,7 +19,8 @@ from pydantic import (
 )
 
 from pipeline.gem.common import yaml_file
-from pipeline.gem.common.errors import InputError, did_you_mean
+from pipeline.gem.common.config_errors import validation_error
+from pipeline.gem.common.errors import InputError
 
 GROUPS = ("technical", "biological", "perturbation")
 
@@ -35,7 +36,7 @@ FILE_NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
 
 
 class Frozen(BaseModel):
-    """A record that refuses unknown keys, guesses no type and never changes."""
+    """A model without unknown keys, type conversion or mutation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -66,12 +67,14 @@ class Synthesize(Frozen):
     def _fits(self):
         if self.perturbations_per_study > self.perturbations:
             raise ValueError(
-                f"perturbations_per_study ({self.perturbations_per_study}) is more than perturbations ({self.perturbations})"
+                f"perturbations_per_study ({self.perturbations_per_study}) is more than "
+                f"perturbations ({self.perturbations})"
             )
         contexts = self.tissues * self.cell_types_per_tissue
         if self.contexts_per_study > contexts:
             raise ValueError(
-                f"contexts_per_study ({self.contexts_per_study}) is more than there are contexts ({contexts})"
+                f"contexts_per_study ({self.contexts_per_study}) is more than "
+                f"the number of contexts ({contexts})"
             )
         return self
 
@@ -89,14 +92,14 @@ class Multilabel(Frozen):
 
 
 class Numeric(Frozen):
-    """A number, with a unit where the text has one: standardised on the training split."""
+    """A number, with or without a unit: standardised on the training split."""
 
     kind: Literal["numeric"]
     scale: Literal["linear", "log"]
 
 
 class Embedding(Frozen):
-    """One or several labels with observable features in a table: the features, summed over labels, beside a multi-hot identity."""
+    """One label or several, with features in a table: their sum, beside a multi-hot identity."""
 
     kind: Literal["embedding"]
     table: str
@@ -113,18 +116,19 @@ class Covariates(Frozen):
     @model_validator(mode="after")
     def _one_group_each(self):
         names = [name for group in GROUPS for name in getattr(self, group)]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"{', '.join(twice)} is declared in more than one group")
-        unfit = [name for name in self.embeddings() if not re.fullmatch(FILE_NAME, name)]
-        if unfit:
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        if duplicates:
+            raise ValueError(f"{', '.join(duplicates)} is declared in more than one group")
+        invalid = [name for name in self.embeddings() if not re.fullmatch(FILE_NAME, name)]
+        if invalid:
             raise ValueError(
-                f"{', '.join(unfit)}: the name of an embedding names a file; use letters, digits, _, - and ."
+                f"{', '.join(invalid)}: the name of an embedding is also a file name; "
+                "use letters, digits, _, - and ."
             )
         return self
 
     def embeddings(self) -> dict[str, str]:
-        """Covariate to the path of its table."""
+        """Path of the feature table by covariate."""
         return {
             name: covariate.table
             for name, covariate in self.all().items()
@@ -132,12 +136,13 @@ class Covariates(Frozen):
         }
 
     def identities(self) -> "Covariates":
-        """The same without what tables tell: labels are just labels."""
+        """The same with each embedding as a multilabel, without features."""
+        multilabel = Multilabel(kind="multilabel")
         return Covariates.model_validate(
             {
                 group: {
-                    name: Multilabel(kind="multilabel") if kind.kind == "embedding" else kind
-                    for name, kind in getattr(self, group).items()
+                    name: multilabel if covariate.kind == "embedding" else covariate
+                    for name, covariate in getattr(self, group).items()
                 }
                 for group in GROUPS
             }
@@ -171,7 +176,7 @@ class Data(Frozen):
     empty_samples: Literal["refuse", "drop"]
 
 
-# Pairs of context and perturbation: a share of them, or mappings of column to value that name them.
+# Held-out pairs of context and perturbation: a share of them, or mappings of column to value.
 Pairs = Annotated[tuple[Annotated[dict[str, str], Field(min_length=1)], ...], Field(strict=False)]
 Combination = Annotated[
     Annotated[Share, Tag("share")] | Annotated[Pairs, Tag("pairs")],
@@ -210,15 +215,16 @@ class Model(Frozen):
     min_variance: Positive
 
     @property
-    def counted(self) -> bool:
-        """Whether the observation model is one of counts."""
+    def uses_counts(self) -> bool:
+        """Whether the observation model is a distribution of counts."""
         return self.observation != "normal"
 
     @model_validator(mode="after")
     def _fits(self):
         if self.additive_technical and not self.linear_decoder:
             raise ValueError(
-                "additive_technical decodes by the linear path: set linear_decoder to true, or additive_technical to false"
+                "additive_technical needs the linear decoder: "
+                "set linear_decoder to true, or additive_technical to false"
             )
         return self
 
@@ -288,16 +294,16 @@ class Params(Frozen):
     tracking: Tracking
 
     def flat(self, *sections: str) -> dict[str, object]:
-        """Dotted names to values, of the named sections (all if none is named)."""
+        """Values by dotted name, of the named sections (of all if none is named)."""
         return flatten(self.model_dump(mode="json", include=set(sections) or None))
 
     def override(self, changes: Mapping[str, object]) -> "Params":
-        """These parameters with other values under dotted names, validated again."""
+        """A validated copy with the changes (by dotted name)."""
         return Params.model_validate(set_dotted(self.model_dump(mode="json"), changes))
 
 
 def flatten(values: Mapping, prefix: str = "") -> dict[str, object]:
-    """Nested mappings as one, with dotted names."""
+    """Nested mappings as one mapping with dotted names."""
     flat = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
@@ -308,9 +314,9 @@ def flatten(values: Mapping, prefix: str = "") -> dict[str, object]:
 
 
 def set_dotted(values: dict, changes: Mapping[str, object]) -> dict:
-    """`values` (nested) with `changes` (dotted) written in; parents that are absent are made.
+    """Sets `changes` (by dotted name) in the nested `values`; creates absent parents.
 
-    InputError where a parent is a value, so that nothing can stand under it.
+    InputError if a parent is not a mapping.
     """
     for name, value in changes.items():
         *parents, last = name.split(".")
@@ -329,73 +335,9 @@ def read_params(path: Path | str = "params.yaml") -> Params:
 
 
 def read_model(path: Path | str, model: type[Frozen]):
-    """A YAML file as a frozen model; InputError lists every problem at once."""
+    """A YAML file as a validated model. InputError lists every problem, with file and line."""
     document = yaml_file.read(path)
     try:
         return model.model_validate(document.values)
     except ValidationError as error:
-        raise InputError(
-            *(explain(problem, model, document) for problem in error.errors())
-        ) from None
-
-
-def explain(problem: dict, model: type[Frozen], document: yaml_file.Document) -> str:
-    """One of a ValidationError's problems, in words and with its place in the file."""
-    # A discriminated union adds the chosen tag to the location; it is not a key of the file.
-    key, reached, tags = (), document.values, {}
-    for position, part in enumerate(problem["loc"], start=1):
-        inside = (
-            part in reached
-            if isinstance(reached, Mapping)
-            else isinstance(reached, list) and isinstance(part, int)
-        )
-        if not inside and (position < len(problem["loc"]) or problem["type"] != "missing"):
-            tags[key] = part
-            continue
-        key, reached = (*key, part), reached[part] if inside else None
-    where, name = document.where(key), yaml_file.dotted(key)
-    match problem["type"]:
-        case "extra_forbidden":
-            return f"{where}: {name} is unknown{did_you_mean(key[-1], _known_fields(model, key[:-1], tags))}"
-        case "missing":
-            return f"{where}: {name} is missing; add it"
-        case "union_tag_invalid":
-            chosen = problem["ctx"]["discriminator"].strip("'")
-            return f"{where}: {name}.{chosen} is {problem['ctx']['tag']!r}; expected {problem['ctx']['expected_tags']}"
-        case "value_error":
-            return f"{where}: {name + ': ' if name else ''}{problem['ctx']['error']}"
-    return f"{where}: {name} is {problem['input']!r}; {_expectation(problem)}"
-
-
-def _expectation(problem: dict) -> str:
-    return problem["msg"].replace("Input should be", "expected", 1).replace("a valid ", "a ", 1)
-
-
-def _known_fields(model: type, key: yaml_file.Key, tags: Mapping[yaml_file.Key, str]) -> list[str]:
-    """The fields of the model that stands under `key`; of a union, those of the member that `tags` chose."""
-    candidates = [model]
-    for position, part in enumerate(key, start=1):
-        following = []
-        for candidate in candidates:
-            fields = getattr(candidate, "model_fields", {})
-            following += _models_in(fields[part].annotation) if part in fields else [candidate]
-        tag = tags.get(key[:position])
-        candidates = [
-            one
-            for one in following
-            if any(tag in get_args(field.annotation) for field in one.model_fields.values())
-        ] or following
-    return sorted(
-        {name for candidate in candidates for name in getattr(candidate, "model_fields", {})}
-    )
-
-
-def _models_in(annotation) -> list[type]:
-    """The record types inside an annotation, for dict and union fields."""
-    if get_origin(annotation) is None:
-        return (
-            [annotation]
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel)
-            else []
-        )
-    return [found for argument in get_args(annotation) for found in _models_in(argument)]
+        raise validation_error(error, model, document) from None

@@ -1,6 +1,7 @@
-"""Errors for people: one line each on standard error, an exit code, never a traceback for a user's mistake.
+"""Errors for users: one line each on standard error and an exit code, without a traceback.
 
-Exit codes: 0 done, 2 bad input, 3 diverged or no usable trial, 4 integrity, 75 stopped and resumable.
+Exit codes: 0 done, 2 invalid input, 3 diverged or no usable trial, 4 damaged file, 75 stopped and
+resumable.
 """
 
 import difflib
@@ -11,7 +12,7 @@ from pipeline.gem.common.logs import set_handler
 
 
 class GemError(Exception):
-    """A problem the user can mend. `problems` holds one line per problem, all of them at once."""
+    """Problems that the user can solve; `problems` has one line for each."""
 
     exit_code = 2
     label = "error"
@@ -22,30 +23,30 @@ class GemError(Exception):
 
 
 class InputError(GemError):
-    """Wrong parameters, files or tables."""
+    """Invalid parameters, files or tables."""
 
 
 class DivergedError(GemError):
-    """Training left the finite numbers, or no trial of a search was usable."""
+    """A non-finite number in training, or a search without a usable trial."""
 
     exit_code = 3
 
 
 class IntegrityError(GemError):
-    """A file is not what its manifest or its format promises."""
+    """A file contradicts its manifest or its format."""
 
     exit_code = 4
 
 
 class StoppedError(GemError):
-    """Told to stop; the message says how to go on."""
+    """Stopped by a signal; the message names the command that resumes."""
 
     exit_code = 75
     label = "stopped"
 
 
 def did_you_mean(word: object, known: Iterable[object]) -> str:
-    """A suffix for a message about an unknown name: the closest known one, else the known ones."""
+    """The end of a message about an unknown name: the closest known name, else the known names."""
     names = [str(name) for name in known]
     close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
     if close:
@@ -55,15 +56,14 @@ def did_you_mean(word: object, known: Iterable[object]) -> str:
 
 
 def examples(values: Iterable[object], limit: int = 5) -> str:
-    """The first few of `values`, for a message."""
+    """The first of `values`, for a message."""
     values = list(values)
-    return ", ".join(str(value) for value in values[:limit]) + (
-        f", ... ({len(values)} in all)" if len(values) > limit else ""
-    )
+    text = ", ".join(map(str, values[:limit]))
+    return text if len(values) <= limit else f"{text}, ... ({len(values)} in all)"
 
 
 def exit_with(main: Callable[[], None], quiet: tuple[type[GemError], ...] = ()) -> None:
-    """Runs a stage; a GemError becomes its lines on standard error (none for `quiet` ones) and its exit code."""
+    """Runs a command; a GemError becomes an exit code and, unless `quiet`, lines on stderr."""
     set_handler()
     try:
         main()

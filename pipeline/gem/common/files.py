@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, checksums, strict JSON."""
+"""Files that are complete or absent: atomic writes, checksums, strict JSON."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `content` so that a reader, or a crash at any moment, sees the old file or the new one; its mode stays."""
+    """Writes `content`; a reader, or a crash, sees the old file or the new one. Keeps the mode."""
     path.parent.mkdir(parents=True, exist_ok=True)
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -28,14 +28,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when all is written; on failure nothing of it stays.
+def atomic_replacement(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, which replaces `path` at the end; removed on failure.
 
-    For files too large for `write_atomically`. What a killed process left of the same file is swept.
+    For files that are too large for `write_atomically`. Removes what a killed process left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for stray in path.parent.glob(f".{path.name}.*.tmp"):
-        if not _alive(stray.name.removeprefix(f".{path.name}.").removesuffix(".tmp")):
+        if not _is_running(stray.name.removeprefix(f".{path.name}.").removesuffix(".tmp")):
             stray.unlink(missing_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
@@ -49,8 +49,8 @@ def replacing(path: Path) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
-def _alive(process: str) -> bool:
-    """Whether a name is the number of a running process."""
+def _is_running(process: str) -> bool:
+    """Whether the text is the id of a running process."""
     try:
         os.kill(int(process), 0)
     except (ValueError, ProcessLookupError):
@@ -69,7 +69,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Strict JSON: a number that is not finite is an error, not `NaN`."""
+    """Writes strict JSON. ValueError for a number that is not finite."""
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode("utf-8"))
 
 
@@ -79,7 +79,6 @@ def sha256(path: Path) -> str:
 
 
 def sha256_of(*parts: object) -> str:
-    """A hash of plain values, independent of dictionary order."""
-    return hashlib.sha256(
-        json.dumps(parts, sort_keys=True, allow_nan=False).encode("utf-8")
-    ).hexdigest()
+    """A hash of plain values, independent of the order of dictionaries."""
+    content = json.dumps(parts, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(content.encode("utf-8")).hexdigest()

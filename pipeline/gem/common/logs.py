@@ -1,4 +1,4 @@
-"""How the stages write log messages: one bare line each, results to stdout, warnings to stderr."""
+"""The log handler of the commands: bare lines, results on stdout and warnings on stderr."""
 
 import logging
 import sys
@@ -19,12 +19,16 @@ class _Formatter(logging.Formatter):
         return prefix + record.getMessage()
 
 
-def set_handler(level: int = logging.INFO) -> None:
-    """Sends the log messages of the package to the terminal. Only `exit_with`, the entry
-    of every verb, calls it."""
-    logger = logging.getLogger("pipeline")
-    logger.setLevel(level)
-    if not any(isinstance(handler, _Handler) for handler in logger.handlers):
-        handler = _Handler()
-        handler.setFormatter(_Formatter())
-        logger.addHandler(handler)
+def set_handler() -> None:
+    """Sends log messages of the package to the terminal.
+
+    Called by `exit_with`, the entry of every command; a program that imports the package
+    configures logging itself.
+    """
+    for name in ("pipeline", "__main__"):  # a verb that runs as `python -m` is named __main__
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        if not any(isinstance(handler, _Handler) for handler in logger.handlers):
+            handler = _Handler()
+            handler.setFormatter(_Formatter())
+            logger.addHandler(handler)

@@ -1,4 +1,4 @@
-"""The style that all figures share, and how a figure is written."""
+"""The common style of all figures, and saving them."""
 
 from pathlib import Path
 
@@ -37,7 +37,8 @@ STYLE = {
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Writes the figure as PNG and closes it. Equal figures give equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # No software version or date in the file: the same table gives the same bytes.
+    # Without this the file holds the version of matplotlib.
     figure.savefig(path, metadata={"Software": None}, bbox_inches="tight")
     plt.close(figure)

@@ -1,6 +1,9 @@
-"""Progress of long work, as lines that read well in a terminal and in a log."""
+"""Progress of long tasks as log messages."""
 
+import logging
 import time
+
+logger = logging.getLogger(__name__)
 
 
 def duration(seconds: float) -> str:
@@ -14,24 +17,23 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Says how far a task is and how long it will take, at most every `interval` seconds."""
+    """Logs the progress and the remaining time of a task, at most every `interval` seconds."""
 
     def __init__(self, task: str, total: int, unit: str, interval: float = 5.0):
         self.task, self.total, self.unit, self.interval = task, total, unit, interval
         self.finished = 0
-        self.started = self.said = time.monotonic()
+        self.start = self.last_message = time.monotonic()
 
     def advance(self, amount: int) -> None:
         self.finished += amount
         now = time.monotonic()
-        if now - self.said >= self.interval and self.finished < self.total:
-            self.said = now
-            rate = self.finished / (now - self.started)
-            left = duration((self.total - self.finished) / rate)
-            print(
-                f"{self.task}: {self.finished:,} of {self.total:,} {self.unit}, {rate:,.0f} {self.unit}/s, {left} left",
-                flush=True,
-            )
+        if now - self.last_message < self.interval or self.finished >= self.total:
+            return
+        self.last_message = now
+        rate = self.finished / (now - self.start)
+        left = duration((self.total - self.finished) / rate)
+        amounts = f"{self.finished:,} of {self.total:,} {self.unit}"
+        logger.info(f"{self.task}: {amounts}, {rate:,.0f} {self.unit}/s, {left} left")
 
     def done(self, result: str) -> None:
-        print(f"{self.task}: {result}, {time.monotonic() - self.started:.1f} s", flush=True)
+        logger.info(f"{self.task}: {result}, {time.monotonic() - self.start:.1f} s")

@@ -1,4 +1,7 @@
-"""What results come from: DVC's hash of the data, the commit of the code."""
+"""The origin of results: DVC's hash of the data and the commit of the code, for MLflow only.
+
+No output of DVC may contain either: equal results must be equal files.
+"""
 
 import hashlib
 import subprocess
@@ -6,15 +9,11 @@ from pathlib import Path
 
 from pipeline.gem.common import yaml_file
 
-_BEHIND_RESULTS = (
-    "pipeline",
-    "params.yaml",
-    "requirements.lock",
-)  # a change here may change a result
+_SOURCES = ("pipeline", "params.yaml", "requirements.lock")  # a change may change a result
 
 
 def data_digest(folder: str, fallback: str) -> str:
-    """DVC's hash of a folder from dvc.lock; where DVC never wrote it, the start of `fallback`."""
+    """DVC's hash of a folder in dvc.lock; without one, the start of `fallback`."""
     lock = Path("dvc.lock")
     if lock.exists():
         for stage in yaml_file.read(lock).values.get("stages", {}).values():
@@ -25,10 +24,10 @@ def data_digest(folder: str, fallback: str) -> str:
 
 
 def code_tags() -> dict[str, str]:
-    """The commit and whether what decides results differs from it; nothing where there is no git."""
+    """The commit, and whether the working tree differs from it; empty outside of git."""
     try:
         commit = _git("rev-parse", "HEAD").strip()
-        difference = _git("diff", "HEAD", "--", *_BEHIND_RESULTS)
+        difference = _git("diff", "HEAD", "--", *_SOURCES)
     except (OSError, subprocess.CalledProcessError):
         return {}
     tags = {"git.commit": commit, "git.dirty": str(bool(difference)).lower()}

@@ -1,7 +1,7 @@
-"""YAML files for people: read as YAML 1.2 (as DVC reads them), with line numbers, and edited in place.
+"""YAML files: read by ruamel.yaml, as DVC reads them, with line numbers; edited in place.
 
-PyYAML alone speaks YAML 1.1, where `1e-3` is a string, `on` is true and a key may stand twice. What two readers could
-take for two values (anchors, tags, merge keys, 1_000, bare dates) is refused with its line.
+Only plain documents are read: anchors, aliases, tags and duplicate keys are errors. An edit
+replaces the text of single values and keeps all comments and columns.
 """
 
 import json
@@ -9,248 +9,211 @@ import re
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
-import yaml
+from ruamel.yaml import YAML, MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent
+from ruamel.yaml.reader import ReaderError
 
 from pipeline.gem.common.errors import InputError, did_you_mean
 from pipeline.gem.common.files import write_atomically
 
 Key = tuple[str | int, ...]
 
-MAX_DEPTH = 50  # params.yaml needs 5; a parser without a limit runs out of stack
+MAX_DEPTH = 50  # params.yaml needs 5; without a limit the composer runs out of stack
 
-_NULL, _BOOL, _INT, _FLOAT, _TEXT = (
-    f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str")
-)
-
-# Plain scalars that DVC's reader takes for another value than the YAML 1.2 core schema does.
-_DISPUTED = re.compile(
-    r"(?=.*[0-9])(?=.*_)[-+]?[0-9._]+(?:[eE][-+]?[0-9_]+)?"  # 1_000
-    r"|[-+]0[ox][0-9a-fA-F_]+|[-+]?0b[01_]+|0[ox][0-9a-fA-F]*_\w*"  # -0x1F, 0b11
-    r"|[-+]?\.[0-9]+[eE][0-9]+"  # .5e3
-    r"|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:[Tt\s].*)?"  # 2020-01-01
-    r"|<<|="
-)
-# Text that needs no quotes: words, and nothing that any YAML reader takes for something else.
+_TEXT, _DATE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:timestamp"
+# Text that no YAML reader takes for another type needs no quotes.
 _SAFE_TEXT = re.compile(r"[A-Za-z](?:[A-Za-z0-9_ ./-]*[A-Za-z0-9_./-])?")
 _WORDS = {"on", "off", "yes", "no", "y", "n", "true", "false", "null"}
-# Characters that JSON leaves alone and YAML takes for a line end or refuses.
+# Characters that JSON does not escape and YAML takes for a line end or refuses.
 _UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ufeff]")
-
-
-class _Loader(yaml.SafeLoader):
-    """The YAML 1.2 core schema on PyYAML's parser, for documents that mean one thing only."""
-
-    yaml_implicit_resolvers: ClassVar[dict] = {}
-
-    def __init__(self, text: str):
-        super().__init__(text)
-        self.depth = 0
-
-    def compose_node(self, parent, index):
-        event = self.peek_event()
-        problem = self._problem(event)
-        if problem:
-            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def _problem(self, event) -> str | None:
-        if self.depth > MAX_DEPTH:
-            return f"nested more than {MAX_DEPTH} levels deep"
-        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            return "anchors and aliases are not allowed; write the value out"
-        if event.tag is not None:
-            return f"the tag {event.tag} is not allowed; remove it"
-        if (
-            isinstance(event, yaml.ScalarEvent)
-            and event.implicit[0]
-            and _DISPUTED.fullmatch(event.value)
-        ):
-            return f"{event.value} means different things to different readers of YAML; write a plain number, or text in quotes"
-        return None
-
-
-for _tag, _pattern in (
-    (_NULL, r"^(?:~|null|Null|NULL|)$"),
-    (_BOOL, r"^(?:true|True|TRUE|false|False|FALSE)$"),
-    (_INT, r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"),
-    (
-        _FLOAT,
-        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
-    ),
-):
-    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), None)
-
-
-def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
-    text = node.value.lower()
-    try:
-        return int(text, 0) if text.startswith(("0o", "0x")) else int(text, 10)
-    except ValueError:  # more digits than Python reads
-        raise yaml.constructor.ConstructorError(
-            None, None, f"a number of {len(text)} digits", node.start_mark
-        ) from None
-
-
-_Loader.add_constructor(_INT, _integer)
 
 
 @dataclass(frozen=True)
 class Document:
-    """A YAML file: its plain values, and for each key the line (from 1) where it stands."""
+    """A YAML file: its values, the line (from 1) of each key, and the nodes an edit can replace."""
 
     path: Path
     text: str
     values: dict
     lines: dict[Key, int]
-    scalars: dict[Key, yaml.ScalarNode]
-    lists: dict[Key, yaml.SequenceNode]  # those in brackets
+    nodes: dict[Key, Node]  # scalars, and lists in brackets
 
     def where(self, key: Key) -> str:
-        """`file:line` of a key, or of its nearest parent that is written down."""
+        """`file:line` of a key, or of its nearest parent in the file."""
         while key and key not in self.lines:
             key = key[:-1]
         return f"{self.path}:{self.lines.get(key, 1)}"
 
 
 def read(path: Path | str) -> Document:
-    """The document at `path`. InputError where it is absent, not plain YAML, not a mapping, or a key stands twice."""
+    """The document at `path`. InputError, with lines, unless it is a plain YAML mapping."""
     path = Path(path)
     try:
-        text = path.read_bytes().decode(
-            "utf-8"
-        )  # bytes: the line ends of the file stay as they are
+        # As bytes, which keeps the line ends.
+        text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     return _parse(text, path)
 
 
-def _parse(text: str, path: Path) -> Document:
+def parse_scalar(text: str) -> object:
+    """The value of `text` in a file: `1e-3` is 0.001. Text that is not valid YAML stays text."""
     try:
-        loader = _Loader(text)
-        root = loader.get_single_node()
-        walk = _Walk(loader, path)
-        values = {} if root is None else walk.value(root, ())
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise InputError(
-            f"{path}:{line}: not valid YAML: the character {chr(error.character)!r} is not allowed"
-        ) from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InputError(f"{path}:{line}: not valid YAML: {error.problem}") from None
-    if walk.problems:
-        raise InputError(*walk.problems)
-    if not isinstance(values, dict):
-        raise InputError(f"{path}:1: expected a mapping of sections, got {type(values).__name__}")
-    return Document(path, text, values, walk.lines, walk.scalars, walk.lists)
-
-
-class _Walk:
-    """Turns nodes into plain values; notes where every key stands, and keys that are wrong."""
-
-    def __init__(self, loader: _Loader, path: Path):
-        self.loader, self.path = loader, path
-        self.lines: dict[Key, int] = {}
-        self.scalars: dict[Key, yaml.ScalarNode] = {}
-        self.lists: dict[Key, yaml.SequenceNode] = {}
-        self.problems: list[str] = []
-
-    def value(self, node: yaml.Node, key: Key) -> object:
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, key)
-        if isinstance(node, yaml.SequenceNode):
-            if node.flow_style:
-                self.lists[key] = node
-            for index, item in enumerate(node.value):
-                self.lines[(*key, index)] = item.start_mark.line + 1
-            return [self.value(item, (*key, index)) for index, item in enumerate(node.value)]
-        self.scalars[key] = node
-        return self.loader.construct_object(node)
-
-    def _mapping(self, node: yaml.MappingNode, key: Key) -> dict:
-        result = {}
-        for name_node, value_node in node.value:
-            line = name_node.start_mark.line + 1
-            if name_node.tag != _TEXT:
-                self.problems.append(
-                    f"{self.path}:{line}: a key that is not text; put it in quotes"
-                )
-                continue
-            child = (*key, name_node.value)
-            if child in self.lines:
-                self.problems.append(
-                    f"{self.path}:{line}: {dotted(child)} stands twice (first in line {self.lines[child]}); remove one"
-                )
-                continue
-            self.lines[child] = line
-            result[name_node.value] = self.value(value_node, child)
-        return result
+        return _parse(f"value: {text}", Path("text")).values["value"]
+    except InputError:
+        return text
 
 
 def dotted(key: Key) -> str:
     return ".".join(str(part) for part in key)
 
 
-def edit(path: Path | str, changes: dict[str, object]) -> tuple[str, str]:
-    """Writes new values under dotted keys, every other character kept; gives the text before and after.
+def _parse(text: str, path: Path) -> Document:
+    try:
+        _check_events(text)
+        composer = _Composer(path)
+        root = composer.yaml.compose(text)
+        values = {} if root is None else composer.value(root, ())
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        problem = f"the character {chr(error.character)!r} is not allowed"
+        raise InputError(f"{path}:{line}: not valid YAML: {problem}") from None
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise InputError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    if composer.problems:
+        raise InputError(*composer.problems)
+    if not isinstance(values, dict):
+        raise InputError(f"{path}:1: expected a mapping of sections, got {type(values).__name__}")
+    return Document(path, text, values, composer.lines, composer.nodes)
 
-    Values are scalars and lists in brackets. InputError for a key that is not in the file, holds neither, or cannot be rewritten in place.
+
+def _yaml() -> YAML:
+    return YAML(typ="safe", pure=True)
+
+
+def _check_events(text: str) -> None:
+    """MarkedYAMLError for anchors, aliases, tags and deep nesting, before anything is composed."""
+    depth = 0
+    for event in _yaml().parse(text):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        problem = None
+        if depth > MAX_DEPTH:
+            problem = f"nested more than {MAX_DEPTH} levels deep"
+        elif isinstance(event, AliasEvent) or getattr(event, "anchor", None) is not None:
+            problem = "anchors and aliases are not allowed; write the value out"
+        elif isinstance(event, NodeEvent) and event.tag is not None:
+            problem = f"the tag {event.tag} is not allowed; remove it"
+        if problem:
+            raise MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+
+
+class _Composer:
+    """Turns nodes into plain values; collects lines, editable nodes and problems with keys."""
+
+    def __init__(self, path: Path):
+        self.path, self.yaml = path, _yaml()
+        self.lines: dict[Key, int] = {}
+        self.nodes: dict[Key, Node] = {}
+        self.problems: list[str] = []
+
+    def value(self, node: Node, key: Key) -> object:
+        if isinstance(node, MappingNode):
+            return self._mapping(node, key)
+        if isinstance(node, SequenceNode):
+            if node.flow_style:
+                self.nodes[key] = node
+            for index, item in enumerate(node.value):
+                self.lines[(*key, index)] = item.start_mark.line + 1
+            return [self.value(item, (*key, index)) for index, item in enumerate(node.value)]
+        self.nodes[key] = node
+        return self._scalar(node)
+
+    def _scalar(self, node: ScalarNode) -> object:
+        try:
+            if node.tag == _DATE:
+                raise ValueError(f"{node.value} is a date; put it in quotes")
+            return self.yaml.constructor.construct_object(node)
+        except ValueError as error:  # also a number with more digits than Python reads
+            raise MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
+
+    def _mapping(self, node: MappingNode, key: Key) -> dict:
+        values = {}
+        for name_node, value_node in node.value:
+            line = name_node.start_mark.line + 1
+            if name_node.tag != _TEXT:
+                self.problems.append(f"{self.path}:{line}: a key is not text; put it in quotes")
+                continue
+            child = (*key, name_node.value)
+            if child in self.lines:
+                self.problems.append(
+                    f"{self.path}:{line}: duplicate key {dotted(child)} "
+                    f"(first in line {self.lines[child]}); remove one"
+                )
+                continue
+            self.lines[child] = line
+            values[name_node.value] = self.value(value_node, child)
+        return values
+
+
+def edit(path: Path | str, changes: dict[str, object]) -> tuple[str, str]:
+    """Writes new values under dotted keys; returns the text before and after.
+
+    A value is a scalar or a list in brackets; every other character stays. InputError for a key
+    that is not in the file, has another kind of value, or cannot be replaced in place.
     """
     document = read(path)
-    nodes = document.scalars | document.lists
-    keys = {dotted(key): key for key in nodes}
+    keys = {dotted(key): key for key in document.nodes}
     problems = [
         f"{path}: {name} is not a value of this file{did_you_mean(name, keys)}"
         for name in changes
         if name not in keys
     ]
-    for key in (keys[name] for name in changes if name in keys):
-        if intervention_columns := _of_several_lines(nodes[key]):
-            problems.append(
-                f"{document.where(key)}: {dotted(key)} is {intervention_columns}; edit it by hand"
-            )
+    for name in changes:
+        if name in keys and (form := _multiline_form(document.nodes[keys[name]])):
+            problems.append(f"{document.where(keys[name])}: {name} is {form}; edit it by hand")
     if problems:
         raise InputError(*problems)
-    # A value that stays keeps the form in which it is written: 2e-3 and 0.002 are one number.
+    # An equal value keeps its form in the file: 2e-3 and 0.002 are one number.
     new = {
         keys[name]: value
         for name, value in changes.items()
         if repr(_at(document.values, keys[name])) != repr(value)
     }
     text = document.text
-    for key in sorted(new, key=lambda key: -nodes[key].start_mark.index):
-        start, end = nodes[key].start_mark.index, nodes[key].end_mark.index
-        text = text[:start] + (" " if start == end else "") + _flow(new[key]) + text[end:]
+    for key in sorted(new, key=lambda key: -document.nodes[key].start_mark.index):
+        node = document.nodes[key]
+        start, end = node.start_mark.index, node.end_mark.index
+        text = text[:start] + (" " if start == end else "") + _inline(new[key]) + text[end:]
     if new:
-        _refuse_side_effects(document, new, text)
+        _check_edit(document, new, text)
         write_atomically(document.path, text.encode("utf-8"))
     return document.text, text
 
 
-def _of_several_lines(node: yaml.Node) -> str | None:
-    if isinstance(node, yaml.SequenceNode):
-        return "a list of several lines" if node.start_mark.line != node.end_mark.line else None
+def _multiline_form(node: Node) -> str | None:
+    if isinstance(node, SequenceNode):
+        multiline = node.start_mark.line != node.end_mark.line
+        return "a list of several lines" if multiline else None
     return "a block of text" if node.style in ("|", ">") else None
 
 
-def _refuse_side_effects(document: Document, new: dict[Key, object], text: str) -> None:
-    """Reads the new text again: exactly the named values may have changed."""
-    wanted = deepcopy(document.values)
+def _check_edit(document: Document, new: dict[Key, object], text: str) -> None:
+    """InputError unless the new text, read again, differs in exactly the new values."""
+    expected = deepcopy(document.values)
     for key, value in new.items():
-        _at(wanted, key[:-1])[key[-1]] = value
+        _at(expected, key[:-1])[key[-1]] = value
     try:
         values = _parse(text, document.path).values
     except InputError:
         values = None
-    if repr(values) != repr(wanted):
+    if repr(values) != repr(expected):
         raise InputError(
             *(
-                f"{document.where(key)}: {dotted(key)} cannot be set to {value!r} in place; edit it by hand"
+                f"{document.where(key)}: {dotted(key)} cannot be set to {value!r} in place; "
+                "edit it by hand"
                 for key, value in new.items()
             )
         )
@@ -263,18 +226,18 @@ def _at(values: object, key: Key) -> object:
 
 
 def dump(values: dict, indent: str = "") -> str:
-    """Plain values as YAML that every reader takes for the same values: a line a key, lists in one line."""
+    """Plain values as YAML, a line per key, lists in one line. PyYAML and ruamel.yaml read it."""
     lines = []
     for name, value in values.items():
         if isinstance(value, dict) and value:
-            lines.append(f"{indent}{_flow(name)}:\n{dump(value, indent + '  ')}")
+            lines.append(f"{indent}{_inline(name)}:\n{dump(value, indent + '  ')}")
         else:
-            lines.append(f"{indent}{_flow(name)}: {_flow(value)}\n")
+            lines.append(f"{indent}{_inline(name)}: {_inline(value)}\n")
     return "".join(lines)
 
 
-def _flow(value: object) -> str:
-    """A value in one line; text in quotes unless no reader can take it for something else."""
+def _inline(value: object) -> str:
+    """A value in one line; text in quotes unless every YAML reader takes it for text."""
     match value:
         case None:
             return "null"
@@ -284,25 +247,17 @@ def _flow(value: object) -> str:
             return str(int(value))
         case float():
             text = repr(float(value))
+            if "." not in text:  # PyYAML reads 1e-05 as text
+                text = text.replace("e", ".0e")
             return {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}.get(text, text)
         case str():
             if _SAFE_TEXT.fullmatch(value) and value.lower() not in _WORDS:
                 return value
-            return _UNPRINTABLE.sub(
-                lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False)
-            )
+            quoted = json.dumps(value, ensure_ascii=False)
+            return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", quoted)
         case list() | tuple():
-            return f"[{', '.join(map(_flow, value))}]"
+            return f"[{', '.join(map(_inline, value))}]"
         case dict():
-            return (
-                f"{{{', '.join(f'{_flow(name)}: {_flow(item)}' for name, item in value.items())}}}"
-            )
-    raise TypeError(f"{value!r} is no plain value")
-
-
-def parse_scalar(text: str) -> object:
-    """The value that `text` would have in a file: `1e-3` is 0.001."""
-    try:
-        return _Loader(text).get_single_data()
-    except yaml.YAMLError:
-        return text
+            items = (f"{_inline(name)}: {_inline(item)}" for name, item in value.items())
+            return f"{{{', '.join(items)}}}"
+    raise TypeError(f"{value!r} is not a plain value")

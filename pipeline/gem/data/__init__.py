@@ -1,1 +1,4 @@
-"""data."""
+"""Cohorts on disk, sources, covariates and their encoding, names of splits.
+
+Imports common.
+"""

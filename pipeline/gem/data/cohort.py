@@ -1,14 +1,14 @@
-"""The validated cohort on disk: samples, genes, splits, counts by role, and a manifest written last.
+"""The prepared cohort on disk: samples, genes, splits, counts by role, and a manifest.
 
-samples.parquet   sample_id, the source's columns, `total` (counts over all genes of the source)
+samples.parquet   sample_id, the columns of the source, `total` (counts over all its genes)
 genes.parquet     gene_id of the kept genes, in the order of the counts
 splits.parquet    sample_id, split
 sizes.csv         a row per split: samples, studies, contexts, perturbations, pairs, controls
-targets.parquet   perturbation, gene_id of the gene it hits; empty where nothing is known
-embeddings/       features by label, a table for each covariate of that kind
-counts/           train-*.parquet, validation-*.parquet, test-*.parquet: training never opens the last
-truth/            the simulator's parameters, for a synthetic cohort
-manifest.json     format version, declarations, integer type by role, checksums
+targets.parquet   perturbation, gene_id of its target gene; empty if unknown
+embeddings/       a table of features per embedding covariate
+counts/           train-*.parquet, validation-*.parquet, test-*.parquet (never read in training)
+truth/            parameters of the simulator, for a synthetic cohort
+manifest.json     format version, declarations, integer type by role, checksums; written last
 """
 
 import json
@@ -31,6 +31,7 @@ from pipeline.gem.data.shards import read_shard
 from pipeline.gem.data.splits import role_of
 
 FORMAT_VERSION = 3
+# Keys of params.yaml: data that later stages read.
 DECLARED = (
     "covariates",
     "context_columns",
@@ -38,17 +39,24 @@ DECLARED = (
     "target_gene",
     "date_column",
     "study_column",
-)  # of params.yaml: data
-# What no later stage reads: how a source was read and chosen from.
-UNDECLARED = dict.fromkeys(("layer", "sample_id", "gene_list", "highly_variable")) | {
+)
+# The other keys, which matter to `prepare` only.
+_UNDECLARED = {
+    "layer": None,
+    "sample_id": None,
+    "gene_list": None,
+    "highly_variable": None,
     "min_gene_samples": 0,
     "min_gene_total": 0,
     "empty_samples": "refuse",
 }
-
 TARGETS = "targets.parquet"
+_REBUILD = "run `dvc repro --force prepare`"
 
 Role = Literal["train", "validation", "test"]
+_TablePath = Annotated[
+    str, Field(pattern=rf"^(samples|genes|splits|targets|embeddings/{FILE_NAME})\.parquet$")
+]
 
 
 def embedding_file(name: str) -> str:
@@ -56,15 +64,14 @@ def embedding_file(name: str) -> str:
 
 
 class Shard(Frozen):
-    path: Annotated[
-        str, Field(pattern=r"^counts/[a-z]+-[0-9]{5,}\.parquet$")
-    ]  # no way out of the folder
+    # The pattern keeps the path inside the folder of the cohort.
+    path: Annotated[str, Field(pattern=r"^counts/[a-z]+-[0-9]{5,}\.parquet$")]
     bytes: int
     sha256: str
 
 
 class Manifest(Frozen):
-    """The shape of manifest.json, checked before anything that it names is opened."""
+    """The schema of manifest.json, validated before any file that it names is opened."""
 
     format_version: int
     samples: int
@@ -75,17 +82,12 @@ class Manifest(Frozen):
     splits: dict[str, int]
     missing: dict[str, int]
     notes: list[str]
-    tables: dict[
-        Annotated[
-            str, Field(pattern=rf"^(samples|genes|splits|targets|embeddings/{FILE_NAME})\.parquet$")
-        ],
-        str,
-    ]
+    tables: dict[_TablePath, str]
     shards: dict[Role, list[Shard]]
 
 
 class Cohort:
-    """A prepared cohort, opened for reading. IntegrityError where a file is not what the manifest says."""
+    """A prepared cohort, opened for reading. IntegrityError if a file contradicts the manifest."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -101,37 +103,31 @@ class Cohort:
         self.targets = pd.read_parquet(self.folder / TARGETS).set_index("perturbation")["gene_id"]
 
     def _read_manifest(self) -> tuple[dict, Data]:
-        """(manifest, what it declares), both checked."""
+        """(manifest, its declarations), both validated."""
         path = self.folder / "manifest.json"
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError(f"{path}: absent; `dvc repro prepare` writes the cohort") from None
         except ValueError as error:
+            raise IntegrityError(f"{path}: not JSON ({error}); {_REBUILD}") from None
+        version = manifest.get("format_version") if isinstance(manifest, dict) else None
+        if version != FORMAT_VERSION:
             raise IntegrityError(
-                f"{path}: not JSON ({error}); run `dvc repro --force prepare`"
-            ) from None
-        found = manifest.get("format_version") if isinstance(manifest, dict) else None
-        if found != FORMAT_VERSION:
-            raise IntegrityError(
-                f"{path}: format version {found}, expected {FORMAT_VERSION}; run `dvc repro --force prepare`"
+                f"{path}: format version {version}, expected {FORMAT_VERSION}; {_REBUILD}"
             )
         try:
-            return manifest, Data.model_validate(
-                UNDECLARED
-                | {"source": str(self.folder)}
-                | Manifest.model_validate(manifest).declared
-            )
+            declared = Manifest.model_validate(manifest).declared
+            data = {**_UNDECLARED, "source": str(self.folder), **declared}
+            return manifest, Data.model_validate(data)
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(map(str, problem["loc"]))
-            raise IntegrityError(
-                f"{path}: {key}: {problem['msg']}; run `dvc repro --force prepare`"
-            ) from None
+            raise IntegrityError(f"{path}: {key}: {problem['msg']}; {_REBUILD}") from None
 
     def _verify_tables(self) -> None:
-        """Every table that is read is listed, and is what the manifest says."""
-        wanted = {
+        """The manifest lists exactly the expected tables, and their checksums match."""
+        expected = {
             "samples.parquet",
             "genes.parquet",
             "splits.parquet",
@@ -139,15 +135,15 @@ class Cohort:
             *map(embedding_file, self.declared.covariates.embeddings()),
         }
         listed = set(self.manifest["tables"])
-        if listed != wanted:
-            strange = examples(sorted(listed ^ wanted))
+        if listed != expected:
             raise IntegrityError(
-                f"{self.folder / 'manifest.json'}: tables: {strange} should not be, or not be absent; run `dvc repro --force prepare`"
+                f"{self.folder / 'manifest.json'}: tables: missing or unexpected: "
+                f"{examples(sorted(listed ^ expected))}; {_REBUILD}"
             )
         self._verify(self.manifest["tables"])
 
-    def _verify(self, expected: dict[str, str]) -> None:
-        for name, checksum in expected.items():
+    def _verify(self, checksums: dict[str, str]) -> None:
+        for name, checksum in checksums.items():
             path = self.folder / name
             if not path.exists():
                 raise IntegrityError(
@@ -155,7 +151,8 @@ class Cohort:
                 )
             if sha256(path) != checksum:
                 raise IntegrityError(
-                    f"{path}: its sha256 is not the manifest's: the file changed or is damaged; run `dvc repro --force prepare`"
+                    f"{path}: its sha256 differs from the manifest: "
+                    f"the file was changed or is damaged; {_REBUILD}"
                 )
 
     @property
@@ -167,67 +164,52 @@ class Cohort:
         return self.manifest["splits"].get(split, 0) > 0
 
     def rows(self, splits: Sequence[str]) -> pd.DataFrame:
-        """Samples of the named splits, in cohort order."""
+        """Samples of the splits, in cohort order."""
         return self.samples[self.samples["split"].isin(splits)]
 
     def counts(self, splits: Sequence[str]) -> np.ndarray:
-        """(N, G) counts of `rows(splits)`. Only shards of their roles are opened."""
+        """(N, G) counts of `rows(splits)`. Opens only the shards of their roles."""
         names = self.rows(splits)["sample_id"].to_numpy()
         position = pd.Series(np.arange(len(names)), index=names)
-        found = np.zeros(len(names), dtype=bool)
+        read = np.zeros(len(names), dtype=bool)
         roles = dict.fromkeys(role_of(split) for split in splits)
-        counts = np.empty(
-            (len(names), len(self.genes)),
-            dtype=np.result_type(*(self.manifest["integer_type"][role] for role in roles)),
-        )
-        for role in roles:
-            for shard in self.manifest["shards"][role]:
-                self._verify({shard["path"]: shard["sha256"]})
-                for ids, block in read_shard(self.folder / shard["path"], len(self.genes)):
-                    target = position.reindex(ids).to_numpy()
-                    wanted = ~np.isnan(target)
-                    counts[target[wanted].astype(np.int64)] = block[wanted]
-                    found[target[wanted].astype(np.int64)] = True
-        if not found.all():
+        dtype = np.result_type(*(self.manifest["integer_type"][role] for role in roles))
+        counts = np.empty((len(names), len(self.genes)), dtype=dtype)
+        for shard in (shard for role in roles for shard in self.manifest["shards"][role]):
+            self._verify({shard["path"]: shard["sha256"]})
+            for sample_ids, block in read_shard(self.folder / shard["path"], len(self.genes)):
+                rows = position.reindex(sample_ids).to_numpy()
+                inside = ~np.isnan(rows)
+                rows = rows[inside].astype(np.int64)
+                counts[rows], read[rows] = block[inside], True
+        if not read.all():
             raise IntegrityError(
-                f"{self.folder}: no counts for samples {examples(names[~found])}; run `dvc repro --force prepare`"
+                f"{self.folder}: no counts for samples {examples(names[~read])}; {_REBUILD}"
             )
         return counts
 
     def expression(self, splits: Sequence[str]) -> np.ndarray:
-        """(N, G) float32 log-CPM of `rows(splits)`, by totals over all genes of the source."""
+        """(N, G) float32 log-CPM of `rows(splits)`, relative to totals over all source genes."""
         return log_cpm(self.counts(splits), self.rows(splits)["total"].to_numpy())
 
     @cached_property
     def train_validation_sha256(self) -> str:
-        """A hash of what training and choices may see, row by row: it does not move when a test sample does."""
+        """A hash of all that training and model selection use. No test sample changes it."""
         rows = self.samples[self.samples["split"].map(role_of) != "test"]
-        declared = self.declared
-        named = [
-            *declared.covariates.all(),
-            *declared.context_columns,
-            declared.date_column,
-            declared.study_column,
-        ]
-        columns = dict.fromkeys(
-            [
-                "sample_id",
-                "split",
-                "total",
-                *filter(None, named),
-                *([declared.control.column] if declared.control else []),
-            ]
-        )
-        # As text, which does not depend on how the source stored a column.
-        table = {name: label_texts(rows[name]).tolist() for name in columns}
+        data = self.declared
+        names = ["sample_id", "split", "total", *data.covariates.all(), *data.context_columns]
+        names += [name for name in (data.date_column, data.study_column) if name]
+        names += [data.control.column] if data.control else []
+        # As text, which does not depend on how the source stores a column.
+        table = {name: label_texts(rows[name]).tolist() for name in names}
         shards = [
             shard["sha256"]
             for role in ("train", "validation")
             for shard in self.manifest["shards"][role]
         ]
         tables = {
-            name: digest
-            for name, digest in self.manifest["tables"].items()
+            name: checksum
+            for name, checksum in self.manifest["tables"].items()
             if name.startswith((TARGETS, "embeddings/"))
         }
         return sha256_of(

@@ -1,189 +1,207 @@
-"""A vocabulary: what the training split taught about one covariate, and the encoding of its values."""
+"""The encoding of one covariate, and functional dependencies between covariates.
 
+Both are learned from the training split alone.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
-from pydantic import TypeAdapter
 
 from pipeline.gem.common.config import Covariate
 from pipeline.gem.common.errors import did_you_mean
 from pipeline.gem.data.features import CLIP, FeatureTable
-from pipeline.gem.data.labels import cell, label_text, label_texts, labels_of
-from pipeline.gem.data.units import parse_quantity, shown
+from pipeline.gem.data.labels import cell_value, label_text, label_texts, split_labels
+from pipeline.gem.data.units import cell_repr, parse_quantity
 
 LOG_OFFSET = 1e-6  # added before the logarithm of a numeric covariate
-ROUNDING = (
-    1e-9  # a deviation below this share of the mean is what rounding leaves of a constant column
-)
+# A deviation below this share of the mean is the rounding error of a constant column.
+ROUNDING = 1e-9
 
-_COVARIATE = TypeAdapter(Covariate)
+
+# Cells of a column: (N,) position among the distinct values, -1 if missing; the values.
+Cells = tuple[np.ndarray, list]
 
 
 @dataclass(frozen=True)
 class CovariateEncoder:
-    """What the training split taught about one covariate."""
+    """Encodes values of one covariate as vectors.
+
+    A label is [its features | one-hot or multi-hot level]; a number is [standardised value |
+    one-hot dimension]. Missing values are zeros.
+    """
 
     name: str
     covariate: Covariate
     levels: tuple[str, ...] = ()  # labels, or the dimensions of a numeric covariate
-    mean: float = 0.0  # numeric: of the training split, on its scale
+    mean: float = 0.0  # numeric: over the training split, on the scale of the covariate
     deviation: float = 1.0
-    features: FeatureTable | None = (
-        None  # embedding: of labels seen and unseen, standardised on those seen
-    )
+    features: FeatureTable | None = None  # embedding: standardised over the training labels
 
     @property
     def size(self) -> int:
-        """Columns of the encoding: features, then levels; of a number its value, then its dimensions."""
-        return self.described + len(self.levels)
+        """Columns of the encoding."""
+        return self.feature_size + len(self.levels)
 
     @property
-    def described(self) -> int:
-        """Columns in front that do not name a level."""
+    def feature_size(self) -> int:
+        """Columns before the levels: features of a label, or the value of a number."""
         return self.features.size if self.features else int(self.covariate.kind == "numeric")
 
     @property
-    def known(self) -> tuple[str, ...]:
+    def known_labels(self) -> tuple[str, ...]:
         """Every label that has an encoding."""
-        return tuple(dict.fromkeys([*self.levels, *self._row_of_features]))
+        return tuple(dict.fromkeys([*self.levels, *self._feature_rows]))
 
     @cached_property
-    def _position_of_level(self) -> dict[str, int]:
+    def _level_positions(self) -> dict[str, int]:
         return {level: position for position, level in enumerate(self.levels)}
 
     @cached_property
-    def _row_of_features(self) -> dict[str, int]:
-        return (
-            {label: row for row, label in enumerate(self.features.labels)} if self.features else {}
-        )
+    def _feature_rows(self) -> dict[str, int]:
+        labels = self.features.labels if self.features else ()
+        return {label: row for row, label in enumerate(labels)}
 
     @classmethod
-    def learn(
+    def fit(
         cls,
         name: str,
         covariate: Covariate,
         column: pd.Series,
         features: FeatureTable | None = None,
     ) -> "CovariateEncoder":
+        """The encoder of a column of the training split."""
         if covariate.kind != "numeric":
-            texts = set(label_texts(column).dropna())
-            labels = (
-                texts
-                if covariate.kind == "categorical"
-                else {label for text in texts for label in labels_of(text)}
-            )
-            return cls(
-                name,
-                covariate,
-                tuple(sorted(labels)),
-                features=features.standardised(labels) if features else None,
-            )
-        parsed = [parse_quantity(value) for value in map(cell, column) if value is not None]
-        numbers = np.array([scaled(number, covariate.scale) for number, _ in parsed])
-        dimensions = tuple(sorted({dimension for _, dimension in parsed}))
+            labels = set(label_texts(column).dropna())
+            if covariate.kind != "categorical":
+                labels = {label for text in labels for label in split_labels(text)}
+            standardised = features.standardise(labels) if features else None
+            return cls(name, covariate, tuple(sorted(labels)), features=standardised)
+        quantities = [
+            parse_quantity(value) for value in map(cell_value, column) if value is not None
+        ]
+        numbers = np.array([to_scale(number, covariate.scale) for number, _ in quantities])
+        dimensions = tuple(sorted({dimension for _, dimension in quantities}))
         if not len(numbers):
             return cls(name, covariate, dimensions)
         mean, deviation = float(numbers.mean()), float(numbers.std())
-        return cls(
-            name,
-            covariate,
-            dimensions,
-            mean,
-            deviation if deviation >= ROUNDING * max(1.0, abs(mean)) else 1.0,
-        )
+        if deviation < ROUNDING * max(1.0, abs(mean)):
+            deviation = 1.0
+        return cls(name, covariate, dimensions, mean, deviation)
 
-    def read(self, value: object, unknown: str) -> tuple[np.ndarray | None, str | None]:
-        """((size,) encoding of a value that is not missing, what is wrong with it); None where there is none.
+    def try_encode(self, value: object, unknown: str) -> tuple[np.ndarray | None, str | None]:
+        """((size,) encoding or None, error message or None) of a value that is not missing.
 
-        A value that training did not see is wrong where `unknown` is "refuse".
+        A value that is not in the training split is an error if `unknown` is "refuse".
         """
         try:
             code = self.encode_value(value)
         except ValueError as error:
             return None, str(error)
-        if code is None and unknown == "refuse" and self.covariate.kind == "numeric":
-            return (
-                None,
-                f"{shown(value)} is of another kind than training saw: {' or '.join(level or 'plain numbers' for level in self.levels)}",
-            )
-        if code is None and unknown == "refuse":
-            return (
-                None,
-                f"{shown(value)} was never seen in training{did_you_mean(value, self.known)} (or treat unknown values as missing)",
-            )
-        return code, None
+        if code is not None or unknown != "refuse":
+            return code, None
+        if self.covariate.kind == "numeric":
+            dimensions = " or ".join(level or "plain numbers" for level in self.levels)
+            return None, f"{cell_repr(value)} has another dimension than in training: {dimensions}"
+        suggestion = did_you_mean(value, self.known_labels)
+        return None, (
+            f"{cell_repr(value)} was never seen in training{suggestion} "
+            "(or treat unknown values as missing)"
+        )
 
     def encode_value(self, value: object) -> np.ndarray | None:
-        """(size,) encoding of a value that is not missing; None where it is unknown. ValueError where it is no quantity."""
+        """(size,) encoding of a value that is not missing; None if the value is unknown.
+
+        ValueError if a numeric covariate is no quantity.
+        """
         if self.covariate.kind == "numeric":
             return self._encode_quantity(value)
-        labels = [label_text(value)] if self.covariate.kind == "categorical" else labels_of(value)
-        if any(
-            label not in self._position_of_level and label not in self._row_of_features
-            for label in labels
-        ):
+        categorical = self.covariate.kind == "categorical"
+        labels = [label_text(value)] if categorical else split_labels(value)
+        levels, rows = self._level_positions, self._feature_rows
+        if any(label not in levels and label not in rows for label in labels):
             return None
         code = np.zeros(self.size, dtype=np.float32)
         for label in dict.fromkeys(labels):
-            if label in self._row_of_features:
-                code[: self.described] += self.features.values[self._row_of_features[label]]
-            if label in self._position_of_level:
-                code[self.described + self._position_of_level[label]] = 1
+            if label in rows:
+                code[: self.feature_size] += self.features.values[rows[label]]
+            if label in levels:
+                code[self.feature_size + levels[label]] = 1
         return code
 
     def _encode_quantity(self, value: object) -> np.ndarray | None:
         number, dimension = parse_quantity(value)
-        if dimension not in self._position_of_level:
+        if dimension not in self._level_positions:
             return None
+        standardised = (to_scale(number, self.covariate.scale) - self.mean) / self.deviation
         code = np.zeros(self.size, dtype=np.float32)
-        code[0] = min(
-            max((scaled(number, self.covariate.scale) - self.mean) / self.deviation, -CLIP), CLIP
-        )
-        code[1 + self._position_of_level[dimension]] = 1
+        code[0] = min(max(standardised, -CLIP), CLIP)
+        code[1 + self._level_positions[dimension]] = 1
         return code
 
     def class_indices(self, column: pd.Series) -> np.ndarray:
-        """(N,) position of each value among the levels, -1 where it is missing or no level."""
-        return np.array(
-            [self._position_of_level.get(text, -1) for text in label_texts(column)], dtype=np.int64
-        )
-
-    def state(self) -> dict:
-        """Plain values and arrays, for the model file."""
-        features = self.features and {
-            "labels": list(self.features.labels),
-            "values": self.features.values,
-        }
-        named = {
-            "name": self.name,
-            "covariate": self.covariate.model_dump(),
-            "levels": list(self.levels),
-        }
-        return named | {"mean": self.mean, "deviation": self.deviation, "features": features}
-
-    @classmethod
-    def from_state(cls, state: dict) -> "CovariateEncoder":
-        features = state["features"] and FeatureTable(
-            tuple(state["features"]["labels"]),
-            np.asarray(state["features"]["values"], dtype=np.float32),
-        )
-        covariate = _COVARIATE.validate_python(state["covariate"])
-        return cls(
-            state["name"],
-            covariate,
-            tuple(state["levels"]),
-            state["mean"],
-            state["deviation"],
-            features,
-        )
+        """(N,) position of each value among the levels, -1 if missing or no level."""
+        positions = [self._level_positions.get(text, -1) for text in label_texts(column)]
+        return np.array(positions, dtype=np.int64)
 
 
-def scaled(number: float, scale: str) -> float:
-    """A quantity on the scale of its covariate. ValueError for a negative number on the log scale."""
+def to_scale(number: float, scale: str) -> float:
+    """A number on the linear or log scale. ValueError for a negative number on the log scale."""
     if scale == "linear":
         return number
     if number < 0:
-        raise ValueError(f"{number} is negative: a covariate on the log scale cannot be")
+        raise ValueError(f"{number} is negative, which the log scale does not allow")
     return float(np.log(number + LOG_OFFSET))
+
+
+@dataclass(frozen=True)
+class FunctionalDependency:
+    """Each level of the covariate `determinant` occurs with one level of `determined` only.
+
+    A study determines its platform, a cell type its tissue. A query may omit the determined value.
+    """
+
+    determinant: str
+    determined: str
+    levels: dict[str, str]  # of the determinant to the determined one
+
+    def fill(self, cells: dict[str, Cells], rows: int) -> None:
+        """Fills the missing cells of the determined covariate; other cells keep their value."""
+        if self.determinant not in cells:
+            return
+        index, values = cells[self.determinant]
+        own_index, own_values = cells.get(self.determined, (np.full(rows, -1), []))
+        implied = [self.levels.get(label_text(value)) for value in values]
+        new_levels = sorted({level for level in implied if level})
+        position = {level: len(own_values) + place for place, level in enumerate(new_levels)}
+        # The last entry is for rows where the determinant is missing too.
+        filled = np.array([*(position.get(level, -1) for level in implied), -1])
+        cells[self.determined] = (
+            np.where(own_index < 0, filled[index], own_index),
+            [*own_values, *position],
+        )
+
+
+def functional_dependencies(
+    samples: pd.DataFrame, fields: Sequence[CovariateEncoder]
+) -> list[FunctionalDependency]:
+    """Dependencies between covariates of one group that hold one label.
+
+    Only from the covariate with more levels to the one with fewer: a study determines its
+    platform, but a platform that a single study used does not determine the study.
+    """
+    labelled = [field for field in fields if field.covariate.kind in ("categorical", "embedding")]
+    texts = {field.name: label_texts(samples[field.name]) for field in labelled}
+    dependencies = []
+    for source in labelled:
+        for target in labelled:
+            if len(source.levels) <= len(target.levels):
+                continue
+            pairs = pd.DataFrame({"source": texts[source.name], "target": texts[target.name]})
+            pairs = pairs.dropna().drop_duplicates()
+            if len(pairs) and not pairs["source"].duplicated().any():
+                levels = dict(sorted(zip(pairs["source"], pairs["target"], strict=True)))
+                dependencies.append(FunctionalDependency(source.name, target.name, levels))
+    return dependencies

@@ -1,35 +1,37 @@
-"""Metadata as the model sees it: the encoding of tables, group by group, and their cleaning.
+"""The encoding of metadata as matrices, one per covariate group.
 
-Missing and unknown are different things: a missing value encodes as zeros and is always allowed; a value that the
-vocabulary lacks is refused, unless the caller asks to treat it as missing.
+A missing value encodes as zeros and is always valid. An unknown value, one that is not in the
+training split, is an error unless the caller treats it as missing.
 
-N samples, D_g encoded size of a group.
+N samples, D columns of a group, U distinct rows.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 
 from pipeline.gem.common.config import GROUPS, Covariates
-from pipeline.gem.common.errors import InputError, did_you_mean, examples
-from pipeline.gem.data.covariates import CovariateEncoder, scaled
-from pipeline.gem.data.dependencies import Cells, FunctionalDependency, functional_dependencies
+from pipeline.gem.common.errors import InputError, examples
+from pipeline.gem.data.covariates import (
+    Cells,
+    CovariateEncoder,
+    FunctionalDependency,
+    functional_dependencies,
+)
 from pipeline.gem.data.features import FeatureTable
-from pipeline.gem.data.labels import distinct, label_text, label_texts, list_cells
-from pipeline.gem.data.units import DIMENSIONLESS, parse_quantity
+from pipeline.gem.data.labels import distinct_cells
 
 
 class MetadataEncoder:
-    """Tables to matrices, one per group; fields in the order of their declaration."""
+    """Tables to matrices, one per group; covariates in the order of their declaration."""
 
     def __init__(
         self,
         groups: dict[str, list[CovariateEncoder]],
-        implied: list[FunctionalDependency] | None = None,
+        dependencies: list[FunctionalDependency] | None = None,
     ):
-        self.groups, self.implied = groups, implied or []
+        self.groups, self.dependencies = groups, dependencies or []
 
     @classmethod
     def fit(
@@ -38,98 +40,87 @@ class MetadataEncoder:
         covariates: Covariates,
         features: Mapping[str, FeatureTable] | None = None,
     ) -> "MetadataEncoder":
-        """Vocabularies of the rows of `samples`, which must be the training split alone; `features` of each embedding."""
+        """From the training split alone, and the `features` of each embedding covariate."""
         features = features or {}
         groups = {
             group: [
-                CovariateEncoder.learn(name, kind, samples[name], features.get(name))
-                for name, kind in getattr(covariates, group).items()
+                CovariateEncoder.fit(name, covariate, samples[name], features.get(name))
+                for name, covariate in getattr(covariates, group).items()
             ]
             for group in GROUPS
         }
-        return cls(
-            groups,
-            [one for fields in groups.values() for one in functional_dependencies(samples, fields)],
-        )
+        dependencies = []
+        for fields in groups.values():
+            dependencies += functional_dependencies(samples, fields)
+        return cls(groups, dependencies)
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """D_g per group."""
-        return {group: sum(field.size for field in fields) for group, fields in self.groups.items()}
-
-    def blocks(self, group: str) -> list[tuple[int, int]]:
-        """Per field (columns that describe it, columns that name its level): the second part of an embedding is its identity."""
-        return [
-            (field.described, len(field.levels)) if field.features else (field.size, 0)
-            for field in self.groups[group]
-        ]
+    def fields(self) -> list[CovariateEncoder]:
+        return [field for fields in self.groups.values() for field in fields]
 
     @property
     def names(self) -> list[str]:
-        return [field.name for fields in self.groups.values() for field in fields]
+        return [field.name for field in self.fields]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """D per group."""
+        return {group: sum(field.size for field in fields) for group, fields in self.groups.items()}
+
+    def blocks(self, group: str) -> list[tuple[int, int]]:
+        """Columns of each covariate: (features, identity) of an embedding, (all, 0) of others."""
+        return [
+            (field.feature_size, len(field.levels)) if field.features else (field.size, 0)
+            for field in self.groups[group]
+        ]
 
     def encode(self, samples: pd.DataFrame, unknown: str = "refuse") -> dict[str, np.ndarray]:
-        """Per group (N, D_g) float32. A column that is absent is missing everywhere, but for what other columns imply.
+        """(N, D) float32 per group.
 
-        `unknown` is "refuse" (InputError naming column, row and the closest known values) or "missing".
+        An absent column is missing throughout; functional dependencies fill missing values.
+        `unknown` is "refuse" (InputError with column, row and the closest known value) or
+        "missing".
         """
         if unknown not in ("refuse", "missing"):
             raise ValueError(f"unknown is {unknown!r}; expected 'refuse' or 'missing'")
         problems: list[str] = []
         cells = self._cells(samples, problems)
-        for implied in self.implied:
-            implied.fill(cells, len(samples))
+        for dependency in self.dependencies:
+            dependency.fill(cells, len(samples))
         encoded = {}
         for group, fields in self.groups.items():
-            parts = [
-                self._encode_field(field, cells.get(field.name), len(samples), unknown, problems)
-                for field in fields
-            ]
-            encoded[group] = (
-                np.concatenate(parts, axis=1)
-                if parts
-                else np.zeros((len(samples), 0), dtype=np.float32)
-            )
+            parts = [np.zeros((len(samples), 0), dtype=np.float32)]
+            for field in fields:
+                column = cells.get(field.name)
+                if column is None:
+                    parts.append(np.zeros((len(samples), field.size), dtype=np.float32))
+                else:
+                    parts.append(_encode_column(field, column, unknown, problems))
+            encoded[group] = np.concatenate(parts, axis=1)
         if problems:
             raise InputError(*problems)
         return encoded
 
     def _cells(self, samples: pd.DataFrame, problems: list[str]) -> dict[str, Cells]:
-        found = {}
+        cells = {}
         for name in self.names:
             if name in samples:
                 try:
-                    found[name] = distinct(samples[name])
+                    cells[name] = distinct_cells(samples[name])
                 except ValueError as error:
                     problems.append(f"{name}: {error}")
-        return found
-
-    @staticmethod
-    def _encode_field(
-        field: CovariateEncoder, cells: Cells | None, rows: int, unknown: str, problems: list[str]
-    ) -> np.ndarray:
-        if cells is None:
-            return np.zeros((rows, field.size), dtype=np.float32)
-        # Few distinct values stand for many rows; the last row of the table of codes is "missing".
-        index, values = cells
-        codes = np.zeros((len(values) + 1, field.size), dtype=np.float32)
-        for position, value in enumerate(values):
-            code, problem = field.read(value, unknown)
-            if code is not None:
-                codes[position] = code
-            if problem:
-                problems.append(f"{field.name}, row {np.argmax(index == position)}: {problem}")
-        return codes[index]
+        return cells
 
     def labels(self, samples: pd.DataFrame) -> dict[str, np.ndarray]:
-        """(N,) class index per label head, -1 where missing or unknown: categorical fields of the groups with biology."""
+        """(N,) class index per classifier head, -1 if missing or unknown."""
         return {field.name: field.class_indices(samples[field.name]) for field in self.heads()}
 
     def heads(self) -> list[CovariateEncoder]:
-        """The covariates that have a classifier: one label of two or more, in the last two groups."""
+        """The covariates with a classifier: biological or perturbation, one label per sample,
+        two levels or more."""
         return [
             field
-            for group in GROUPS[1:]
+            for group in ("biological", "perturbation")
             for field in self.groups[group]
             if field.covariate.kind in ("categorical", "embedding") and len(field.levels) > 1
         ]
@@ -142,113 +133,95 @@ class MetadataEncoder:
         )
 
     def differences(self, other: "MetadataEncoder") -> list[str]:
-        """A line for each covariate that another encoder knows otherwise."""
+        """A message per covariate that `other`, an encoder of the data, encodes differently."""
         own, others = (
-            {field.name: (group, field) for group, fields in one.groups.items() for field in fields}
-            for one in (self, other)
+            {
+                field.name: (group, field)
+                for group, fields in encoder.groups.items()
+                for field in fields
+            }
+            for encoder in (self, other)
         )
-        alone = ((own.keys() - others.keys(), "model"), (others.keys() - own.keys(), "data"))
-        found = [
-            f"covariates {examples(sorted(names))} known to the {who} only"
-            for names, who in alone
+        messages = [
+            f"covariates {examples(sorted(names))} in the {holder} only"
+            for names, holder in (
+                (own.keys() - others.keys(), "model"),
+                (others.keys() - own.keys(), "data"),
+            )
             if names
         ]
-        if not found and self.implied != other.implied:
-            found = ["levels of one covariate always came with other levels of another"]
-        return found + [
-            f"{name}: {said}"
-            for name in own
-            if name in others and (said := _difference(own[name], others[name]))
-        ]
+        if not messages and self.dependencies != other.dependencies:
+            messages.append("the functional dependencies between covariates differ")
+        for name in own:
+            if name in others and (difference := _difference(*own[name], *others[name])):
+                messages.append(f"{name}: {difference}")
+        return messages
 
-    def state(self) -> dict:
-        fields = {
-            group: [field.state() for field in fields] for group, fields in self.groups.items()
-        }
-        return fields | {"implied": [asdict(one) for one in self.implied]}
 
-    @classmethod
-    def from_state(cls, state: dict) -> "MetadataEncoder":
-        fields = {
-            group: [CovariateEncoder.from_state(field) for field in state[group]]
-            for group in GROUPS
-        }
-        return cls(fields, [FunctionalDependency(**one) for one in state["implied"]])
+def distinct_rows(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """((U,) first position of each distinct row, in lexicographic order of the rows; (N,) index
+    of each row among them) for a matrix (N, D) of float32 or integers.
+
+    Compares hashes of the rows and verifies the result: a hundred times as fast as comparing
+    whole rows, as np.unique does.
+    """
+    rows, columns = matrix.shape
+    if columns == 0 or rows == 0:
+        return np.arange(min(rows, 1)), np.zeros(rows, dtype=np.int64)
+    bits = np.ascontiguousarray(matrix + 0)  # -0 becomes 0
+    if bits.dtype.kind == "f":
+        bits = bits.astype(np.float32).view(np.uint32)
+    factors = np.random.default_rng(0).integers(1, 2**63, columns, dtype=np.uint64) | np.uint64(1)
+    hashes = bits.astype(np.uint64) @ factors
+    _, first, index = np.unique(hashes, return_index=True, return_inverse=True)
+    distinct, index = matrix[first], index.reshape(-1)
+    if not np.array_equal(distinct[index], matrix):  # a collision
+        _, first, index = np.unique(matrix, axis=0, return_index=True, return_inverse=True)
+        return first, index.reshape(-1)
+    varying = (distinct != distinct[:1]).any(axis=0)
+    order = np.lexsort(distinct[:, varying].T[::-1]) if varying.any() else np.zeros(1, dtype=int)
+    position = np.empty_like(order)
+    position[order] = np.arange(len(order))
+    return first[order], position[index]
+
+
+def _encode_column(
+    field: CovariateEncoder, column: Cells, unknown: str, problems: list[str]
+) -> np.ndarray:
+    """(N, D) of one covariate; each distinct value is encoded once."""
+    index, values = column
+    codes = np.zeros((len(values) + 1, field.size), dtype=np.float32)  # the last: missing
+    for position, value in enumerate(values):
+        code, problem = field.try_encode(value, unknown)
+        if code is not None:
+            codes[position] = code
+        if problem:
+            problems.append(f"{field.name}, row {np.argmax(index == position)}: {problem}")
+    return codes[index]
 
 
 def _difference(
-    own: tuple[str, CovariateEncoder], other: tuple[str, CovariateEncoder]
+    group: str, field: CovariateEncoder, other_group: str, other: CovariateEncoder
 ) -> str | None:
-    (group, field), (other_group, other_field) = own, other
-    if (group, field.covariate.kind) != (other_group, other_field.covariate.kind):
-        return f"{field.covariate.kind} in group {group} to the model, {other_field.covariate.kind} in group {other_group} to the data"
-    surplus, missing = (
-        sorted(set(field.known) - set(other_field.known)),
-        sorted(set(other_field.known) - set(field.known)),
+    kind, other_kind = field.covariate.kind, other.covariate.kind
+    if (group, kind) != (other_group, other_kind):
+        data_side = f"{other_kind} in group {other_group} in the data"
+        return f"{kind} in group {group} in the model, {data_side}"
+    own_labels, other_labels = set(field.known_labels), set(other.known_labels)
+    if own_labels != other_labels:
+        surplus, missing = sorted(own_labels - other_labels), sorted(other_labels - own_labels)
+        return (
+            f"{len(surplus)} labels of the model that the data lacks ({examples(surplus)}), "
+            f"{len(missing)} of the data that the model lacks ({examples(missing)})"
+        )
+    if (field.mean, field.deviation) != (other.mean, other.deviation):
+        return (
+            f"mean {field.mean:g} and deviation {field.deviation:g} in the model, "
+            f"{other.mean:g} and {other.deviation:g} in the data"
+        )
+    same_features = field.features is None or np.array_equal(
+        field.features.values, other.features.values
     )
-    if surplus or missing:
-        return f"{len(surplus)} labels that the data lacks ({examples(surplus)}), {len(missing)} that the model lacks ({examples(missing)})"
-    if field.levels != other_field.levels:
-        return "other labels were seen in training"
-    if (field.mean, field.deviation) != (other_field.mean, other_field.deviation):
-        return f"mean {field.mean:g} and deviation {field.deviation:g} to the model, {other_field.mean:g} and {other_field.deviation:g} to the data"
-    if field.features is not None and not np.array_equal(
-        field.features.values, other_field.features.values
-    ):
-        return "other features of its labels"
+    if field.levels != other.levels or not same_features:
+        return "the training labels or their features differ"
     return None
-
-
-def clean_samples(samples: pd.DataFrame, covariates: Covariates, where: str) -> pd.DataFrame:
-    """Declared covariates in one form: text or numbers, None for missing or empty. InputError lists every bad value."""
-    problems: list[str] = []
-    cleaned = samples.copy()
-    for name, covariate in covariates.all().items():
-        if name not in samples:
-            problems.append(
-                f"{where}: column {name} is declared in data.covariates but absent{did_you_mean(name, samples.columns)}"
-            )
-        elif bad := list_cells(samples[name], f"{where}: {name}"):
-            problems += bad
-        elif covariate.kind != "numeric":
-            cleaned[name] = label_texts(samples[name])
-        elif bad := _bad_quantities(samples[name], covariate.scale, f"{where}: {name}"):
-            problems += bad
-        else:
-            cleaned[name] = _numbers_or_text(samples[name])
-    if problems:
-        raise InputError(*problems)
-    return cleaned
-
-
-def _bad_quantities(column: pd.Series, scale: str, where: str) -> list[str]:
-    problems = []
-    index, values = distinct(column)
-    for position, value in enumerate(values):
-        try:
-            scaled(parse_quantity(value)[0], scale)
-        except ValueError as error:
-            rows = np.flatnonzero(index == position)
-            problems.append(
-                f"{where}: {error} (rows {examples(rows)}); declare it categorical, or write a number and a unit"
-            )
-    return problems
-
-
-def _numbers_or_text(column: pd.Series) -> pd.Series:
-    """Plain numbers as numbers; beside quantities with a unit, which stay as they were written, their text.
-
-    A cell reads the same either way: a unit in one sample must not change what another says.
-    """
-    index, values = distinct(column)
-    parsed = [parse_quantity(value) for value in values]
-    if all(dimension == DIMENSIONLESS for _, dimension in parsed):
-        numbers = np.array([number for number, _ in parsed] + [np.nan])
-        return pd.Series(numbers[index], index=column.index)
-    texts = [
-        label_text(number) if dimension == DIMENSIONLESS else str(value)
-        for value, (number, dimension) in zip(values, parsed, strict=True)
-    ]
-    return pd.Series(
-        np.array([*texts, None], dtype=object)[index], index=column.index, dtype=object
-    )

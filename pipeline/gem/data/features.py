@@ -1,4 +1,4 @@
-"""Embeddings: observable features of labels (drugs, genes, cell lines), from a table that anyone may bring.
+"""Features of labels (drugs, genes, cell lines) from a table: the input of an embedding covariate.
 
 U labels, E features.
 """
@@ -11,10 +11,11 @@ import pandas as pd
 import pyarrow as pa
 
 from pipeline.gem.common.errors import InputError, examples
-from pipeline.gem.data.labels import SEPARATOR, label_texts, list_cells
+from pipeline.gem.data.labels import SEPARATOR, label_texts, list_cell_problems
 
-CLIP = 6.0  # standard deviations: what lies further says no more
-_ROUNDING = 1e-9  # a deviation below this share of the largest value is what rounding leaves of a constant feature
+CLIP = 6.0  # standard deviations
+# A deviation below this share of the largest value is the rounding error of a constant feature.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +31,7 @@ class FeatureTable:
 
     @classmethod
     def read(cls, path: Path | str) -> "FeatureTable":
-        """A table: the first column names labels, every other column is a feature. InputError lists what is wrong."""
+        """Labels in the first column, features in the others. InputError lists every problem."""
         path = Path(path)
         if not path.exists():
             raise InputError(
@@ -40,73 +41,72 @@ class FeatureTable:
         problems = _problems(table, path)
         if problems:
             raise InputError(*problems)
-        return cls(tuple(label_texts(table.iloc[:, 0])), _numbers(table.iloc[:, 1:]))
+        return cls(tuple(label_texts(table.iloc[:, 0])), _as_float32(table.iloc[:, 1:]))
 
     def write(self, path: Path) -> None:
-        table = pd.DataFrame(
-            self.values, columns=[f"feature_{index + 1}" for index in range(self.size)]
-        )
+        columns = [f"feature_{index + 1}" for index in range(self.size)]
+        table = pd.DataFrame(self.values, columns=columns)
         table.insert(0, "label", list(self.labels))
         path.parent.mkdir(parents=True, exist_ok=True)
         table.to_parquet(path, index=False)
 
-    def standardised(self, seen: set[str]) -> "FeatureTable":
-        """Mean 0 and deviation 1 of each feature over the labels that training saw (over all, where it saw none), clipped."""
-        rows = np.array([label in seen for label in self.labels])
-        known = (self.values[rows] if rows.any() else self.values).astype(np.float64)
-        deviation = known.std(axis=0)
-        deviation[deviation <= _ROUNDING * np.abs(known).max(axis=0)] = 1
-        return FeatureTable(
-            self.labels,
-            np.clip((self.values - known.mean(axis=0)) / deviation, -CLIP, CLIP).astype(np.float32),
-        )
+    def standardise(self, training_labels: set[str]) -> "FeatureTable":
+        """Each feature with mean 0 and deviation 1 over the training labels, clipped.
+
+        Over all labels if no training label is in the table.
+        """
+        rows = np.array([label in training_labels for label in self.labels])
+        fitted = (self.values[rows] if rows.any() else self.values).astype(np.float64)
+        deviation = fitted.std(axis=0)
+        deviation[deviation <= _ROUNDING * np.abs(fitted).max(axis=0)] = 1
+        values = np.clip((self.values - fitted.mean(axis=0)) / deviation, -CLIP, CLIP)
+        return FeatureTable(self.labels, values.astype(np.float32))
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A table that a person brings, Parquet or (by its name) CSV; InputError where the file is none."""
+    """A table in CSV (suffix .csv) or Parquet. InputError if it cannot be read."""
     kind, read = ("CSV", pd.read_csv) if path.suffix == ".csv" else ("Parquet", pd.read_parquet)
     try:
         return read(path)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(
-            f"{path}: not a {kind} table ({next(iter(str(error).splitlines()), type(error).__name__)})"
-        ) from None
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{path}: not a {kind} table ({reason})") from None
 
 
 def _problems(table: pd.DataFrame, path: Path) -> list[str]:
-    if table.shape[1] < 2 or not len(table):
+    rows, columns = table.shape
+    if columns < 2 or not rows:
         return [
-            f"{path}: {table.shape[0]} rows and {table.shape[1]} columns; expected labels in the first column, then one feature at least"
+            f"{path}: {rows} rows and {columns} columns; "
+            "expected labels in the first column and at least one feature column"
         ]
-    if lists := list_cells(table.iloc[:, 0], f"{path}: labels"):
-        return lists
+    if problems := list_cell_problems(table.iloc[:, 0], f"{path}: labels"):
+        return problems
     labels, problems = label_texts(table.iloc[:, 0]), []
     if labels.isna().any():
+        missing = examples(np.flatnonzero(labels.isna().to_numpy()))
+        problems.append(f"{path}: no label in rows {missing}")
+    duplicates = sorted(labels[labels.duplicated()].dropna().unique())
+    if duplicates:
+        problems.append(f"{path}: duplicate labels {examples(duplicates)}; expected one row each")
+    multiple = sorted(label for label in labels.dropna().unique() if SEPARATOR in label)
+    if multiple:
         problems.append(
-            f"{path}: no label in rows {examples(np.flatnonzero(labels.isna().to_numpy()))}"
-        )
-    twice = sorted(labels[labels.duplicated()].dropna().unique())
-    if twice:
-        problems.append(f"{path}: labels {examples(twice)} stand twice; expected one row a label")
-    several = sorted(label for label in labels.dropna().unique() if SEPARATOR in label)
-    if several:
-        problems.append(
-            f"{path}: labels {examples(several)} hold {SEPARATOR}, which stands between labels; expected one label a row"
+            f"{path}: labels {examples(multiple)} contain the separator {SEPARATOR}; "
+            "expected one label per row"
         )
     for position, name in enumerate(table.columns[1:], start=1):
         column = table.iloc[:, position]
         if not pd.api.types.is_numeric_dtype(column):
             problems.append(f"{path}: feature {name} holds {column.dtype}; expected numbers")
-        elif len(bad := np.flatnonzero(~np.isfinite(_numbers(column)))):
-            problems.append(
-                f"{path}: feature {name} is not finite for {examples(labels.iloc[bad])}"
-            )
+        elif len(bad := np.flatnonzero(~np.isfinite(_as_float32(column)))):
+            names = examples(labels.iloc[bad])
+            problems.append(f"{path}: feature {name} is not finite for {names}")
     return problems
 
 
-def _numbers(columns: pd.DataFrame | pd.Series) -> np.ndarray:
-    """As float32; what it cannot hold is not finite."""
+def _as_float32(columns: pd.DataFrame | pd.Series) -> np.ndarray:
+    """As float32; values out of its range become infinite, missing ones NaN."""
     with np.errstate(over="ignore"):
-        return (
-            columns.astype("float64").to_numpy(dtype=np.float64, na_value=np.nan).astype(np.float32)
-        )
+        values = columns.astype("float64").to_numpy(dtype=np.float64, na_value=np.nan)
+        return values.astype(np.float32)

@@ -1,55 +1,138 @@
-"""References: the control that stands for "this sample, untreated"."""
+"""Which samples belong together: the controls that match a sample, and its replicates.
+
+The only home of these rules, for training, baselines and metrics:
+
+`SampleGroups(samples, data)`  a text key per sample for context, study, treatment, condition
+`.control_keys`                keys by which a control matches a sample, best first
+`.replicates`                  index of each sample's condition within its study
+`matching_controls`            positions of the best matching controls of each sample
+`choose_references`            one of them per sample, drawn by seed
+
+N samples.
+"""
+
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
 from pipeline.gem.common.config import Data
-from pipeline.gem.data.splits import contexts, is_control, joined
+from pipeline.gem.data.labels import label_texts
+from pipeline.gem.data.splits import contexts, is_control, join_texts
 
 
-def matching_keys(samples: pd.DataFrame, data: Data) -> list[pd.Series]:
-    """How well a control can match, best first: study, context and all biology; study and context; context."""
-    context = contexts(samples, data)
-    with_study = joined([context, samples[data.study_column]]) if data.study_column else context
-    biology = [name for name in data.covariates.biological if name not in data.context_columns]
-    if not biology:
-        return [with_study, with_study, context]
-    return [joined([with_study, *(samples[name] for name in biology)]), with_study, context]
+class SampleGroups:
+    """Keys (N,) of a table of samples; samples with an equal key belong together.
+
+    All are text with the index of `samples`; a missing value is "?".
+    """
+
+    def __init__(self, samples: pd.DataFrame, data: Data):
+        self.samples, self.data = samples, data
+
+    @cached_property
+    def control(self) -> pd.Series:
+        """Whether a sample is a control (bool)."""
+        return is_control(self.samples, self.data)
+
+    @cached_property
+    def context(self) -> pd.Series:
+        return contexts(self.samples, self.data)
+
+    @cached_property
+    def study(self) -> pd.Series:
+        """ "?" throughout if no study column is declared."""
+        if self.data.study_column is None:
+            return self._constant("?")
+        return label_texts(self.samples[self.data.study_column]).fillna("?")
+
+    @cached_property
+    def study_context(self) -> pd.Series:
+        """Context and study; the context alone if no study column is declared."""
+        if self.data.study_column is None:
+            return self.context
+        return join_texts([self.context, self.study])
+
+    @cached_property
+    def perturbation(self) -> pd.Series:
+        """The control column, which names the perturbation. Needs a declared control."""
+        return label_texts(self.samples[self.data.control.column]).fillna("?")
+
+    @cached_property
+    def treatment(self) -> pd.Series:
+        """All covariates of the perturbation group that the table has: perturbation, dose, time."""
+        columns = [name for name in self.data.covariates.perturbation if name in self.samples]
+        return join_texts([self.samples[name] for name in columns]) if columns else self.everything
+
+    @cached_property
+    def condition(self) -> pd.Series:
+        """Context and treatment."""
+        columns = [name for name in self.data.covariates.perturbation if name in self.samples]
+        return join_texts([self.context, *(self.samples[name] for name in columns)])
+
+    @cached_property
+    def everything(self) -> pd.Series:
+        """One key for all samples."""
+        return self._constant("all")
+
+    @property
+    def control_keys(self) -> list[pd.Series]:
+        """How well a control matches, best first: study, context and all biological covariates;
+        study and context; context."""
+        context_columns = self.data.context_columns
+        biology = [name for name in self.data.covariates.biological if name not in context_columns]
+        exact = join_texts([self.study_context, *(self.samples[name] for name in biology)])
+        return [exact, self.study_context, self.context]
+
+    @cached_property
+    def replicates(self) -> np.ndarray:
+        """(N,) index of the condition and study; of the condition alone for a sample that is the
+        only one of its condition in its study, or whose study is missing."""
+        condition = pd.factorize(self.condition)[0]
+        if self.data.study_column is None:
+            return condition
+        within = pd.factorize(join_texts([self.condition, self.study]))[0]
+        # Two samples of unknown study need not share one.
+        unknown = label_texts(self.samples[self.data.study_column]).isna().to_numpy()
+        single = unknown | (np.bincount(within)[within] < 2)
+        return np.where(single, condition, len(self.samples) + within)
+
+    def _constant(self, text: str) -> pd.Series:
+        return pd.Series(text, index=self.samples.index)
 
 
-def reference_lists(
+def matching_controls(
     samples: pd.DataFrame, pool: pd.DataFrame, data: Data, same: bool = False
 ) -> list[np.ndarray]:
-    """For each sample the positions in `pool` of the best matching controls; empty where there is none.
+    """For each sample the positions in `pool` of its best matching controls; empty without any.
 
-    `same` says that `pool` is `samples`: then no sample is its own reference.
+    `same`: `pool` is `samples`, and no sample is its own reference.
     """
     controls = np.flatnonzero(is_control(pool, data).to_numpy())
-    lists: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(samples)
-    keys = (
-        zip(matching_keys(samples, data), matching_keys(pool.iloc[controls], data), strict=True)
-        if len(controls)
-        else ()
-    )
-    for of_samples, of_controls in keys:
-        groups = {
-            name: rows.to_numpy()
-            for name, rows in pd.Series(controls).groupby(of_controls.to_numpy())
-        }
-        candidates = [
-            found if len(found) else groups.get(key, found)
-            for found, key in zip(lists, of_samples, strict=True)
-        ]
-        lists = [found[found != row] if same else found for row, found in enumerate(candidates)]
-    return lists
+    matches: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(samples)
+    if not len(controls):
+        return matches
+    sample_keys = SampleGroups(samples, data).control_keys
+    control_keys = SampleGroups(pool.iloc[controls], data).control_keys
+    for of_samples, of_controls in zip(sample_keys, control_keys, strict=True):
+        groups = pd.Series(controls).groupby(of_controls.to_numpy())
+        positions = {key: rows.to_numpy() for key, rows in groups}
+        for row, key in enumerate(of_samples):
+            if not len(matches[row]):
+                candidates = positions.get(key, matches[row])
+                matches[row] = candidates[candidates != row] if same else candidates
+    return matches
 
 
 def choose_references(
     samples: pd.DataFrame, pool: pd.DataFrame, data: Data, seed: int
 ) -> np.ndarray | None:
-    """(N,) position in `pool` of one reference per sample, chosen by seed; None where a sample has none."""
+    """(N,) position in `pool` of one matching control per sample, drawn by seed.
+
+    None if any sample has no matching control.
+    """
     rng = np.random.default_rng(seed)
-    lists = reference_lists(samples, pool, data)
-    if any(len(found) == 0 for found in lists):
+    matches = matching_controls(samples, pool, data)
+    if any(len(positions) == 0 for positions in matches):
         return None
-    return np.array([rng.choice(found) for found in lists])
+    return np.array([rng.choice(positions) for positions in matches])

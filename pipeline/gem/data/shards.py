@@ -1,4 +1,4 @@
-"""Counts on disk: Parquet shards of (sample_id, counts), a list of integers in gene order per sample."""
+"""Parquet shards of counts: sample_id, and a list of integers in gene order per sample."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +12,11 @@ from pipeline.gem.common.errors import InputError, IntegrityError
 
 ROW_GROUP = 1024  # rows
 SHARD_VALUES = 2**28  # counts in one shard at most
-BATCH_VALUES = 2**23  # counts read at a time, however large the row groups of a file are
+BATCH_VALUES = 2**23  # counts read at a time, whatever the row groups of a file
 
 
 class ShardWriter:
-    """Streams rows into `folder/<stem>-00000.parquet`, ...; row groups of about 1,024 rows, page checksums."""
+    """Streams rows into `folder/<stem>-00000.parquet`, ... with page checksums."""
 
     def __init__(self, folder: Path, stem: str, dtype: np.dtype):
         self.folder, self.stem, self.dtype = folder, stem, dtype
@@ -36,17 +36,13 @@ class ShardWriter:
             self._writer = None
 
     def write(self, sample_ids: np.ndarray, counts: np.ndarray) -> None:
-        """Appends rows: names (N,) and counts (N, G)."""
+        """Appends names (N,) and counts (N, G)."""
         if self._writer and (self._rows + len(counts)) * counts.shape[1] > SHARD_VALUES:
             self.close()
         offsets = pa.array(np.arange(0, counts.size + 1, counts.shape[1], dtype=np.int32))
         values = pa.array(np.ascontiguousarray(counts, dtype=self.dtype).reshape(-1))
-        table = pa.table(
-            {
-                "sample_id": pa.array(sample_ids, pa.string()),
-                "counts": pa.ListArray.from_arrays(offsets, values),
-            }
-        )
+        lists = pa.ListArray.from_arrays(offsets, values)
+        table = pa.table({"sample_id": pa.array(sample_ids, pa.string()), "counts": lists})
         if self._writer is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.paths.append(self.folder / f"{self.stem}-{len(self.paths):05d}.parquet")
@@ -63,9 +59,10 @@ class ShardWriter:
 
 
 def read_shard(path: Path, genes: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(sample_id (N,), counts (N, G)) in batches of bounded size; sample_id is text.
+    """(sample_id (N,) as text, counts (N, G)) in batches of bounded size.
 
-    IntegrityError where the file is torn or a row has another length; InputError where counts are no lists of numbers.
+    IntegrityError if the file is damaged or a row has another length; InputError if counts are
+    not lists of numbers.
     """
     rows = max(1, min(ROW_GROUP, BATCH_VALUES // max(1, genes)))
     start = 0
@@ -74,10 +71,8 @@ def read_shard(path: Path, genes: int) -> Iterator[tuple[np.ndarray, np.ndarray]
             _check_columns(path, file.schema_arrow)
             for batch in file.iter_batches(rows, columns=["sample_id", "counts"]):
                 if len(batch):
-                    yield (
-                        batch["sample_id"].cast(pa.string()).to_numpy(zero_copy_only=False),
-                        _matrix(path, batch["counts"], genes, start),
-                    )
+                    names = batch["sample_id"].cast(pa.string()).to_numpy(zero_copy_only=False)
+                    yield names, _matrix(path, batch["counts"], genes, start)
                 start += len(batch)
     except (OSError, pa.ArrowException) as error:
         raise IntegrityError(
@@ -89,27 +84,24 @@ def _check_columns(path: Path, schema: pa.Schema) -> None:
     absent = [name for name in ("sample_id", "counts") if name not in schema.names]
     if absent:
         raise InputError(
-            f"{path}: no column {' or '.join(absent)}; found {', '.join(schema.names)}"
+            f"{path}: no column {' or '.join(absent)}; it has {', '.join(schema.names)}"
         )
-    kind = schema.field("counts").type
-    lists = (
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    )
-    numbers = lists and (
-        pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type)
-    )
-    if not numbers:
+    kind, types = schema.field("counts").type, pa.types
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    if not is_list or not (types.is_integer(kind.value_type) or types.is_floating(kind.value_type)):
         raise InputError(
             f"{path}: counts is of type {kind}; expected a list of whole numbers per sample"
         )
 
 
 def _matrix(path: Path, column: pa.Array, genes: int, start: int) -> np.ndarray:
-    """(N, G) of a column of lists; `start` is the file's row at which it begins."""
+    """(N, G) of a column of lists that begins at row `start` of the file."""
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
     wrong = np.flatnonzero(lengths != genes)
     if len(wrong):
+        row = wrong[0]
         raise IntegrityError(
-            f"{path}: row {start + wrong[0]} has {lengths[wrong[0]]} counts; expected one for each of {genes} genes"
+            f"{path}: row {start + row} has {lengths[row]} counts; "
+            f"expected one for each of {genes} genes"
         )
     return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, genes)

@@ -1,8 +1,9 @@
-"""Where raw counts come from: a folder of Parquet files or an AnnData .h5ad, read in chunks and checked.
+"""Sources of raw counts: a folder of Parquet files or an AnnData .h5ad, read in chunks.
 
-A source has `samples` (one row a sample, sample_id first), `genes` (gene_id first) and `chunks()`. Where data.sample_id
-names another column of samples, that one is sample_id, and a column of that name is left out.
-Nothing is written beside the input.
+A source has `samples` (sample_id first), `genes` (gene_id first) and `chunks()`. Nothing is
+written beside the input.
+
+B samples of a chunk, G genes.
 """
 
 from collections.abc import Iterator
@@ -18,144 +19,152 @@ from pipeline.gem.common.config import Data
 from pipeline.gem.common.errors import InputError, did_you_mean, examples
 from pipeline.gem.data.shards import read_shard
 
-MAX_COUNT = 2**24  # the largest integer that float32 holds exactly with all smaller ones
+MAX_COUNT = 2**24  # float32 holds every integer up to here
 CHUNK_VALUES = 2**23  # counts read at a time
-RAW = ".raw"  # data.layer of AnnData's .raw; a layer that is called raw is just raw
+RAW = ".raw"  # as a layer: AnnData's .raw; a layer of the name "raw" is a plain layer
 
 
 class Source(Protocol):
     samples: pd.DataFrame
     genes: pd.DataFrame
-    advice: str  # where raw counts may be, should these be none
+    advice: str  # where raw counts may be if these are none
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(row positions in `samples` (B,), counts (B, G) as stored) until every sample has come once."""
+        """(positions in `samples` (B,), counts (B, G) as stored); every sample occurs once."""
 
 
 def open_source(data: Data) -> Source:
-    """The source named in params.yaml. InputError where it is absent or lacks a part."""
+    """The source that params.yaml declares. InputError if it is absent or incomplete."""
     path = Path(data.source)
     if not path.exists():
         raise InputError(
             f"data.source: {path} does not exist; give a folder of Parquet files or an .h5ad file"
         )
     if path.is_dir():
-        return ParquetSource(path, data)
+        return ParquetSource(path, data.sample_id)
     if path.suffix == ".h5ad":
-        return H5adSource(path, data)
+        return H5adSource(path, data.layer, data.sample_id)
     raise InputError(f"data.source: {path} is neither a folder nor an .h5ad file")
 
 
-class ParquetSource:
-    """samples.parquet, genes.parquet and counts/*.parquet."""
+def checked_chunks(source: Source, where: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(positions (B,), valid counts (B, G) int64) of all samples; InputError as `check_counts`."""
+    samples = source.samples["sample_id"].to_numpy()
+    genes = source.genes["gene_id"].to_numpy()
+    for rows, counts in source.chunks():
+        yield rows, check_counts(counts, samples[rows], genes, where, source.advice)
 
-    def __init__(self, folder: Path, data: Data):
-        absent = [
-            name
-            for name in ("samples.parquet", "genes.parquet", "counts")
-            if not (folder / name).exists()
-        ]
+
+class ParquetSource:
+    """samples.parquet, genes.parquet and counts/*.parquet in a folder.
+
+    `sample_id` is the column of sample names if it is not sample_id.
+    """
+
+    def __init__(self, folder: Path, sample_id: str | None = None):
+        parts = ("samples.parquet", "genes.parquet", "counts")
+        absent = [folder / name for name in parts if not (folder / name).exists()]
         if absent:
-            raise InputError(
-                *(
-                    f"{folder / name}: absent; a source folder holds samples.parquet, genes.parquet and counts/*.parquet"
-                    for name in absent
-                )
-            )
+            content = "a source folder holds samples.parquet, genes.parquet and counts/*.parquet"
+            raise InputError(*(f"{path}: absent; {content}" for path in absent))
         self.folder = folder
         self.advice = f"write the raw counts into {folder / 'counts'}"
         self.samples = _read_table(
-            folder / "samples.parquet", data.sample_id or "sample_id", "sample_id"
+            folder / "samples.parquet", sample_id or "sample_id", "sample_id"
         )
         self.genes = _read_table(folder / "genes.parquet", "gene_id", "gene_id")
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        position = pd.Series(np.arange(len(self.samples)), index=self.samples["sample_id"])
-        seen = np.zeros(len(self.samples), dtype=bool)
+        sample_ids = self.samples["sample_id"]
+        position = pd.Series(np.arange(len(sample_ids)), index=sample_ids)
+        read = np.zeros(len(sample_ids), dtype=bool)
         for path in sorted((self.folder / "counts").glob("*.parquet")):
             for names, counts in read_shard(path, len(self.genes)):
                 rows = position.reindex(names)
                 if rows.isna().any():
-                    raise InputError(
-                        f"{path}: samples {examples(rows.index[rows.isna()])} are not in {self.folder / 'samples.parquet'}"
-                    )
+                    unknown = examples(rows.index[rows.isna()])
+                    table = self.folder / "samples.parquet"
+                    raise InputError(f"{path}: samples {unknown} are not in {table}")
                 rows = rows.to_numpy(dtype=np.int64)
-                twice = np.unique(rows[seen[rows] | pd.Series(rows).duplicated().to_numpy()])
+                twice = np.unique(rows[read[rows] | pd.Series(rows).duplicated().to_numpy()])
                 if len(twice):
-                    raise InputError(
-                        f"{path}: samples {examples(self.samples['sample_id'].iloc[twice])} have counts twice"
-                    )
-                seen[rows] = True
+                    names = examples(sample_ids.iloc[twice])
+                    raise InputError(f"{path}: samples {names} have counts twice")
+                read[rows] = True
                 yield rows, counts
-        if not seen.all():
-            raise InputError(
-                f"{self.folder / 'counts'}: no counts for samples {examples(self.samples['sample_id'][~seen])}"
-            )
+        if not read.all():
+            names = examples(sample_ids[~read])
+            raise InputError(f"{self.folder / 'counts'}: no counts for samples {names}")
 
 
 class H5adSource:
-    """An AnnData file: raw counts in X, in a layer or in .raw, obs as samples, var (of .raw its own) as genes.
+    """An AnnData file: obs as samples, var as genes, raw counts from X, a layer or .raw.
 
-    Only obs and var are held in memory; counts are read in chunks, however they are stored.
+    Only obs and var are held in memory. `layer` is None for X and ".raw" for .raw (with the genes
+    of .raw); `sample_id` is a column of obs, None for its index. `layer_option` is the user's name
+    of the layer option in messages.
     """
 
-    def __init__(self, path: Path, data: Data):
-        import h5py  # late, as anndata below: they take a second to import and only this source needs them
+    def __init__(
+        self,
+        path: Path,
+        layer: str | None = None,
+        sample_id: str | None = None,
+        layer_option: str = "data.layer",
+    ):
+        import h5py  # as anndata below: takes a second to import, and only this source needs it
 
-        self.path, self.layer = path, data.layer
+        self.path, self.layer, self.layer_option = path, layer, layer_option
         try:
             self._file = h5py.File(path, "r")
         except OSError as error:
             raise InputError(f"{path}: cannot be read as AnnData ({error})") from None
         self._matrix, genes = self._find_matrix()
         obs, var = self._table("obs"), self._table(genes)
-        if data.sample_id is not None and data.sample_id not in obs:
+        if sample_id is not None and sample_id not in obs:
+            suggestion = did_you_mean(sample_id, obs.columns)
             raise InputError(
-                f"{path}: data.sample_id: no column {data.sample_id} in obs{did_you_mean(data.sample_id, obs.columns)}; null takes the obs index"
+                f"{path}: data.sample_id: no column {sample_id} in obs{suggestion}; "
+                "null takes the obs index"
             )
-        names = obs.index.to_series() if data.sample_id is None else obs[data.sample_id]
-        self.samples = _named(
-            obs.drop(columns=data.sample_id or []), names, "sample_id", f"{path}: obs"
-        )
-        self.genes = _named(var, var.index.to_series(), "gene_id", f"{path}: {genes}")
+        names = obs.index.to_series() if sample_id is None else obs[sample_id]
+        obs = obs.drop(columns=sample_id or [])
+        self.samples = _with_names(obs, names, "sample_id", f"{path}: obs")
+        self.genes = _with_names(var, var.index.to_series(), "gene_id", f"{path}: {genes}")
         shape = (len(obs), len(var))
         if tuple(self._matrix.shape) != shape:
             raise InputError(
-                f"{path}: counts of shape {tuple(self._matrix.shape)}; expected samples x genes, {shape}"
+                f"{path}: counts of shape {tuple(self._matrix.shape)}; "
+                f"expected samples x genes, {shape}"
             )
-        others = [name for name in self._layers() if name != (self.layer or "null")]
-        self.advice = (
-            f"point data.layer at the raw counts: {examples(others)}"
-            if others
-            else "this file holds no other matrix; take one of raw counts"
-        )
+        others = [name for name in self._layers() if name != (layer or "null")]
+        if others:
+            self.advice = f"point {layer_option} at the raw counts: {examples(others)}"
+        else:
+            self.advice = "this file holds no other matrix; use one with raw counts"
 
     def _layers(self) -> list[str]:
-        """What data.layer can be."""
-        return (
-            ["null"] * ("X" in self._file)
-            + list(self._file.get("layers", ()))
-            + [RAW] * ("raw" in self._file)
-        )
+        """Valid values of the layer option."""
+        layers = ["null"] if "X" in self._file else []
+        layers += list(self._file.get("layers", ()))
+        return layers + ([RAW] if "raw" in self._file else [])
 
     def _find_matrix(self) -> tuple:
-        """(the declared matrix, still on disk; the table of its genes). InputError where the file has none."""
+        """(matrix on disk, key of the table of its genes). InputError if the file has none."""
         import anndata
 
-        key, genes = {None: ("X", "var"), RAW: ("raw/X", "raw/var")}.get(
-            self.layer, (f"layers/{self.layer}", "var")
-        )
+        keys = {None: ("X", "var"), RAW: ("raw/X", "raw/var")}
+        key, genes = keys.get(self.layer, (f"layers/{self.layer}", "var"))
         if self.layer == RAW and f"layers/{RAW}" in self._file:
             raise InputError(
-                f"{self.path}: data.layer: {RAW} names a layer and the .raw of this file; rename the layer"
+                f"{self.path}: {self.layer_option}: {RAW} names a layer and the .raw of this file; "
+                "rename the layer"
             )
         if key not in self._file:
-            absent = {None: "no X, and data.layer is null", RAW: "no .raw"}.get(
-                self.layer, f"no layer {self.layer!r}"
-            )
-            raise InputError(
-                f"{self.path}: {absent}; data.layer can be {examples(self._layers()) or 'nothing: the file holds no counts'}"
-            )
+            descriptions = {None: f"no X, and {self.layer_option} is null", RAW: "no .raw"}
+            description = descriptions.get(self.layer, f"no layer {self.layer!r}")
+            layers = examples(self._layers()) or "nothing: the file holds no counts"
+            raise InputError(f"{self.path}: {description}; {self.layer_option} can be {layers}")
         stored = self._file[key]
         try:
             return (anndata.io.sparse_dataset(stored) if hasattr(stored, "keys") else stored), genes
@@ -165,18 +174,18 @@ class H5adSource:
             ) from None
 
     def _table(self, key: str) -> pd.DataFrame:
-        """obs or var. InputError where the file has none."""
+        """obs or var. InputError if the file has none."""
         import anndata
 
         try:
             table = anndata.io.read_elem(self._file[key])
         except (OSError, KeyError, ValueError, TypeError) as error:
-            raise InputError(
-                f"{self.path}: cannot be read as AnnData ({next(iter(str(error).splitlines()), key)})"
-            ) from None
+            reason = next(iter(str(error).splitlines()), key)
+            raise InputError(f"{self.path}: cannot be read as AnnData ({reason})") from None
         if not isinstance(table, pd.DataFrame):
             raise InputError(
-                f"{self.path}: {key} is stored in an old form; read the file with anndata and write it again"
+                f"{self.path}: {key} is stored in an old format; "
+                "read the file with anndata and write it again"
             )
         return table
 
@@ -187,17 +196,18 @@ class H5adSource:
             yield np.arange(start, stop), self._block(start, stop)
 
     def _block(self, start: int, stop: int) -> np.ndarray:
-        """(B, G) counts of some rows. A matrix stored by genes is read some genes at a time: its rows are all over the file."""
-        by_genes = getattr(self._matrix, "format", None) == "csc"
-        width = max(1, CHUNK_VALUES // len(self.samples) if by_genes else len(self.genes))
+        """(B, G) counts of some rows.
+
+        A matrix in CSC format is read some genes at a time: its rows are spread over the file.
+        """
+        csc = getattr(self._matrix, "format", None) == "csc"
+        width = max(1, CHUNK_VALUES // len(self.samples) if csc else len(self.genes))
         parts = [
             self._matrix[start:stop, first : first + width]
             for first in range(0, max(1, len(self.genes)), width)
         ]
-        return np.concatenate(
-            [part.toarray() if hasattr(part, "toarray") else np.asarray(part) for part in parts],
-            axis=1,
-        )
+        dense = [part.toarray() if hasattr(part, "toarray") else np.asarray(part) for part in parts]
+        return np.concatenate(dense, axis=1)
 
 
 def _read_table(path: Path, column: str, key: str) -> pd.DataFrame:
@@ -207,60 +217,65 @@ def _read_table(path: Path, column: str, key: str) -> pd.DataFrame:
         raise InputError(f"{path}: cannot be read ({error})") from None
     if column not in table:
         raise InputError(f"{path}: no column {column}{did_you_mean(column, table.columns)}")
-    return _named(table.drop(columns=column), table[column], key, str(path))
+    return _with_names(table.drop(columns=column), table[column], key, str(path))
 
 
-def _named(table: pd.DataFrame, names: pd.Series, key: str, where: str) -> pd.DataFrame:
-    """The table with its rows' names, as text, in a first column `key`. InputError where a name is missing."""
+def _with_names(table: pd.DataFrame, names: pd.Series, key: str, where: str) -> pd.DataFrame:
+    """The table with the names of its rows, as text, in a first column `key`.
+
+    It replaces another column of that name. InputError if a name is missing.
+    """
     missing = np.flatnonzero(names.isna().to_numpy())
     if len(missing):
         raise InputError(f"{where}: {key} is missing in rows {examples(missing)}; name every row")
-    named = table.drop(columns=key, errors="ignore").reset_index(drop=True)
-    named.insert(0, key, names.astype(str).to_numpy(dtype=object))
-    return named
+    table = table.drop(columns=key, errors="ignore").reset_index(drop=True)
+    table.insert(0, key, names.astype(str).to_numpy(dtype=object))
+    return table
 
 
 def check_unique(table: pd.DataFrame, key: str, where: str) -> list[str]:
-    """A problem line if names stand twice."""
-    twice = table[key][table[key].duplicated()].unique()
-    return (
-        [f"{where}: {key} {examples(twice)} stands more than once; names must be unique"]
-        if len(twice)
-        else []
-    )
+    """One message if names are not unique."""
+    duplicates = table[key][table[key].duplicated()].unique()
+    if not len(duplicates):
+        return []
+    return [f"{where}: {key} {examples(duplicates)} stands more than once; names must be unique"]
 
 
 def check_counts(
     counts: np.ndarray, samples: np.ndarray, genes: np.ndarray, where: str, advice: str
 ) -> np.ndarray:
-    """(B, G) int64 of whole, non-negative counts up to 2^24; InputError names sample, gene, value and `advice` of the first bad one."""
+    """The counts (B, G) as int64. InputError unless they are whole numbers from 0 to 2^24.
 
-    def first(bad: np.ndarray, what: str) -> InputError:
-        row, column = (int(index[0]) for index in np.nonzero(bad))
-        return InputError(
-            f"{where}: sample {samples[row]}, gene {genes[column]}: count {counts[row, column]} {what}"
-        )
-
-    if counts.dtype.kind == "f":
-        if not np.isfinite(counts).all():
-            raise first(
-                ~np.isfinite(counts),
-                f"is not finite; expected whole numbers from 0 to 2^24; {advice}",
-            )
-        fractional = counts != np.floor(counts)
-        if fractional.any():
-            looks = (
-                "looks log-normalised"
-                if counts.max() < 50
-                else "expected raw counts, whole numbers (estimates of salmon or RSEM: round them)"
-            )
-            raise first(fractional, f"is fractional; {looks}: {advice}")
-    elif counts.dtype.kind not in "iub":
+    The message has sample, gene and value of the first invalid count, and the advice.
+    """
+    if counts.dtype.kind not in "fiub":
         raise InputError(
             f"{where}: counts of type {counts.dtype}; expected whole numbers; {advice}"
         )
-    if counts.size and counts.min() < 0:
-        raise first(counts < 0, f"is negative; expected raw counts: {advice}")
-    if counts.size and counts.max() > MAX_COUNT:
-        raise first(counts > MAX_COUNT, "is above 2^24 = 16777216; is it a sum over samples?")
+    problem = _first_invalid(counts, advice) if counts.size else None
+    if problem:
+        invalid, message = problem
+        row, column = (int(index[0]) for index in np.nonzero(invalid))
+        raise InputError(
+            f"{where}: sample {samples[row]}, gene {genes[column]}: "
+            f"count {counts[row, column]} {message}"
+        )
     return counts.astype(np.int64)
+
+
+def _first_invalid(counts: np.ndarray, advice: str) -> tuple[np.ndarray, str] | None:
+    """((B, G) mask of invalid counts, the reason), None if all are valid."""
+    if counts.dtype.kind == "f":
+        finite = np.isfinite(counts)
+        if not finite.all():
+            return ~finite, f"is not finite; expected whole numbers from 0 to 2^24; {advice}"
+        fractional = counts != np.floor(counts)
+        if fractional.any():
+            expected = "expected raw counts, whole numbers (round the estimates of salmon or RSEM)"
+            reason = "looks log-normalised" if counts.max() < 50 else expected
+            return fractional, f"is fractional; {reason}: {advice}"
+    if counts.min() < 0:
+        return counts < 0, f"is negative; expected raw counts: {advice}"
+    if counts.max() > MAX_COUNT:
+        return counts > MAX_COUNT, "is above 2^24 = 16777216; is it a sum over samples?"
+    return None

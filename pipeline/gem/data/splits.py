@@ -1,8 +1,4 @@
-"""Named splits of a cohort: what is held out.
-
-Whole entities first (latest studies, perturbations, pairs of context and perturbation), the tests before the
-validations, then samples at random. A split that a cohort cannot have is absent, and the reason is said.
-"""
+"""Names and roles of the splits of a cohort, and the entities that a split can hold out."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +9,7 @@ import pandas as pd
 
 from pipeline.gem.common.config import Data
 from pipeline.gem.common.errors import examples
-from pipeline.gem.data.labels import label_texts, labels_of
+from pipeline.gem.data.labels import label_texts, split_labels
 
 TRAIN = "train"
 VALIDATIONS = (
@@ -22,35 +18,29 @@ VALIDATIONS = (
     "validation_perturbation",
     "validation_study",
 )
-SELECTION_SPLITS = (
-    "validation_combination",
-    "validation",
-)  # early stopping and searches use the first that exists
+# Early stopping and searches use the first of these that the cohort has.
+SELECTION_SPLITS = ("validation_combination", "validation")
 TESTS = ("test_random", "test_combination", "test_perturbation", "test_study")
-TEST_CONTROL = "test_control"  # controls nobody trains on: the observed side of effects
-ROLES = {TRAIN: (TRAIN,), "validation": VALIDATIONS, "test": (*TESTS, TEST_CONTROL)}
+TEST_CONTROL = "test_control"  # controls held out of training, the observed side of effects
+SPLIT_ROLES = {TRAIN: (TRAIN,), "validation": VALIDATIONS, "test": (*TESTS, TEST_CONTROL)}
 
 
 def role_of(split: str) -> str:
-    """train, validation or test: what may look at the samples."""
-    return next(role for role, splits in ROLES.items() if split in splits)
+    """train, validation or test."""
+    return next(role for role, splits in SPLIT_ROLES.items() if split in splits)
 
 
 def contexts(samples: pd.DataFrame, data: Data) -> pd.Series:
-    """One name per sample for the values of the context columns ("?" for a missing one)."""
-    return (
-        joined([samples[name] for name in data.context_columns])
-        if data.context_columns
-        else pd.Series("all", index=samples.index)
-    )
+    """One text per sample of its context columns; "?" for a missing value."""
+    if not data.context_columns:
+        return pd.Series("all", index=samples.index)
+    return join_texts([samples[name] for name in data.context_columns])
 
 
-def joined(columns: list[pd.Series]) -> pd.Series:
-    """One text per row for its values in several columns ("?" for a missing one)."""
-    return reduce(
-        lambda left, right: left + " / " + right,
-        [label_texts(column).fillna("?") for column in columns],
-    )
+def join_texts(columns: list[pd.Series]) -> pd.Series:
+    """One text per row of its values in several columns; "?" for a missing value."""
+    texts = [label_texts(column).fillna("?") for column in columns]
+    return reduce(lambda left, right: left + " / " + right, texts)
 
 
 def is_control(samples: pd.DataFrame, data: Data) -> pd.Series:
@@ -60,84 +50,93 @@ def is_control(samples: pd.DataFrame, data: Data) -> pd.Series:
 
 
 def date_order(column: pd.Series) -> pd.Series:
-    """Dates as numbers that order them: plain numbers as they are, else ISO 8601 ("2014", "2014-06-01"). NaN where missing or unreadable."""
+    """Numbers in the order of the dates; NaN if missing or unreadable.
+
+    Plain numbers stay as they are; others are ISO 8601 ("2014", "2014-06-01"), in days.
+    """
     texts = label_texts(column)
-    known = pd.Series(texts.dropna().unique(), dtype=object)
-    numbers = pd.to_numeric(known, errors="coerce").astype(float)
+    values = pd.Series(texts.dropna().unique(), dtype=object)
+    numbers = pd.to_numeric(values, errors="coerce").astype(float)
     if not np.isfinite(numbers).all():
-        times = pd.to_datetime(known, errors="coerce", format="ISO8601", utc=True)
+        times = pd.to_datetime(values, errors="coerce", format="ISO8601", utc=True)
         numbers = (times - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)
-    return texts.map(dict(zip(known, numbers, strict=True))).astype(float)
+    return texts.map(dict(zip(values, numbers, strict=True))).astype(float)
 
 
-def unreadable_dates(column: pd.Series, where: str) -> list[str]:
-    """A problem line for each date that `date_order` cannot place."""
+def date_problems(column: pd.Series, where: str) -> list[str]:
+    """A message for each value that `date_order` cannot read."""
     texts = label_texts(column)
-    bad = texts[texts.notna() & date_order(column).isna()]
+    unreadable = texts[texts.notna() & date_order(column).isna()]
     return [
-        f"{where}: {value!r} is no date (rows {examples(np.flatnonzero((texts == value).to_numpy()))}); write numbers, or dates as 2014-06-01"
-        for value in bad.unique()
+        f"{where}: {value!r} is not a date "
+        f"(rows {examples(np.flatnonzero((texts == value).to_numpy()))}); "
+        "write numbers, or dates as 2014-06-01"
+        for value in unreadable.unique()
     ]
 
 
 @dataclass(frozen=True)
 class Entities:
-    """What each sample belongs to, as text; None where it belongs to none."""
+    """The entities of each sample as text, None for a sample without one."""
 
     study: pd.Series
     context: pd.Series
     perturbation: pd.Series  # None for controls
     pair: pd.Series  # context and perturbation
     control: pd.Series  # bool
-    several: bool  # whether "a|b" is both of two perturbations, or the name of one
+    multilabel: bool  # "a|b" is a combination of two perturbations, not one name
 
     @classmethod
     def of(cls, samples: pd.DataFrame, data: Data) -> "Entities":
-        nothing = pd.Series(None, index=samples.index, dtype=object)
         context, control = contexts(samples, data), is_control(samples, data)
-        perturbation = (
-            label_texts(samples[data.control.column]).where(~control, None)
-            if data.control
-            else nothing
-        )
-        kind = data.covariates.all().get(data.control.column) if data.control else None
+        study = perturbation = pd.Series(None, index=samples.index, dtype=object)
+        covariate = None
+        if data.study_column:
+            study = label_texts(samples[data.study_column])
+        if data.control:
+            perturbation = label_texts(samples[data.control.column]).where(~control, None)
+            covariate = data.covariates.all().get(data.control.column)
         return cls(
-            study=label_texts(samples[data.study_column]) if data.study_column else nothing,
+            study=study,
             context=context,
             perturbation=perturbation,
             pair=(context + " / " + perturbation).where(perturbation.notna(), None),
             control=control,
-            several=kind is not None and kind.kind in ("multilabel", "embedding"),
+            multilabel=covariate is not None and covariate.kind in ("multilabel", "embedding"),
         )
 
-    def shows(self, names: Iterable[str]) -> pd.Series:
-        """Whether a sample shows a perturbation of these names: where one value holds several, "a|b" shows "a"."""
-        if not self.several:
-            return self.perturbation.isin(list(names))
-        wanted = [set(labels_of(name)) for name in names]
+    def has_perturbation(self, names: Iterable[str]) -> pd.Series:
+        """Whether each sample has one of the perturbations; "a|b" has "a" if multilabel."""
+        names = list(names)
+        if not self.multilabel:
+            return self.perturbation.isin(names)
+        sets = [set(split_labels(name)) for name in names]
         values = self.perturbation.dropna().unique()
         return self.perturbation.isin(
-            [value for value in values if any(one <= set(labels_of(value)) for one in wanted)]
+            [
+                value
+                for value in values
+                if any(labels <= set(split_labels(value)) for labels in sets)
+            ]
         )
 
 
-def sizes(samples: pd.DataFrame, split: pd.Series, data: Data) -> pd.DataFrame:
-    """A row per split that is there: its samples, and how many studies, contexts, perturbations, pairs and controls they hold."""
+def split_sizes(samples: pd.DataFrame, split: pd.Series, data: Data) -> pd.DataFrame:
+    """A row per split: numbers of samples, studies, contexts, perturbations, pairs, controls."""
     entities = Entities.of(samples, data)
     rows = []
-    for name in (name for names in ROLES.values() for name in names):
+    for name in (name for names in SPLIT_ROLES.values() for name in names):
         inside = split == name
         if inside.any():
-            distinct = {
-                f"{kind}s": getattr(entities, kind)[inside].nunique()
-                for kind in ("study", "context", "perturbation", "pair")
-            }
             rows.append(
                 {
                     "split": name,
                     "samples": int(inside.sum()),
-                    **distinct,
+                    "studies": entities.study[inside].nunique(),
+                    "contexts": entities.context[inside].nunique(),
+                    "perturbations": entities.perturbation[inside].nunique(),
+                    "pairs": entities.pair[inside].nunique(),
                     "controls": int(entities.control[inside].sum()),
                 }
             )
-    return pd.DataFrame(rows).rename(columns={"studys": "studies"})
+    return pd.DataFrame(rows)

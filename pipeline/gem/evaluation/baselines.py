@@ -1,7 +1,7 @@
-"""What anyone could fit: the floors of every comparison. All fitted on the training split alone.
+"""Simple predictors that any model must beat, fitted on the training split, and the replicate.
 
-The bilinear model is in bilinear.py; the replicate, which is no fit, in replicate.py.
-N samples, G genes, D columns of the design, T treatments, C contexts. Expression is log-CPM, an effect a difference of log-CPM.
+The bilinear model is in `bilinear.py`. N samples, G genes, D columns of the design, T treatments,
+C contexts. Expression is log-CPM, an effect a difference of log-CPM.
 """
 
 from dataclasses import dataclass
@@ -10,20 +10,23 @@ import numpy as np
 import pandas as pd
 
 from pipeline.gem.common.config import GROUPS, Data
-from pipeline.gem.data.encoder import MetadataEncoder, label_texts
-from pipeline.gem.data.splits import contexts, is_control, joined
+from pipeline.gem.data.encoder import MetadataEncoder
+from pipeline.gem.data.references import SampleGroups
 
 RIDGE_PENALTIES = tuple(10.0**power for power in np.arange(-2, 4.5, 0.5))
 
 
 def training_mean(train: np.ndarray, rows: int) -> np.ndarray:
-    """(rows, G) the mean of all training samples."""
+    """(rows, G) the mean of all training samples (N, G), in every row."""
     return np.broadcast_to(train.mean(axis=0, dtype=np.float64), (rows, train.shape[1]))
 
 
 @dataclass(frozen=True)
 class Ridge:
-    """Ridge regression on the one-hot metadata (numeric covariates standardised); an unknown level is missing."""
+    """Ridge regression on one-hot metadata (numeric covariates standardised).
+
+    An unknown level is encoded as missing.
+    """
 
     encoder: MetadataEncoder
     coefficients: np.ndarray  # (D, G)
@@ -37,29 +40,24 @@ class Ridge:
         encoder: MetadataEncoder,
         samples: pd.DataFrame,
         expression: np.ndarray,
-        choice: tuple[pd.DataFrame, np.ndarray] | None,
+        selection: tuple[pd.DataFrame, np.ndarray] | None,
     ) -> "Ridge":
-        """The penalty with the least mse on `choice` (samples, expression); 1 where there is no choice split."""
+        """The penalty with the least mse on `selection` (samples, expression); 1 without it."""
         design = cls._design(encoder, samples)
         centre, intercept = design.mean(axis=0), expression.mean(axis=0, dtype=np.float64)
         values, vectors = np.linalg.eigh((design - centre).T @ (design - centre))
         projected = vectors.T @ ((design - centre).T @ (expression - intercept))
 
         def solve(penalty: float) -> "Ridge":
-            return cls(
-                encoder,
-                vectors @ (projected / (values.clip(0) + penalty)[:, None]),
-                centre,
-                intercept,
-                penalty,
-            )
+            coefficients = vectors @ (projected / (values.clip(0) + penalty)[:, None])
+            return cls(encoder, coefficients, centre, intercept, penalty)
 
-        if choice is None:
+        def mse(ridge: "Ridge") -> float:
+            return float(np.mean((ridge.predict(selection[0]) - selection[1]) ** 2))
+
+        if selection is None:
             return solve(1.0)
-        return min(
-            (solve(penalty) for penalty in RIDGE_PENALTIES),
-            key=lambda ridge: float(np.mean((ridge.predict(choice[0]) - choice[1]) ** 2)),
-        )
+        return min((solve(penalty) for penalty in RIDGE_PENALTIES), key=mse)
 
     @staticmethod
     def _design(encoder: MetadataEncoder, samples: pd.DataFrame) -> np.ndarray:
@@ -68,19 +66,18 @@ class Ridge:
 
     def predict(self, samples: pd.DataFrame) -> np.ndarray:
         """(N, G)"""
-        return (
-            self._design(self.encoder, samples) - self.centre
-        ) @ self.coefficients + self.intercept
+        design = self._design(self.encoder, samples)
+        return (design - self.centre) @ self.coefficients + self.intercept
 
 
 @dataclass(frozen=True)
-class Means:
-    """Group means of the training split, looked up by key, the most specific that exists first."""
+class GroupMeans:
+    """Means of groups of samples, looked up by keys, the most specific known key first."""
 
     tables: tuple[pd.DataFrame, ...]  # each (keys, G), most specific first
 
     @classmethod
-    def fit(cls, keys: list[pd.Series], expression: np.ndarray) -> "Means":
+    def fit(cls, keys: list[pd.Series], expression: np.ndarray) -> "GroupMeans":
         return cls(tuple(pd.DataFrame(expression).groupby(key.to_numpy()).mean() for key in keys))
 
     def lookup(self, keys: list[pd.Series]) -> np.ndarray:
@@ -94,46 +91,37 @@ class Means:
         return result
 
 
-def places(samples: pd.DataFrame, data: Data) -> list[pd.Series]:
-    """Where a control matches, best first: context and study; context; everywhere."""
-    context = contexts(samples, data)
-    everywhere = pd.Series("all", index=samples.index)
-    if data.study_column is None:
-        return [context, everywhere]
-    return [
-        context + " / " + label_texts(samples[data.study_column]).fillna("?"),
-        context,
-        everywhere,
-    ]
+def control_keys(groups: SampleGroups) -> list[pd.Series]:
+    """Keys by which the control of a baseline matches: context and study; context; all."""
+    return [groups.study_context, groups.context, groups.everything]
 
 
-def treatments(samples: pd.DataFrame, data: Data) -> list[pd.Series]:
-    """What was done, most specific first: perturbation, dose and time (every covariate of the group); perturbation."""
-    named = joined([samples[name] for name in data.covariates.perturbation if name in samples])
-    return [named, label_texts(samples[data.control.column]).fillna("?")]
+def treatment_keys(groups: SampleGroups) -> list[pd.Series]:
+    """Perturbation, dose and time (all covariates of the group); perturbation."""
+    return [groups.treatment, groups.perturbation]
 
 
-def controls_of(samples: pd.DataFrame, data: Data) -> np.ndarray:
-    """(N,) which training samples are controls. ValueError where there are no controls, or nothing else."""
-    control = is_control(samples, data).to_numpy()
+def training_controls(samples: pd.DataFrame, data: Data) -> np.ndarray:
+    """(N,) bool, which are controls. ValueError without any, or if all are."""
+    control = SampleGroups(samples, data).control.to_numpy()
     if not control.any() or control.all():
-        raise ValueError("controls and treated samples are both needed in training")
+        raise ValueError("training needs both controls and treated samples")
     return control
 
 
 class PerturbedMean:
-    """The mean of all treated training samples for a treated sample, of all training controls for a control.
+    """The mean of all treated training samples; for a control, of all training controls.
 
-    "Mean" of the comparison of Ahlmann-Eltze et al. (Nature Methods 2025).
+    "Mean" in the comparison of Ahlmann-Eltze et al. (Nature Methods 2025).
     """
 
     def __init__(self, data: Data, samples: pd.DataFrame, expression: np.ndarray):
-        controls_of(samples, data)
+        training_controls(samples, data)
         self.data = data
-        self.means = Means.fit(self._keys(samples), expression)
+        self.means = GroupMeans.fit(self._keys(samples), expression)
 
     def _keys(self, samples: pd.DataFrame) -> list[pd.Series]:
-        return [is_control(samples, self.data)]
+        return [SampleGroups(samples, self.data).control]
 
     def predict(self, samples: pd.DataFrame) -> np.ndarray:
         """(N, G)"""
@@ -141,37 +129,40 @@ class PerturbedMean:
 
 
 class MatchedMean(PerturbedMean):
-    """The perturbed mean within the sample's context; over all contexts where training has no such sample there."""
+    """The perturbed mean within the sample's context; over all contexts if training has none."""
 
     def _keys(self, samples: pd.DataFrame) -> list[pd.Series]:
-        control = is_control(samples, self.data)
-        return [contexts(samples, self.data) + " / " + control.astype(str), control]
+        groups = SampleGroups(samples, self.data)
+        return [groups.context + " / " + groups.control.astype(str), groups.control]
 
 
 class Additive:
-    """`no_change`: the mean of matched controls. `additive`: that plus the mean effect of the treatment over contexts.
+    """`no_change`: the mean of the matched controls. `predict`: plus the mean treatment effect.
 
-    Controls match by context and study, else by context, else all. The effect is that of the same perturbation, dose
-    and time, else of the perturbation, else of all treated samples.
+    Controls match by context and study, else by context, else all. The effect is the mean over
+    contexts of the same perturbation, dose and time; else of the perturbation; else of all treated
+    samples.
     """
 
     def __init__(self, data: Data, samples: pd.DataFrame, expression: np.ndarray):
         self.data = data
-        control = controls_of(samples, data)
-        self.controls = Means.fit(places(samples[control], data), expression[control])
-        shifts = expression[~control] - self.no_change(samples[~control])
-        self.effects = Means.fit(self._effect_keys(samples[~control]), shifts)
+        control = training_controls(samples, data)
+        controls, treated = SampleGroups(samples[control], data), samples[~control]
+        self.controls = GroupMeans.fit(control_keys(controls), expression[control])
+        shifts = expression[~control] - self.no_change(treated)
+        self.effects = GroupMeans.fit(self._effect_keys(treated), shifts)
 
     def _effect_keys(self, samples: pd.DataFrame) -> list[pd.Series]:
-        return [*treatments(samples, self.data), pd.Series("all", index=samples.index)]
+        groups = SampleGroups(samples, self.data)
+        return [*treatment_keys(groups), groups.everything]
 
     def no_change(self, samples: pd.DataFrame) -> np.ndarray:
         """(N, G)"""
-        return self.controls.lookup(places(samples, self.data))
+        return self.controls.lookup(control_keys(SampleGroups(samples, self.data)))
 
     def predict(self, samples: pd.DataFrame) -> np.ndarray:
         """(N, G)"""
-        treated = ~is_control(samples, self.data).to_numpy()
+        treated = ~SampleGroups(samples, self.data).control.to_numpy()
         prediction = self.no_change(samples)
         prediction[treated] += self.effects.lookup(self._effect_keys(samples[treated]))
         return prediction
@@ -200,73 +191,99 @@ class EffectsByContext:
     def nearest(
         self, treatment: pd.Series, context: pd.Series, similarity: pd.DataFrame
     ) -> np.ndarray:
-        """(N, G) effect in the same context, else in the most similar of those where the treatment was measured.
+        """(N, G) effect in the same context, else in the most similar one with this treatment.
 
-        NaN rows where the treatment is unknown, or no similarity to such a context is. A tie goes to the first name.
+        NaN rows where the treatment is unknown, or no similarity to such a context. A tie goes to
+        the first name.
         """
         row = self.treatments.get_indexer(treatment)
-        closeness = (
-            similarity.reindex(index=context, columns=self.contexts).fillna(-np.inf).to_numpy()
-        )  # (N, C)
-        closeness = np.where(
-            context.to_numpy()[:, None] == self.contexts.to_numpy(), np.inf, closeness
-        )
+        closeness = similarity.reindex(index=context, columns=self.contexts).fillna(-np.inf)
+        same = context.to_numpy()[:, None] == self.contexts.to_numpy()
+        closeness = np.where(same, np.inf, closeness.to_numpy())  # (N, C)
         closeness = np.where(self.measured[row], closeness, -np.inf)
-        # A pair below zero is no key: where no similarity is known, or the treatment is unknown (row -1).
-        pair = np.where(
-            closeness.max(axis=1) > -np.inf, row * len(self.contexts) + closeness.argmax(axis=1), -1
-        )
+        # -1 is no key: no similarity is known, or the treatment is unknown (row -1).
+        pair = row * len(self.contexts) + closeness.argmax(axis=1)
+        pair = np.where(closeness.max(axis=1) > -np.inf, pair, -1)
         return self.effects.reindex(pair).to_numpy()
 
 
 class AdditiveNearest:
     """The matched control plus the effect of the same treatment in the most similar context.
 
-    The treatment is the same perturbation, dose and time, else the same perturbation at any. The sample's own context is
-    the most similar one, then by the correlation over genes of the contexts' mean training controls (all studies pooled).
-    Where no similarity is known (a context never seen, or without controls), the effect is the treatment's mean over
-    contexts; for a perturbation never seen, the mean effect of all perturbations in the sample's context, else overall.
+    The treatment is the same perturbation, dose and time, else the same perturbation at any. The
+    sample's own context is the most similar one; others are ordered by the correlation over genes
+    of their mean training controls (all studies pooled). Where no similarity is known (a context
+    that training lacks, or without controls), the effect is the treatment's mean over contexts;
+    for an unknown perturbation, the mean effect in the sample's context, else overall.
     """
 
     def __init__(self, data: Data, samples: pd.DataFrame, expression: np.ndarray):
         self.data = data
         self.additive = Additive(data, samples, expression)
-        control = controls_of(samples, data)
-        self.similarity = similarity_of_contexts(
-            contexts(samples[control], data), expression[control]
-        )
-        treated = samples[~control]
-        shifts = expression[~control] - self.additive.no_change(treated)
+        control = training_controls(samples, data)
+        context = SampleGroups(samples[control], data).context
+        self.similarity = context_similarity(context, expression[control])
+        treated = SampleGroups(samples[~control], data)
+        shifts = expression[~control] - self.additive.no_change(samples[~control])
         self.levels = [
-            EffectsByContext.fit(key, contexts(treated, data), shifts)
-            for key in treatments(treated, data)
+            EffectsByContext.fit(key, treated.context, shifts) for key in treatment_keys(treated)
         ]
-        self.elsewhere = Means.fit(self._elsewhere_keys(treated), shifts)
+        self.fallback = GroupMeans.fit(self._fallback_keys(treated), shifts)
 
-    def _elsewhere_keys(self, samples: pd.DataFrame) -> list[pd.Series]:
-        return [
-            *treatments(samples, self.data),
-            contexts(samples, self.data),
-            pd.Series("all", index=samples.index),
-        ]
+    @staticmethod
+    def _fallback_keys(groups: SampleGroups) -> list[pd.Series]:
+        return [*treatment_keys(groups), groups.context, groups.everything]
 
     def predict(self, samples: pd.DataFrame) -> np.ndarray:
         """(N, G)"""
         prediction = self.additive.no_change(samples)
-        treated = ~is_control(samples, self.data).to_numpy()
-        rows = samples[treated]
-        effects = self.elsewhere.lookup(self._elsewhere_keys(rows))
+        treated = ~SampleGroups(samples, self.data).control.to_numpy()
+        groups = SampleGroups(samples[treated], self.data)
+        effects = self.fallback.lookup(self._fallback_keys(groups))
         # The most specific level comes last and overwrites.
-        for level, key in zip(self.levels[::-1], treatments(rows, self.data)[::-1], strict=True):
-            found = level.nearest(key, contexts(rows, self.data), self.similarity)
-            effects = np.where(np.isnan(found), effects, found)
+        for level, key in zip(self.levels[::-1], treatment_keys(groups)[::-1], strict=True):
+            nearest = level.nearest(key, groups.context, self.similarity)
+            effects = np.where(np.isnan(nearest), effects, nearest)
         prediction[treated] += effects
         return prediction
 
 
-def similarity_of_contexts(context: pd.Series, expression: np.ndarray) -> pd.DataFrame:
-    """(C, C) Pearson correlation over genes of the mean profiles of controls; NaN for a profile constant over genes."""
+def context_similarity(context: pd.Series, expression: np.ndarray) -> pd.DataFrame:
+    """(C, C) Pearson correlation over genes of the mean profiles of controls.
+
+    NaN for a profile that is constant over genes.
+    """
     profiles = pd.DataFrame(expression).groupby(context.to_numpy()).mean()
     with np.errstate(invalid="ignore", divide="ignore"):
         correlation = np.atleast_2d(np.corrcoef(profiles.to_numpy(dtype=np.float64)))
     return pd.DataFrame(correlation, index=profiles.index, columns=profiles.index)
+
+
+def replicate(
+    samples: pd.DataFrame, expression: np.ndarray, data: Data, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """((N, G) mean of a sample's replicates, (N, G) one of them): the ceiling of measured data.
+
+    The replicates of each condition and study (`SampleGroups.replicates`) are split at random into
+    a predictor half and a target half. Each target is predicted by the mean of the predictor half;
+    rows of the predictor half and of samples without a replicate are NaN. If both halves predicted
+    each other, the mean of a condition's predictions would be the mean of its observations: a
+    perturbation without effect would score 1 in `delta_pearson`. No sample is the draw of two
+    targets, so draws vary within a condition as measurements do.
+    The result depends on `sample_id` and seed, not on the order of rows.
+    """
+    order = np.argsort(samples["sample_id"].to_numpy(dtype=str), kind="stable")
+    group = SampleGroups(samples.iloc[order], data).replicates
+    values = expression[order]
+    shuffled = np.lexsort((np.random.default_rng(seed).random(len(group)), group))
+    # Position within its group: even ones predict, each odd one is predicted.
+    start = np.searchsorted(group[shuffled], group[shuffled], side="left")
+    is_target = (np.arange(len(group)) - start) % 2 == 1
+    predictor_half, target_half = shuffled[~is_target], shuffled[is_target]
+    partner = shuffled[np.flatnonzero(is_target) - 1]
+    half_means = pd.DataFrame(values[predictor_half], dtype=np.float64)
+    half_means = half_means.groupby(group[predictor_half]).mean()
+    mean, draw = np.full((2, *expression.shape), np.nan)
+    mean[order[target_half]] = half_means.reindex(group[target_half])
+    draw[order[target_half]] = values[partner]
+    return mean, draw

@@ -1,6 +1,6 @@
-"""Predictors side by side on one test split: scores, paired differences, regret, and the tables behind the report.
+"""Predictors side by side on one test split: scores, paired differences, and tables for figures.
 
-N samples of a split, G genes, R resamples. Expression is log-CPM.
+N samples of a split, G genes, T treated conditions. Expression is log-CPM.
 """
 
 import os
@@ -15,300 +15,265 @@ from sklearn.decomposition import PCA
 from pipeline.gem.common.config import Evaluate
 from pipeline.gem.evaluation import metrics
 from pipeline.gem.evaluation.bootstrap import Bootstrap, Score
-from pipeline.gem.evaluation.error_decomposition import regret
-from pipeline.gem.evaluation.predictors import FLOORS, MODELS, Prediction
+from pipeline.gem.evaluation.error_decomposition import decompose_error
+from pipeline.gem.evaluation.evaluation_split import EvaluationSplit, PredictedSplit
+from pipeline.gem.evaluation.predictors import (
+    BASELINES,
+    MODELS,
+    SKILL_BASELINE,
+    SKILL_CEILING,
+    Predictions,
+)
 from pipeline.gem.evaluation.scoring import (
-    BASELINE,
-    CEILING,
     COMPONENTS,
     MetricDraws,
     SplitContext,
     TrueChange,
     changes,
-    delta_values,
+    condition_delta_pearson,
     measure,
     score,
 )
-from pipeline.gem.evaluation.test_split import EvaluationSplit
 
 BINS = 10  # of a calibration histogram
-# (which, against which): said to be better only where the paired interval is clear of zero.
+# (predictor, the one it is compared with)
 COMPARISONS = (
-    *((model, floor) for model in MODELS for floor in FLOORS),
+    *((model, baseline) for model in MODELS for baseline in BASELINES),
     ("gem_tuned", "gem"),
     ("gem_reference", "gem"),
     ("gem_tuned_reference", "gem_tuned"),
 )
-COMPARED = ("mse", "delta_pearson")
+# Verdicts of a comparison: clear only if the paired interval excludes zero.
+BETTER, WORSE, UNCLEAR = "better", "worse", "no clear difference"
 
-NUMBERS = dict.fromkeys(
-    ("value", "low", "high"), float
-)  # also where a column has none: null is NaN there
-
-Predictions = Mapping[
-    str, list[Prediction]
-]  # predictor to one prediction, or one per training seed
+INTERVAL = ["value", "low", "high"]
+SCORE_COLUMNS = ["split", "predictor", "metric", *INTERVAL, "conditions", "reason"]
+SEED_COLUMNS = ["split", "predictor", "metric", "seed", "value"]
+COMPARISON_COLUMNS = [
+    "split",
+    "predictor",
+    "against",
+    "metric",
+    *INTERVAL,
+    "number",
+    "of",
+    "verdict",
+]
+CONDITION_COLUMNS = ["split", "predictor", "condition", "samples", "mse", "delta_pearson"]
+CALIBRATION_COLUMNS = ["split", "predictor", "bin", "share"]
 
 
 @dataclass(frozen=True)
-class Result:
-    """Tables of one split; every row starts with `split` and `predictor`."""
+class SplitResult:
+    """The tables of one split; every row starts with `split` and `predictor`."""
 
-    scores: pd.DataFrame  # metric, value, low, high, conditions, reason
-    seeds: pd.DataFrame  # metric, seed, value: of predictors with several
-    comparisons: pd.DataFrame  # against, metric, value, low, high, number, of, verdict
-    conditions: pd.DataFrame  # condition, samples, mse, delta_pearson
-    calibration: pd.DataFrame  # bin, share
-    regret: pd.DataFrame  # part, value, low, high, share
+    scores: pd.DataFrame  # SCORE_COLUMNS: all predictors, all metrics
+    seeds: pd.DataFrame  # SEED_COLUMNS: models, each training seed
+    comparisons: pd.DataFrame  # COMPARISON_COLUMNS
+    conditions: pd.DataFrame  # CONDITION_COLUMNS
+    calibration: pd.DataFrame  # CALIBRATION_COLUMNS
+    error_decomposition: pd.DataFrame
 
 
 def principal_axes(expression: np.ndarray) -> np.ndarray:
-    """(G, D) leading principal directions of the training expression (N, G): the space of energy distances."""
-    return (
-        PCA(min(COMPONENTS, *expression.shape), svd_solver="auto", random_state=0)
-        .fit(expression)
-        .components_.T.astype(np.float64)
-    )
+    """(G, D) leading principal axes of the training expression (N, G), for energy distances."""
+    pca = PCA(min(COMPONENTS, *expression.shape), svd_solver="auto", random_state=0)
+    return pca.fit(expression).components_.T.astype(np.float64)
 
 
-def evaluate_scene(
-    scene: EvaluationSplit,
+def evaluate_split(
+    split: EvaluationSplit,
     predictions: Predictions,
     seeds: Mapping[str, list[int]],
     axes: np.ndarray,
     true_change: TrueChange | None,
     params: Evaluate,
-) -> Result:
-    """Everything there is to say of one split; `seeds` names the training seeds of each model's predictions."""
-    resamples = Bootstrap(scene.condition, params.bootstrap, params.seed)
+) -> SplitResult:
+    """All tables of a split. `seeds`: the training seed of each prediction of a model."""
+    resamples = Bootstrap(split.condition, params.bootstrap, params.seed)
     errors = {
-        name: sample_errors(scene, said) for name, said in predictions.items() if usable(said)
+        name: sample_errors(split, predicted)
+        for name, predicted in predictions.items()
+        if is_complete(predicted)
     }
-    truths = SplitContext(scene, resamples, axes, errors, true_change)
+    context = SplitContext(split, resamples, axes, errors, true_change)
+
+    def measure_seeds(name: str) -> list[dict[str, MetricDraws]]:
+        return [measure(predicted, context) for predicted in predictions[name]]
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lambda said: [measure(one, truths) for one in said], predictions.values())
-        measured = dict(zip(predictions, found, strict=True))
-    about = {"split": scene.name}
-    return Result(
-        scores=pd.DataFrame(
-            about
-            | {"predictor": name, "metric": metric}
-            | _columns(score([one[metric] for one in found], resamples))
-            for name, found in measured.items()
-            for metric in metrics.METRICS
-        ).astype(NUMBERS),
-        seeds=_seed_table(scene.name, measured, seeds),
-        comparisons=_comparisons(scene, predictions, truths, params),
-        conditions=_condition_table(scene, predictions, truths),
-        calibration=_calibration_table(scene, predictions),
-        regret=regret(scene, predictions, resamples),
+        draws = dict(zip(predictions, pool.map(measure_seeds, predictions), strict=True))
+    return SplitResult(
+        scores=_score_table(split.name, draws, resamples),
+        seeds=_seed_table(split.name, draws, seeds),
+        comparisons=_comparison_table(predictions, context, params),
+        conditions=_condition_table(predictions, context),
+        calibration=_calibration_table(split, predictions),
+        error_decomposition=decompose_error(split, predictions, resamples),
     )
 
 
-def usable(said: list[Prediction]) -> bool:
-    return all(one.values is not None for one in said)
+def is_complete(predicted: list[PredictedSplit]) -> bool:
+    """Whether every training seed has a prediction."""
+    return all(seed.values is not None for seed in predicted)
 
 
-def sample_errors(scene: EvaluationSplit, said: list[Prediction]) -> np.ndarray:
+def sample_errors(split: EvaluationSplit, predicted: list[PredictedSplit]) -> np.ndarray:
     """(N,) squared error, mean over genes and over training seeds."""
-    return np.mean([metrics.squared_error(scene.observed, one.values) for one in said], axis=0)
+    return np.mean(
+        [metrics.squared_error(split.observed, seed.values) for seed in predicted], axis=0
+    )
 
 
-def _columns(found: Score) -> dict[str, object]:
-    return {
-        "value": found.value,
-        "low": found.low,
-        "high": found.high,
-        "conditions": found.conditions,
-        "reason": found.reason,
-    }
+def _score_table(
+    split: str, draws: Mapping[str, list[dict[str, MetricDraws]]], resamples: Bootstrap
+) -> pd.DataFrame:
+    rows = []
+    for name, seeds in draws.items():
+        for metric in metrics.METRICS:
+            result = score([seed[metric] for seed in seeds], resamples)
+            interval = (result.value, result.low, result.high)
+            rows.append((split, name, metric, *interval, result.conditions, result.reason))
+    return _with_numbers(pd.DataFrame(rows, columns=SCORE_COLUMNS))
+
+
+def _with_numbers(table: pd.DataFrame) -> pd.DataFrame:
+    """INTERVAL as float also if a column has no value: null is NaN."""
+    return table.astype(dict.fromkeys(INTERVAL, float))
 
 
 def _seed_table(
-    split: str, measured: Mapping[str, list[dict[str, MetricDraws]]], seeds: Mapping[str, list[int]]
+    split: str, draws: Mapping[str, list[dict[str, MetricDraws]]], seeds: Mapping[str, list[int]]
 ) -> pd.DataFrame:
-    rows = [
-        {
-            "split": split,
-            "predictor": name,
-            "metric": metric,
-            "seed": seed,
-            "value": float(one[metric].values[0]),
-        }
-        for name, named in seeds.items()
-        for seed, one in zip(named, measured.get(name, ()), strict=False)
-        for metric in metrics.METRICS
-        if one[metric].values is not None and np.isfinite(one[metric].values[0])
-    ]
-    return pd.DataFrame(rows, columns=["split", "predictor", "metric", "seed", "value"])
+    rows = []
+    for name, numbers in seeds.items():
+        for number, by_metric in zip(numbers, draws.get(name, ()), strict=False):
+            for metric in metrics.METRICS:
+                values = by_metric[metric].values
+                if values is not None and np.isfinite(values[0]):
+                    rows.append((split, name, metric, number, float(values[0])))
+    return pd.DataFrame(rows, columns=SEED_COLUMNS)
 
 
-# --- paired differences -------------------------------------------------------------------------------------------------
+# --- paired differences -------------------------------------------------------------------------
 
 
-def _comparisons(
-    scene: EvaluationSplit, predictions: Predictions, truths: SplitContext, params: Evaluate
+def _comparison_table(
+    predictions: Predictions, context: SplitContext, params: Evaluate
 ) -> pd.DataFrame:
-    """Paired differences, resampled over the held-out entities: what would hold for other pairs, drugs, studies. Positive is better."""
-    deltas, entity = _entity_deltas(scene, predictions, truths)
-    errors, found = truths.errors, []
-    for better, worse in COMPARISONS:
-        if better in errors and worse in errors:
-            found.append(
-                _difference(
-                    scene,
-                    better,
-                    worse,
-                    "mse",
-                    errors[worse] - errors[better],
-                    scene.entity,
-                    params,
-                )
-            )
-        if better in deltas and worse in deltas:
-            found.append(
-                _difference(
-                    scene,
-                    better,
-                    worse,
-                    "delta_pearson",
-                    deltas[better] - deltas[worse],
-                    entity,
-                    params,
-                )
-            )
-    columns = [
-        "split",
-        "predictor",
-        "against",
-        "metric",
-        "value",
-        "low",
-        "high",
-        "number",
-        "of",
-        "verdict",
-    ]
-    return pd.DataFrame(found, columns=columns).astype(NUMBERS)
+    """Paired differences, positive for better, resampled over the held-out entities: the interval
+    holds for other pairs, perturbations or studies."""
+    split, errors = context.split, context.errors
+    deltas, delta_entity = _entity_deltas(predictions, context)
+    rows = []
+    for model, other in COMPARISONS:
+        if model in errors and other in errors:
+            gain = errors[other] - errors[model]
+            row = _paired_difference(gain, split.entity, params)
+            rows.append({"predictor": model, "against": other, "metric": "mse"} | row)
+        if model in deltas and other in deltas:
+            gain = deltas[model] - deltas[other]
+            row = _paired_difference(gain, delta_entity, params)
+            rows.append({"predictor": model, "against": other, "metric": "delta_pearson"} | row)
+    table = pd.DataFrame(rows).assign(split=split.name, of=split.entity_kind)
+    return _with_numbers(table.reindex(columns=COMPARISON_COLUMNS))
 
 
 def _entity_deltas(
-    scene: EvaluationSplit, predictions: Predictions, truths: SplitContext
+    predictions: Predictions, context: SplitContext
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """(predictor to (T,) delta_pearson, (T,) entity) of each treated condition within each entity: a drug may come in several studies."""
-    within = np.unique(np.stack([scene.condition, scene.entity]), axis=1, return_inverse=True)[
-        1
-    ].reshape(-1)
-    truths = replace(
-        truths, scene=replace(scene, condition=within), resamples=Bootstrap(within, 0, 0)
+    """(predictor to (T,) delta_pearson, (T,) entity) of each treated condition in each entity.
+
+    A perturbation may be measured in several studies.
+    """
+    split = context.split
+    pairs = np.stack([split.condition, split.entity])
+    within = np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1)
+    context = replace(
+        context, split=replace(split, condition=within), resamples=Bootstrap(within, 0, 0)
     )
     compared = {name for pair in COMPARISONS for name in pair}
-    deltas = {
-        name: seed_deltas(said, truths)
-        for name, said in predictions.items()
-        if name in compared and usable(said)
-    }
-    return {name: values for name, values in deltas.items() if values is not None}, scene.entity[
-        [rows[0] for rows in truths.groups]
-    ]
+    deltas = {}
+    for name, predicted in predictions.items():
+        if name in compared and is_complete(predicted):
+            values = seed_mean_delta_pearson(predicted, context)
+            if values is not None:
+                deltas[name] = values
+    return deltas, split.entity[[rows[0] for rows in context.rows]]
 
 
-def seed_deltas(said: list[Prediction], truths: SplitContext) -> np.ndarray | None:
-    """(T,) delta_pearson of the treated conditions, mean over training seeds; None where there are no controls to take a change from."""
-    pairs = [changes(one, truths) for one in said]
-    return (
-        None
-        if any(pair is None for pair in pairs)
-        else np.mean([delta_values(*pair) for pair in pairs], axis=0)
-    )
+def seed_mean_delta_pearson(
+    predicted: list[PredictedSplit], context: SplitContext
+) -> np.ndarray | None:
+    """(T,) delta_pearson of the treated conditions, mean over seeds; None without controls."""
+    pairs = [changes(seed, context) for seed in predicted]
+    if any(pair is None for pair in pairs):
+        return None
+    return np.mean([condition_delta_pearson(*pair) for pair in pairs], axis=0)
 
 
-def _difference(
-    scene: EvaluationSplit,
-    better: str,
-    worse: str,
-    metric: str,
-    gain: np.ndarray,
-    entity: np.ndarray,
-    params: Evaluate,
-) -> dict[str, object]:
-    """From gains (N,) of samples or conditions, NaN where one has none, that belong to entities (N,)."""
-    known = np.isfinite(gain)
-    resamples = Bootstrap(
-        np.unique(entity[known], return_inverse=True)[1], params.bootstrap, params.seed
-    )
-    found = (
-        resamples.score(resamples.mean(gain[known]))
-        if known.any()
-        else Score.null("no condition has both")
-    )
-    about = {"split": scene.name, "predictor": better, "against": worse, "metric": metric}
-    return about | {
-        "value": found.value,
-        "low": found.low,
-        "high": found.high,
+def _paired_difference(gain: np.ndarray, entity: np.ndarray, params: Evaluate) -> dict[str, object]:
+    """The mean gain (n,) of samples or conditions, leaving out NaN, resampled by entity (n,)."""
+    valid = np.isfinite(gain)
+    index = np.unique(entity[valid], return_inverse=True)[1]
+    resamples = Bootstrap(index, params.bootstrap, params.seed)
+    result = Score.null("no condition has both")
+    if valid.any():
+        result = resamples.score(resamples.mean(gain[valid]))
+    return {
+        "value": result.value,
+        "low": result.low,
+        "high": result.high,
         "number": resamples.number,
-        "of": scene.entity_kind,
-        "verdict": _verdict(found),
+        "verdict": _verdict(result),
     }
 
 
 def _verdict(gain: Score) -> str:
     if gain.low is None or gain.low <= 0 <= gain.high:
-        return "no clear difference"
-    return "better" if gain.low > 0 else "worse"
+        return UNCLEAR
+    return BETTER if gain.low > 0 else WORSE
 
 
-# --- tables behind the figures ------------------------------------------------------------------------------------------
+# --- tables for figures -------------------------------------------------------------------------
 
 
-def _condition_table(
-    scene: EvaluationSplit, predictions: Predictions, truths: SplitContext
-) -> pd.DataFrame:
-    """Treated conditions one by one, for the predictors that a reader wants to look into."""
-    columns = ["split", "predictor", "condition", "samples", "mse", "delta_pearson"]
-    if not len(truths.conditions):
-        return pd.DataFrame(columns=columns)
-    names = scene.condition_name[[rows[0] for rows in truths.groups]]
-    samples = [len(rows) for rows in truths.groups]
-    tables = []
-    for name in (*MODELS, BASELINE, CEILING):
-        if name in truths.errors:
-            deltas = seed_deltas(predictions[name], truths)
-            errors = [truths.errors[name][rows].mean() for rows in truths.groups]
-            found = {
-                "condition": names,
-                "samples": samples,
-                "mse": errors,
+def _condition_table(predictions: Predictions, context: SplitContext) -> pd.DataFrame:
+    """Each treated condition, of the models and both ends of the skill."""
+    tables = [pd.DataFrame(columns=CONDITION_COLUMNS)]
+    for name in (*MODELS, SKILL_BASELINE, SKILL_CEILING):
+        if name in context.errors and context.rows:
+            deltas = seed_mean_delta_pearson(predictions[name], context)
+            columns = {
+                "split": context.split.name,
+                "predictor": name,
+                "condition": context.split.condition_name[[rows[0] for rows in context.rows]],
+                "samples": [len(rows) for rows in context.rows],
+                "mse": [context.errors[name][rows].mean() for rows in context.rows],
                 "delta_pearson": np.nan if deltas is None else deltas,
             }
-            tables.append(pd.DataFrame({"split": scene.name, "predictor": name} | found))
-    return (
-        pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
-    )
+            tables.append(pd.DataFrame(columns))
+    return tables[0] if len(tables) == 1 else pd.concat(tables[1:], ignore_index=True)
 
 
-def _calibration_table(scene: EvaluationSplit, predictions: Predictions) -> pd.DataFrame:
+def _calibration_table(split: EvaluationSplit, predictions: Predictions) -> pd.DataFrame:
+    """The share of each bin of the PIT histogram, summed over training seeds."""
     rows = []
-    for name, said in predictions.items():
-        histograms = [
-            metrics.pit_histogram(one.pit, scene.condition, BINS).sum(axis=0)
-            for one in said
-            if one.pit is not None
-        ]
-        if histograms:
-            total = np.sum(histograms, axis=0)
-            rows += [
-                {"split": scene.name, "predictor": name, "bin": place + 1, "share": share}
-                for place, share in enumerate(total / total.sum())
-            ]
-    return pd.DataFrame(rows, columns=["split", "predictor", "bin", "share"])
+    for name, predicted in predictions.items():
+        pits = [seed.pit for seed in predicted if seed.pit is not None]
+        if pits:
+            counts = sum(
+                metrics.pit_histogram(pit, split.condition, BINS).sum(axis=0) for pit in pits
+            )
+            shares = counts / counts.sum()
+            rows += [(split.name, name, *row) for row in enumerate(shares, start=1)]
+    return pd.DataFrame(rows, columns=CALIBRATION_COLUMNS)
 
 
-def nested(scores: pd.DataFrame) -> dict[str, dict[str, dict[str, float | None]]]:
+def nested_scores(scores: pd.DataFrame) -> dict[str, dict[str, dict[str, float | None]]]:
     """{split: {predictor: {metric: number or null}}}, the content of metrics.json."""
     result: dict = {}
     for row in scores.itertuples():
-        value = None if row.value is None or np.isnan(row.value) else float(row.value)
+        value = None if pd.isna(row.value) else float(row.value)
         result.setdefault(row.split, {}).setdefault(row.predictor, {})[row.metric] = value
     return result

@@ -1,4 +1,4 @@
-"""Differential genes: which change between treated and control samples, and how well a prediction says so.
+"""Differential genes of treated against control samples, and scores of a predicted gene set.
 
 n treated and m control samples, G genes. Expression is log-CPM.
 """
@@ -12,17 +12,19 @@ ROUNDING = 1e-12  # a variance of a mean, or a change, that is rounding and not 
 def differential_genes(
     treated: np.ndarray, control: np.ndarray, fdr: float = 0.05
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(significant (G,) bool, change (G,) difference of means in log-CPM) of treated (n, G) against control (m, G).
+    """((G,) bool significant, (G,) difference of means) of treated (n, G) against control (m, G).
 
-    Welch's t test per gene, Benjamini-Hochberg over genes (J. R. Stat. Soc. B 57, 1995): significant where the adjusted
-    p <= `fdr`. A gene constant on both sides has no t: p is 1 where the two constants are equal, else 0 (Welch's limit).
-    Raises ValueError with fewer than two samples on a side: there is no variance to test against. Two are not enough
-    either: a few treated samples whose variance is small by chance look certain. Of 1,000 genes without effect, against
-    20 controls, 44 are called with 2 treated samples, 7 with 3, 1.7 with 4, 0.3 with 6 and 0.07 with 20.
+    Welch's t test per gene, Benjamini-Hochberg over genes (J. R. Stat. Soc. B 57, 1995):
+    significant if the adjusted p <= `fdr`. A gene constant on both sides has p = 1 if the constants
+    are equal, else 0 (Welch's limit). Raises ValueError with fewer than two samples on a side.
+    Two are not enough either: a few treated samples whose variance is small by chance look certain.
+    Of 1,000 genes without effect, against 20 controls, 44 are called with 2 treated samples, 7 with
+    3, 1.7 with 4, 0.3 with 6 and 0.07 with 20.
     """
     if len(treated) < 2 or len(control) < 2:
         raise ValueError(
-            f"got {len(treated)} treated and {len(control)} control samples; expected at least 2 of each: a t test needs both variances"
+            f"got {len(treated)} treated and {len(control)} control samples; "
+            "expected at least 2 of each: a t test needs both variances"
         )
     treated, control = treated.astype(np.float64), control.astype(np.float64)
     change = treated.mean(axis=0) - control.mean(axis=0)
@@ -35,41 +37,47 @@ def differential_genes(
 
 
 def _welch(treated: np.ndarray, control: np.ndarray) -> np.ndarray:
-    """(G,) two-sided p of Welch's t. From moments: `ttest_ind` on samples warns of every gene that is constant on one side."""
-    moments = (
-        argument
-        for side in (treated, control)
-        for argument in (side.mean(axis=0), side.std(axis=0, ddof=1), len(side))
-    )
-    return ttest_ind_from_stats(*moments, equal_var=False).pvalue
+    """(G,) two-sided p of Welch's t.
+
+    From moments: `ttest_ind` on samples warns of every gene that is constant on one side.
+    """
+    return ttest_ind_from_stats(
+        *(treated.mean(axis=0), treated.std(axis=0, ddof=1), len(treated)),
+        *(control.mean(axis=0), control.std(axis=0, ddof=1), len(control)),
+        equal_var=False,
+    ).pvalue
 
 
 def changed_genes(
-    change: np.ndarray, deviation: np.ndarray, freedom: int, share: float, fdr: float = 0.05
+    change: np.ndarray,
+    deviation: np.ndarray,
+    degrees_of_freedom: int,
+    share: float,
+    fdr: float = 0.05,
 ) -> np.ndarray:
-    """(G,) bool, as `differential_genes`, of changes (n, G) of treated samples from the means of their matched controls.
+    """(G,) bool, as `differential_genes`, of changes (n, G) from the means of matched controls.
 
-    The spread of controls is known apart: `deviation` (G,), with `freedom` degrees of freedom. `share` is the variance of
-    the subtracted mean in units of one control's: 1 / m for the same m controls throughout, where this is Welch's test.
-    The mean of a few matched controls is uncertain, however many others tell how much they vary.
+    `deviation` (G,): the standard deviation of controls, with `degrees_of_freedom`. `share`: the
+    variance of the subtracted mean in units of one control's; 1 / m for the same m controls
+    throughout, which gives Welch's test: the mean of a few matched controls is uncertain, however
+    many others determine their deviation.
     Raises ValueError with fewer than two treated samples, or without a degree of freedom.
     """
-    if len(change) < 2 or freedom < 1:
+    number = len(change)
+    if number < 2 or degrees_of_freedom < 1:
         raise ValueError(
-            f"got {len(change)} treated samples and {freedom} degrees of freedom of controls; expected at least 2 and 1"
+            f"got {number} treated samples and {degrees_of_freedom} degrees of freedom "
+            "of controls; expected at least 2 and 1"
         )
     mean = change.mean(axis=0, dtype=np.float64)
-    of_treated, of_control = (
-        change.var(axis=0, ddof=1, dtype=np.float64) / len(change),
-        np.square(deviation) * share,
-    )
-    error = of_treated + of_control
+    of_treated = change.var(axis=0, ddof=1, dtype=np.float64) / number
+    of_control = np.square(deviation) * share
+    variance = of_treated + of_control
     with np.errstate(divide="ignore", invalid="ignore"):
-        degrees = error**2 / (
-            of_treated**2 / (len(change) - 1) + of_control**2 / freedom
-        )  # Welch-Satterthwaite
-        p = 2 * t.sf(np.abs(mean) / np.sqrt(error), degrees)
-    constant = error <= ROUNDING
+        # Welch-Satterthwaite.
+        degrees = variance**2 / (of_treated**2 / (number - 1) + of_control**2 / degrees_of_freedom)
+        p = 2 * t.sf(np.abs(mean) / np.sqrt(variance), degrees)
+    constant = variance <= ROUNDING
     p[constant] = np.where(np.abs(mean[constant]) <= ROUNDING, 1.0, 0.0)
     return false_discovery_control(p) <= fdr
 
@@ -79,7 +87,7 @@ def de_direction(
 ) -> float:
     """Share of the true set (G,) bool whose change (G,) is predicted with the right sign.
 
-    A predicted change of exactly 0 counts half, as a coin would; NaN when the set is empty.
+    A predicted change of exactly 0 counts half, as by chance; NaN if the set is empty.
     """
     if not true_set.any():
         return float("nan")
@@ -88,6 +96,6 @@ def de_direction(
 
 
 def de_jaccard(first: np.ndarray, second: np.ndarray) -> float:
-    """Genes in both sets over genes in either, of two sets (G,) bool; NaN when both are empty: nothing to find, nothing said."""
+    """Genes in both sets over genes in either, of two sets (G,) bool; NaN if both are empty."""
     either = np.count_nonzero(first | second)
     return float(np.count_nonzero(first & second) / either) if either else float("nan")

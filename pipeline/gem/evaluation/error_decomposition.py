@@ -1,16 +1,17 @@
-"""Regret: where the squared error of a model comes from, in parts that somebody can act on.
+"""The squared error of a model, decomposed into parts that a user can act on.
 
-mse(model) =   count noise                                  mse of the omniscient oracle
-             + what no reference could know                 reference oracle - omniscient oracle
-             + what a reference tells beyond metadata       metadata oracle - reference oracle
-             + scatter between training seeds               variance of the seeds' predictions
-             + systematic distance to the ideal prediction  by study, context, perturbation, their pair, and the rest
-             + chance                                       a cross term with expectation zero
+mse(model) =   count noise            mse of the omniscient oracle
+             + hidden factors         reference oracle - omniscient oracle
+             + reference information  metadata oracle - reference oracle
+             + seeds                  variance of the predictions over training seeds
+             + by study, ... residual squared distance to the ideal prediction
+             + sampling error         a cross term with expectation zero
 
-The oracle is E[x | what the model may see] =: o, so E|x - p|^2 = E|x - o|^2 + E|o - p|^2 for any prediction p from the
-same knowledge, and the cross term 2 (x - o)(o - p) only scatters around zero. Seeds: mean_s |o - p_s|^2 = |o - p|^2 +
-var_s(p_s) with p the mean of the seeds. The systematic part is projected on group means, one grouping after another, so
-that its parts add up; the order matters, as in any sequential analysis of variance.
+The oracle o is E[x | inputs of the model], so E|x - p|^2 = E|x - o|^2 + E|o - p|^2 for any
+prediction p from the same inputs, and the cross term 2 (x - o)(o - p) has expectation zero. Seeds:
+mean_s |o - p_s|^2 = |o - p|^2 + var_s(p_s) with p the mean of the seeds. The distance |o - p|^2 is
+projected on group means, one grouping after another, so that its parts add up; the order matters,
+as in any sequential analysis of variance.
 
 N samples, G genes, S seeds. Expression is log-CPM.
 """
@@ -21,99 +22,82 @@ import numpy as np
 import pandas as pd
 
 from pipeline.gem.evaluation.bootstrap import Bootstrap
+from pipeline.gem.evaluation.evaluation_split import EvaluationSplit
 from pipeline.gem.evaluation.metrics import squared_error
-from pipeline.gem.evaluation.predictors import MODELS, REFERENCE_SUFFIX, Prediction
-from pipeline.gem.evaluation.test_split import EvaluationSplit
+from pipeline.gem.evaluation.predictors import MODELS, REFERENCE_SUFFIX, Predictions
 
 COLUMNS = ["split", "predictor", "part", "value", "low", "high", "share"]
-NOISE, HIDDEN, REFERENCE, SEEDS, CHANCE = (
-    "count noise",
-    "unknowable",
-    "missing metadata",
-    "seeds",
-    "chance",
-)
-OWN = ("by study", "by context", "by perturbation", "by pair", "rest")
-PARTS = (NOISE, HIDDEN, REFERENCE, SEEDS, *OWN, CHANCE)
+COUNT_NOISE, HIDDEN_FACTORS = "count noise", "hidden factors"
+REFERENCE_INFORMATION, SEEDS = "reference information", "seeds"
+BY_STUDY, BY_CONTEXT, BY_PERTURBATION = "by study", "by context", "by perturbation"
+BY_PAIR, RESIDUAL, SAMPLING_ERROR = "by pair", "residual", "sampling error"
+SYSTEMATIC = (BY_STUDY, BY_CONTEXT, BY_PERTURBATION, BY_PAIR, RESIDUAL)
+PARTS = (COUNT_NOISE, HIDDEN_FACTORS, REFERENCE_INFORMATION, SEEDS, *SYSTEMATIC, SAMPLING_ERROR)
 
 
-def regret(
-    scene: EvaluationSplit, predictions: Mapping[str, list[Prediction]], resamples: Bootstrap
+def decompose_error(
+    split: EvaluationSplit, predictions: Predictions, resamples: Bootstrap
 ) -> pd.DataFrame:
-    """A row per model and part, in log-CPM squared; empty where the truth is not known."""
+    """A row per model and part, in log-CPM squared; empty without a known truth."""
     oracles = {
-        name: said[0].values
-        for name, said in predictions.items()
-        if name.startswith("oracle") and said[0].values is not None
+        name: seeds[0].values
+        for name, seeds in predictions.items()
+        if name.startswith("oracle") and seeds[0].values is not None
     }
-    if not {"oracle_metadata", "oracle_omniscient"} <= set(oracles):
-        return pd.DataFrame(columns=COLUMNS)
     rows = []
-    for name in MODELS:
-        said = predictions.get(name, [])
-        if not said or any(one.values is None for one in said):
-            continue
-        parts = _parts(
-            scene, np.stack([one.values for one in said]), oracles, name.endswith(REFERENCE_SUFFIX)
-        )
-        total = sum(float(values.mean()) for values in parts.values())
-        for part, values in parts.items():
-            found = resamples.score(resamples.mean(values))
-            rows.append(
-                dict(
-                    zip(
-                        COLUMNS,
-                        (
-                            scene.name,
-                            name,
-                            part,
-                            found.value,
-                            found.low,
-                            found.high,
-                            found.value / total,
-                        ),
-                        strict=True,
-                    )
-                )
-            )
+    if {"oracle_metadata", "oracle_omniscient"} <= set(oracles):
+        for name in MODELS:
+            values = [predicted.values for predicted in predictions.get(name, [])]
+            if not values or any(seed is None for seed in values):
+                continue
+            parts = _parts(split, np.stack(values), oracles, name.endswith(REFERENCE_SUFFIX))
+            total = sum(float(contributions.mean()) for contributions in parts.values())
+            for part, contributions in parts.items():
+                score = resamples.score(resamples.mean(contributions))
+                interval = (score.value, score.low, score.high)
+                rows.append((split.name, name, part, *interval, score.value / total))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _parts(
-    scene: EvaluationSplit,
+    split: EvaluationSplit,
     seeds: np.ndarray,
     oracles: Mapping[str, np.ndarray],
-    sees_reference: bool,
+    from_reference: bool,
 ) -> dict[str, np.ndarray]:
-    """Part to (N,) contributions; they sum to each sample's squared error, mean over seeds (S, N, G)."""
-    errors = {name: squared_error(scene.observed, values) for name, values in oracles.items()}
-    knows = (
-        "oracle_reference"
-        if sees_reference and "oracle_reference" in oracles
-        else "oracle_metadata"
-    )
-    between = errors.get("oracle_reference", errors["oracle_metadata"])
+    """Part to (N,) contributions, whose sum is each sample's squared error, mean over seeds."""
+    errors = {name: squared_error(split.observed, values) for name, values in oracles.items()}
+    matched = "oracle_metadata"  # the oracle with the inputs of the model
+    if from_reference and "oracle_reference" in oracles:
+        matched = "oracle_reference"
+    reference_error = errors.get("oracle_reference", errors["oracle_metadata"])
     mean = seeds.mean(axis=0, dtype=np.float64)
-    parts = {NOISE: errors["oracle_omniscient"], HIDDEN: between - errors["oracle_omniscient"]}
-    if knows == "oracle_metadata":
-        parts[REFERENCE] = errors["oracle_metadata"] - between
-    parts[SEEDS] = np.mean([squared_error(one, mean) for one in seeds], axis=0)
-    parts |= systematic(oracles[knows] - mean, _groupings(scene))
-    total = np.mean([squared_error(scene.observed, one) for one in seeds], axis=0)
-    return parts | {CHANCE: total - sum(parts.values())}
+    parts = {
+        COUNT_NOISE: errors["oracle_omniscient"],
+        HIDDEN_FACTORS: reference_error - errors["oracle_omniscient"],
+    }
+    if matched == "oracle_metadata":
+        parts[REFERENCE_INFORMATION] = errors["oracle_metadata"] - reference_error
+    parts[SEEDS] = np.mean([squared_error(seed, mean) for seed in seeds], axis=0)
+    groupings = {
+        BY_STUDY: split.study,
+        BY_CONTEXT: split.context,
+        BY_PERTURBATION: split.perturbation,
+        BY_PAIR: split.pair,
+    }
+    parts |= project_on_groups(oracles[matched] - mean, groupings)
+    total = np.mean([squared_error(split.observed, seed) for seed in seeds], axis=0)
+    return parts | {SAMPLING_ERROR: total - sum(parts.values())}
 
 
-def systematic(distance: np.ndarray, groupings: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Squared distance (N, G) to the ideal as (N,) parts: shared within each grouping's groups, one after another, and the rest."""
-    left, parts = np.asarray(distance, dtype=np.float64), {}
+def project_on_groups(
+    distance: np.ndarray, groupings: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Squared distance (N, G) as (N,) parts: the means of each grouping's groups, one grouping
+    after another, and the residual."""
+    rest, parts = np.asarray(distance, dtype=np.float64), {}
     for name, group in groupings.items():
-        shared = pd.DataFrame(left).groupby(group).transform("mean").to_numpy()
-        left = left - shared
-        parts[name] = np.square(shared).mean(axis=1)
-    return parts | {OWN[-1]: np.square(left).mean(axis=1)}
-
-
-def _groupings(scene: EvaluationSplit) -> dict[str, np.ndarray]:
-    return dict(
-        zip(OWN[:-1], (scene.study, scene.context, scene.perturbation, scene.pair), strict=True)
-    )
+        means = pd.DataFrame(rest).groupby(group).transform("mean").to_numpy()
+        rest = rest - means
+        parts[name] = np.square(means).mean(axis=1)
+    return parts | {RESIDUAL: np.square(rest).mean(axis=1)}

@@ -1,11 +1,13 @@
-"""Scores of a prediction: pure functions of arrays. What each means is in METRICS; where none applies the value is NaN.
+"""Metrics of a prediction: pure functions of arrays, described in METRICS. NaN if undefined.
 
-N samples, G genes, C conditions, R resamples, K draws, n and m samples of one condition, D principal components.
-Expression is log-CPM. Intervals are in `resampling.py`, differential genes (`de_direction`, `de_jaccard`) in `differential.py`.
+Intervals are in `bootstrap.py`; `de_direction` and `de_jaccard` in `differential_expression.py`.
+N samples, G genes, C conditions, R resamples, K draws, n and m samples of one condition,
+D principal components. Expression is log-CPM.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -19,7 +21,7 @@ ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Metric:
-    """What a score means. Direction "zero": the nearer to zero, from either side, the better."""
+    """A row of METRICS. Direction "zero": the closer to zero, from either side, the better."""
 
     unit: str
     direction: Literal["lower", "higher", "zero"]
@@ -27,83 +29,36 @@ class Metric:
     meaning: str
 
 
+_share, _correlation = (partial(Metric, unit, "higher", 1.0) for unit in ("share", "correlation"))
 METRICS = {
     "mse": Metric("log-CPM squared", "lower", 0.0, "mean squared error over genes and samples"),
     "mae": Metric("log-CPM", "lower", 0.0, "mean absolute error over genes and samples"),
-    "skill": Metric(
-        "share",
-        "higher",
-        1.0,
-        "share of the way from ridge regression (0) to the ideal predictor (1), by mse",
-    ),
-    "skill_replicate": Metric(
-        "share",
-        "higher",
-        1.0,
-        "share of the way from ridge regression (0) to a replicate of the experiment (1), by mse",
-    ),
-    "sample_pearson": Metric("correlation", "higher", 1.0, "per sample over genes, averaged"),
-    "gene_pearson": Metric(
-        "correlation", "higher", 1.0, "per gene over samples, weighted by the gene's variance"
-    ),
-    "delta_pearson": Metric(
-        "correlation",
-        "higher",
-        1.0,
-        "per treated condition, predicted against observed change from control over genes, averaged",
-    ),
-    "delta_pearson_systema": Metric(
-        "correlation",
-        "higher",
-        1.0,
-        "the same change, from the mean of the training perturbations instead of the control",
-    ),
-    "discrimination": Metric(
-        "share",
-        "higher",
-        1.0,
-        "share of other conditions whose observed change is less like the prediction than its own (chance 0.5)",
-    ),
-    "de_direction": Metric(
-        "share",
-        "higher",
-        1.0,
-        "share of the differential genes predicted with the right sign (chance 0.5)",
-    ),
-    "de_jaccard": Metric(
-        "share", "higher", 1.0, "overlap of predicted and observed (or true) differential genes"
-    ),
+    "skill": _share("mse on a scale from ridge regression (0) to the ideal predictor (1)"),
+    "skill_replicate": _share("mse on a scale from ridge regression (0) to a replicate (1)"),
+    "sample_pearson": _correlation("per sample over genes, averaged"),
+    "gene_pearson": _correlation("per gene over samples, weighted by the gene's variance"),
+    "delta_pearson": _correlation("of changes from control over genes, per treated condition"),
+    "delta_pearson_systema": _correlation("of changes from the mean of training perturbations"),
+    "discrimination": _share("conditions less like a prediction than its own one (chance 0.5)"),
+    "de_direction": _share("differential genes predicted with the right sign (chance 0.5)"),
+    "de_jaccard": _share("overlap of predicted and observed (or true) differential genes"),
     "calibration": Metric(
-        "share",
-        "lower",
-        0.0,
-        "deviation of the counts' predictive quantiles from uniform, summed over ten bins",
+        "share", "lower", 0.0, "deviation from uniform of the PIT of the counts, over ten bins"
     ),
     "count_log_likelihood": Metric(
-        "nats a sample",
-        "higher",
-        0.0,
-        "log probability of all counts of a sample, given its total: one measure for all",
+        "nats a sample", "higher", 0.0, "log probability of all counts of a sample, given its total"
     ),
     "e_distance": Metric(
-        "log-CPM",
-        "lower",
-        0.0,
-        "energy distance of predicted and observed samples of a condition, on principal components",
+        "log-CPM", "lower", 0.0, "energy distance within a condition, on principal components"
     ),
-    "spread_pearson": Metric(
-        "correlation",
-        "higher",
-        1.0,
-        "predicted against observed standard deviation within a condition over genes, averaged",
-    ),
+    "spread_pearson": _correlation("of standard deviations within a condition, over genes"),
     "target_bias": Metric(
         "log-CPM", "zero", 0.0, "predicted minus observed expression of the perturbed gene itself"
     ),
 }
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------
 
 
 def squared_error(observed: np.ndarray, predicted: np.ndarray) -> np.ndarray:
@@ -117,36 +72,39 @@ def absolute_error(observed: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
 
 def skill(error: np.ndarray, baseline: np.ndarray, ideal: np.ndarray) -> np.ndarray:
-    """(R + 1,) share of the baseline's excess error that is gone. NaN where the baseline is not above the ideal. Not clipped."""
+    """(R + 1,) reduction of the baseline's excess error over the ideal, as a share. Not clipped.
+
+    NaN where the baseline is not above the ideal.
+    """
+    gap = baseline - ideal
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(
-            baseline - ideal > ROUNDING, (baseline - error) / (baseline - ideal), np.nan
-        )
+        return np.where(gap > ROUNDING, (baseline - error) / gap, np.nan)
 
 
 def target_bias(observed: np.ndarray, predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(N,) predicted minus observed log-CPM (N, G) of each sample's own target gene; `target` (N,) is its index.
+    """(N,) predicted minus observed log-CPM (N, G) of the gene with index `target` (N,).
 
-    NaN where the sample has no target (-1).
+    NaN for a sample without a target (-1).
     """
     rows = np.arange(len(target))
-    # Index -1 reads the last gene: a number to be thrown away.
+    # Index -1 reads the last gene, whose value is discarded.
     bias = np.subtract(predicted[rows, target], observed[rows, target], dtype=np.float64)
     return np.where(target < 0, np.nan, bias)
 
 
-# --- correlations of levels and changes -----------------------------------------------------------------------------
+# --- correlations of levels and changes ---------------------------------------------------------
 
 
 def sample_pearson(observed: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """(N,) correlation over genes; NaN for a constant row."""
-    return _correlation(observed, predicted)
+    return _row_correlation(observed, predicted)
 
 
 def gene_pearson(observed: np.ndarray, predicted: np.ndarray, resamples: Bootstrap) -> np.ndarray:
-    """(R + 1,) correlation per gene over samples, averaged with the gene's observed variance as weight.
+    """(R + 1,) correlation per gene over samples, averaged with the observed variance as weight.
 
-    A gene predicted constant counts as 0; NaN where every gene is, or where a resample draws no sample. Centred sums in float64.
+    A gene predicted constant counts as 0. NaN where every gene is, or a resample has no sample.
+    Centred sums in float64.
     """
     observed = observed - observed.mean(axis=0, dtype=np.float64)
     predicted = predicted - predicted.mean(axis=0, dtype=np.float64)
@@ -166,29 +124,29 @@ def gene_pearson(observed: np.ndarray, predicted: np.ndarray, resamples: Bootstr
 
 
 def delta_pearson(observed_change: np.ndarray, predicted_change: np.ndarray) -> np.ndarray:
-    """(C,) correlation over genes of predicted and observed change (C, G), from the control or from Systema's reference.
+    """(C,) correlation over genes of predicted and observed changes (C, G).
 
-    The references of the two sides must be disjoint samples: a shared one correlates with itself (0.7 for the perfect
-    prediction of nothing). Systema (Nature Biotechnology 2025) takes the mean of the training perturbations' centroids.
+    Changes are from the control, or from the mean of the centroids of training perturbations
+    (Systema, Nature Biotechnology 2025). The controls of the two sides must be disjoint samples: a
+    shared control correlates with itself (0.7 for the perfect prediction of no effect).
     NaN where a change is constant over genes.
     """
-    return _correlation(observed_change, predicted_change)
+    return _row_correlation(observed_change, predicted_change)
 
 
 def spread_pearson(observed: np.ndarray, predicted: np.ndarray) -> float:
-    """Correlation over genes of the standard deviations of observed (n, G) and predicted (m, G) samples of one condition.
+    """Correlation over genes of the standard deviations of two sets of samples (n, G), (m, G).
 
-    NaN with fewer than two samples on a side, or where a side's deviations are all equal (no spread, or one gene).
+    NaN with fewer than two samples on a side, or if all deviations of a side are equal.
     """
     if len(observed) < 2 or len(predicted) < 2:
         return float("nan")
-    deviations = (
-        side.std(axis=0, ddof=1, dtype=np.float64)[None] for side in (observed, predicted)
-    )
-    return float(_correlation(*deviations)[0])
+    observed_spread = observed.std(axis=0, ddof=1, dtype=np.float64)
+    predicted_spread = predicted.std(axis=0, ddof=1, dtype=np.float64)
+    return float(_row_correlation(observed_spread[None], predicted_spread[None])[0])
 
 
-def _correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def _row_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Pearson correlation of each row, in float64; NaN where a side is constant to rounding."""
     first = first - first.mean(axis=1, keepdims=True, dtype=np.float64)
     second = second - second.mean(axis=1, keepdims=True, dtype=np.float64)
@@ -198,16 +156,18 @@ def _correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.where((squares[0] > ROUNDING) & (squares[1] > ROUNDING), correlation, np.nan)
 
 
-# --- telling conditions apart ---------------------------------------------------------------------------------------
+# --- discrimination of conditions ---------------------------------------------------------------
 
 
 def discrimination(observed_change: np.ndarray, predicted_change: np.ndarray) -> np.ndarray:
-    """(C,) 1 - rank / (C - 1) of a condition's own observed change among all (C, G), by cosine with its predicted change.
+    """(C,) 1 - rank / (C - 1) of a condition's observed change among all observed changes (C, G),
+    by cosine similarity with its predicted change (C, G).
 
-    The perturbation discrimination score of Arc Institute's Virtual Cell Challenge, with mid-ranks: what is equally
-    similar shares its ranks, else the order of the labels would decide. A change of zero (to rounding) has cosine 0
-    with everything; predicted, it ties with all and scores 0.5. NaN with fewer than two conditions. Raises ValueError
-    for a change that is not finite: compared with NaN, everything would be less similar, and the rank the best.
+    The perturbation discrimination score of Arc Institute's Virtual Cell Challenge, with mid-ranks:
+    ties share their ranks, otherwise the order of the labels would decide. A change of zero (to
+    rounding) has cosine 0 with all; predicted, it scores 0.5. NaN with fewer than two conditions.
+    Raises ValueError for a change that is not finite: every cosine would compare as lower than NaN,
+    which gives the best rank.
     """
     if not (np.isfinite(observed_change).all() and np.isfinite(predicted_change).all()):
         raise ValueError(
@@ -229,14 +189,14 @@ def _unit(change: np.ndarray) -> np.ndarray:
     return np.divide(change, length, out=np.zeros(change.shape), where=length**2 > ROUNDING)
 
 
-# --- distributions --------------------------------------------------------------------------------------------------
+# --- distributions ------------------------------------------------------------------------------
 
 
 def randomised_pit(lower: np.ndarray, upper: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(N, G) uniform in [F(c - 1), F(c)], from the predictive distribution F below and at the observed count c.
+    """(N, G) uniform in [F(c - 1), F(c)] for observed counts c and predictive distribution F.
 
-    The probability integral transform of a count (Smith 1985; Czado, Gneiting & Held, Biometrics 65, 2009): exactly
-    uniform on [0, 1] where counts are drawn from F.
+    The probability integral transform of a count (Smith 1985; Czado, Gneiting & Held, Biometrics
+    65, 2009): exactly uniform on [0, 1] if counts are drawn from F.
     """
     return lower + rng.random(lower.shape) * (upper - lower)
 
@@ -244,43 +204,42 @@ def randomised_pit(lower: np.ndarray, upper: np.ndarray, rng: np.random.Generato
 def rank_pit(
     observed: np.ndarray, draws: Iterable[np.ndarray], rng: np.random.Generator
 ) -> np.ndarray:
-    """(N, G) place of the observed (N, G) among K predictive draws (K, N, G), in [0, 1).
+    """(N, G) rank of the observed (N, G) among K predictive draws (K, N, G), in [0, 1).
 
-    (draws below + a uniform one of the places among the draws tied + U) / (K + 1): exactly uniform where observed and
-    draws are exchangeable. `draws` is read once, one (N, G) at a time.
+    (draws below + a uniform rank among the tied draws + U) / (K + 1): exactly uniform if observed
+    and draws are exchangeable. `draws` is read once, one (N, G) at a time.
     """
-    below, tied, number = (
-        np.zeros(observed.shape, dtype=np.int64),
-        np.zeros(observed.shape, dtype=np.int64),
-        0,
-    )
+    below, tied = np.zeros((2, *observed.shape), dtype=np.int64)
+    number = 0
     for draw in draws:
         below += draw < observed
         tied += draw == observed
         number += 1
-    return (below + rng.integers(0, tied, endpoint=True) + rng.random(observed.shape)) / (
-        number + 1
-    )
+    rank = below + rng.integers(0, tied, endpoint=True) + rng.random(observed.shape)
+    return rank / (number + 1)
 
 
 def pit_histogram(pit: np.ndarray, condition: np.ndarray, bins: int = 10) -> np.ndarray:
-    """(C, bins) numbers of the transforms (N, G) in equal bins of [0, 1], by condition (N,). Raises ValueError outside [0, 1]."""
+    """(C, bins) counts of transforms (N, G) in equal bins of [0, 1], by condition (N,).
+
+    Raises ValueError outside [0, 1].
+    """
     if not ((pit >= 0) & (pit <= 1)).all():  # false for NaN also
         raise ValueError(
-            "a probability integral transform is outside [0, 1]: not finite, or the two sides of the distribution are swapped"
+            "a probability integral transform is outside [0, 1]: not finite, "
+            "or the two sides of the distribution are swapped"
         )
     number = int(condition.max()) + 1
-    place = np.minimum((pit * bins).astype(np.int64), bins - 1)  # 1 belongs to the last bin
-    return np.bincount(
-        (condition[:, None] * bins + place).ravel(), minlength=number * bins
-    ).reshape(number, bins)
+    index = np.minimum((pit * bins).astype(np.int64), bins - 1)  # 1 belongs to the last bin
+    cell = (condition[:, None] * bins + index).ravel()
+    return np.bincount(cell, minlength=number * bins).reshape(number, bins)
 
 
 def calibration(histogram: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(R + 1,) sum over bins of |share - 1 / bins| of histograms (C, bins) under the weights (R + 1, C) of the resamples.
+    """(R + 1,) sum over bins of |share - 1 / bins| of histograms (C, bins), weighted (R + 1, C).
 
-    From 0 (uniform) to 2 - 2 / bins (all in one bin); chance adds about sqrt(bins / number of values). NaN where a
-    resample draws no value.
+    From 0 (uniform) to 2 - 2 / bins (all in one bin); chance adds about sqrt(bins / values).
+    NaN for a resample without values.
     """
     bins, counts = histogram.shape[1], weights @ histogram  # (R + 1, bins)
     total = counts.sum(axis=1, keepdims=True)
@@ -289,12 +248,13 @@ def calibration(histogram: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def e_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| of samples x (n, D) and y (m, D) of one condition, Euclidean, in log-CPM.
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| of samples (n, D) and (m, D), Euclidean, in log-CPM.
 
-    Szekely & Rizzo's energy distance (J. Stat. Plan. Inference 143, 2013). X and X' are two different samples: with a
-    sample paired with itself, as in scPerturb, two sets of one distribution would score above 0, the more the fewer they
-    are. This unbiased form is 0 on average for them, so negative half of the time, and differences are comparable between
-    sets of different size. NaN with fewer than two samples on a side: there is no pair.
+    Szekely & Rizzo's energy distance (J. Stat. Plan. Inference 143, 2013). X and X' are two
+    different samples: pairing a sample with itself, as in scPerturb, gives two sets of one
+    distribution a positive distance that grows as the sets shrink. This unbiased form is 0 on
+    average for them, so negative half of the time, and comparable between sets of different size.
+    NaN with fewer than two samples on a side.
     """
     if len(x) < 2 or len(y) < 2:
         return float("nan")

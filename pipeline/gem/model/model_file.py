@@ -1,252 +1,239 @@
-"""The format of model.pt: tensors and plain values, and nothing believed that was not checked.
+"""The format of model.safetensors: tensors, and their description as JSON in the header.
 
-G genes. A file is read with `weights_only=True`; what it declares is checked before it is used, and costs no more memory
-than the file itself.
+Files are validated before use. A damaged or hostile file is refused in one line; it runs no code,
+and no network is allocated that its tensors do not fill.
+
+G genes, U labels with features, E features.
 """
 
-import io
-import math
-import pickle
-import sys
-import zipfile
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-import numpy as np
 import torch
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from pipeline.gem.common.config import Covariate, Frozen, Model, Positive
+from pipeline.gem.common.config import GROUPS, Covariate, Frozen, Model, Positive
 from pipeline.gem.common.errors import InputError, IntegrityError, examples
 from pipeline.gem.common.files import sha256_of
+from pipeline.gem.data.covariates import CovariateEncoder, FunctionalDependency
+from pipeline.gem.data.encoder import MetadataEncoder
+from pipeline.gem.data.features import FeatureTable
+from pipeline.gem.model.query import TargetGenes
+from pipeline.gem.model.training_support import TrainingSupport
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
+MAX_DESCRIPTION_BYTES = 2**25
+_KEY = "gem"  # of the description among the header's metadata
+_WEIGHTS, _FEATURES = "network.", "features."  # prefixes of tensor names
 
 
-class _Record(Frozen):
-    model_config = ConfigDict(arbitrary_types_allowed=True)
-
-
-class FeaturesState(_Record):
-    labels: list[str]
-    values: Tensor
-
-
-class FieldState(_Record):
+class CovariateState(Frozen):
     name: str
     covariate: Covariate
-    levels: list[str]
+    levels: tuple[str, ...]
     mean: float
     deviation: Positive
-    features: FeaturesState | None
+    feature_labels: tuple[str, ...] | None  # their values are the tensor features.<name> (U, E)
+
+    @classmethod
+    def from_encoder(cls, encoder: CovariateEncoder) -> "CovariateState":
+        names = ("name", "covariate", "levels", "mean", "deviation")
+        labels = encoder.features and encoder.features.labels
+        return cls(**{name: getattr(encoder, name) for name in names}, feature_labels=labels)
+
+    def to_encoder(self, tensors: Mapping[str, Tensor]) -> CovariateEncoder:
+        features = None
+        if self.feature_labels is not None:
+            values = tensors[_FEATURES + self.name].numpy()
+            features = FeatureTable(self.feature_labels, values)
+        learned = self.levels, self.mean, self.deviation
+        return CovariateEncoder(self.name, self.covariate, *learned, features)
 
 
-class ImpliedState(_Record):
-    given: str
-    told: str
-    levels: dict[str, str]
+class MetadataState(Frozen):
+    technical: tuple[CovariateState, ...]
+    biological: tuple[CovariateState, ...]
+    perturbation: tuple[CovariateState, ...]
+    dependencies: tuple[FunctionalDependency, ...]
+
+    @classmethod
+    def from_encoder(cls, encoder: MetadataEncoder) -> "MetadataState":
+        groups = {
+            group: tuple(CovariateState.from_encoder(field) for field in encoder.groups[group])
+            for group in GROUPS
+        }
+        return cls(**groups, dependencies=tuple(encoder.dependencies))
+
+    def to_encoder(self, tensors: Mapping[str, Tensor]) -> MetadataEncoder:
+        groups = {
+            group: [state.to_encoder(tensors) for state in getattr(self, group)] for group in GROUPS
+        }
+        return MetadataEncoder(groups, list(self.dependencies))
+
+    def covariates(self) -> list[CovariateState]:
+        return [state for group in GROUPS for state in getattr(self, group)]
 
 
-class MetadataState(_Record):
-    technical: list[FieldState]
-    biological: list[FieldState]
-    perturbation: list[FieldState]
-    implied: list[ImpliedState]
+class ModelDescription(Frozen):
+    """A trained model without its tensors; its fields are the keys of the JSON."""
 
-    def fields(self) -> list[FieldState]:
-        return [*self.technical, *self.biological, *self.perturbation]
-
-
-class TargetsState(_Record):
-    column: str | None
-    genes: dict[str, Annotated[int, Field(ge=0)]]
-
-
-class SeenState(_Record):
-    columns: list[str]
-    several: list[str]
-    control: Annotated[list[str], Field(min_length=2, max_length=2)] | None
-    combinations: list[list[str | None]]
-
-
-class Contents(_Record):
-    """Everything in a model file; its fields are the keys of the file."""
-
-    format_version: int
-    genes: Annotated[list[str], Field(min_length=1)]
+    format_version: Literal[5] = FORMAT_VERSION
+    sha256: str = ""  # of the other keys and the tensors
+    genes: Annotated[tuple[str, ...], Field(min_length=1)]
     gene_list_sha256: str
     metadata: MetadataState
-    targets: TargetsState
+    targets: TargetGenes
     model: Model
     hidden_study: str | None
-    seen: SeenState
+    training_support: TrainingSupport
     temperatures: dict[str, Positive]
-    weights: dict[str, Tensor]
 
 
-def pack(described: Mapping[str, object]) -> bytes:
-    """The bytes of a file; the same content gives the same bytes."""
-    # Through a buffer: torch.save writes the name of the file it is given into the bytes.
-    buffer = io.BytesIO()
-    torch.save(_plain({"format_version": FORMAT_VERSION} | dict(described)), buffer)
-    return buffer.getvalue()
+def pack(description: ModelDescription, tensors: Mapping[str, Tensor]) -> bytes:
+    """The content of a model file; the same for the same model. InputError if the description is
+    larger than MAX_DESCRIPTION_BYTES."""
+    checksum = _checksum(description.model_dump_json(), tensors)
+    text = description.model_copy(update={"sha256": checksum}).model_dump_json()
+    if len(text.encode()) > MAX_DESCRIPTION_BYTES:
+        raise InputError(
+            f"the model's genes and metadata levels take {len(text.encode()):,} bytes, more than "
+            f"{MAX_DESCRIPTION_BYTES:,}; declare fewer covariates with many levels"
+        )
+    return save(dict(tensors), {_KEY: text})
 
 
-def unpack(path: Path) -> tuple[Contents, dict]:
-    """(what a file holds, the same as plain values). InputError where it is absent, IntegrityError where it is no GEM."""
+def unpack(path: Path) -> tuple[ModelDescription, dict[str, Tensor]]:
+    """The description and the tensors of a model file. InputError if the file is absent,
+    IntegrityError if it is damaged or no model file."""
     if not path.exists():
         raise InputError(f"{path}: absent; `dvc repro` trains it")
     try:
-        _check_archive(path)
-        content = torch.load(path, weights_only=True, map_location="cpu")
-    except (
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-        RuntimeError,
-        NotImplementedError,
-        ValueError,
-        EOFError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise IntegrityError(
-            f"{path}: not a GEM model file ({reason}); train the model again"
-        ) from None
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
-        raise IntegrityError(
-            f"{path}: format version {version}, expected {FORMAT_VERSION}; train the model again"
-        )
-    _check_references(path, content)
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(_KEY, "")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise refusal(path, f"not a GEM model file ({error})") from None
+    if not text:
+        raise refusal(path, f"not a GEM model file (no {_KEY!r} in its metadata)")
+    if len(text) > MAX_DESCRIPTION_BYTES:
+        raise refusal(path, f"its description has more than {MAX_DESCRIPTION_BYTES:,} bytes")
     try:
-        contents = Contents.model_validate(content)
+        description = ModelDescription.model_validate_json(text)
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
-        raise IntegrityError(f"{path}: {key}: {problem['msg']}; train the model again") from None
-    problems = [*_inconsistencies(contents)]
+        raise refusal(path, f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    problems = [*_tensor_problems(tensors), *_inconsistencies(description, tensors)]
     if problems:
-        raise IntegrityError(*(f"{path}: {problem}; train the model again" for problem in problems))
-    return contents, content
+        raise refusal(path, *problems)
+    if _checksum(text.replace(description.sha256, "", 1), tensors) != description.sha256:
+        raise refusal(path, "damaged: its content does not match its checksum")
+    return description, tensors
 
 
-def check_weights(
-    path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> None:
-    """IntegrityError where weights are not, in name, type and shape, those of the network that the file describes, or not finite.
+def refusal(path: Path, *problems: str) -> IntegrityError:
+    """The error for a file with these problems: one printable line for each."""
+    lines = ("".join(c if c.isprintable() else "?" for c in problem[:500]) for problem in problems)
+    return IntegrityError(*(f"{path}: {line}; train the model again" for line in lines))
 
-    `expected` need not hold any values: the difference is found before the network is made.
-    """
-    missing, surplus = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
-    problems = [
-        f"{len(names)} {what} ({examples(names)})"
-        for what, names in (("missing", missing), ("unknown", surplus))
-        if names
+
+def named_tensors(weights: Mapping[str, Tensor], encoder: MetadataEncoder) -> dict[str, Tensor]:
+    """Weights of the network and features of the covariates, by their names in the file."""
+    features = {
+        _FEATURES + field.name: torch.from_numpy(field.features.values)
+        for field in encoder.fields
+        if field.features
+    }
+    weights = {_WEIGHTS + name: weight.detach().cpu() for name, weight in weights.items()}
+    return {name: tensor.contiguous() for name, tensor in (weights | features).items()}
+
+
+def network_weights(
+    path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The weights among the tensors of a file. IntegrityError if their names or shapes differ from
+    `expected`, whose tensors may lie on the meta device."""
+    weights = {
+        name.removeprefix(_WEIGHTS): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(_WEIGHTS)
+    }
+    missing, unknown = sorted(expected.keys() - weights), sorted(weights.keys() - expected)
+    problems = [f"{len(missing)} missing ({examples(missing)})"] if missing else []
+    problems += [f"{len(unknown)} unknown ({examples(unknown)})"] if unknown else []
+    problems += [
+        f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in sorted(expected.keys() & weights)
+        if weights[name].shape != expected[name].shape
     ]
-    for name in sorted(set(expected) & set(weights)):
-        if weights[name].layout == torch.strided and weights[name].shape != expected[name].shape:
-            problems.append(
-                f"{name} is {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}"
-            )
-        elif problem := _tensor_problem(weights[name], expected[name].dtype):
-            problems.append(f"{name} {problem}")
     if problems:
-        raise IntegrityError(
-            f"{path}: its weights do not fit its configuration: {'; '.join(problems)}; train the model again"
-        )
+        raise refusal(path, f"weights do not fit the configuration: {'; '.join(problems)}")
+    return weights
 
 
-def _check_archive(path: Path) -> None:
-    """IntegrityError where the archive is damaged (torch reads a flipped bit without complaint), or would grow when it is read."""
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        if (
-            any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-            or sum(entry.file_size for entry in entries) > path.stat().st_size
-        ):
-            raise IntegrityError(
-                f"{path}: holds compressed or overlapping parts, which no GEM model file does; train the model again"
-            )
-        damaged = archive.testzip()
-    if damaged:
-        raise IntegrityError(f"{path}: {damaged} inside it is damaged; train the model again")
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a description without checksum, and of the names and values of tensors."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy())
+    return digest.hexdigest()
 
 
-def _check_references(path: Path, content: object) -> None:
-    """IntegrityError where the content is larger than its file: a list that is named many times would grow when it is copied."""
-    left, waiting = path.stat().st_size, [content]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, (dict, list, tuple)):
-            left -= len(value)
-            if left < 0:
-                raise IntegrityError(
-                    f"{path}: holds more values than bytes, which no GEM model file does; train the model again"
-                )
-            waiting.extend(value.values() if isinstance(value, dict) else value)
-
-
-def _inconsistencies(contents: Contents) -> list[str]:
-    """What no file has that this code wrote, though every part is of the right type."""
+def _tensor_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     problems = []
-    if len(set(contents.genes)) < len(contents.genes):
-        problems.append("genes: a name stands twice")
-    if sha256_of(contents.genes) != contents.gene_list_sha256:
-        problems.append("gene_list_sha256: not that of the genes")
-    beyond = [
-        name for name, position in contents.targets.genes.items() if position >= len(contents.genes)
-    ]
-    if beyond:
-        problems.append(
-            f"targets: {examples(beyond)} hit genes that are none of the {len(contents.genes)}"
-        )
-    for field in contents.metadata.fields():
-        if field.covariate.kind == "embedding" and field.features is None:
-            problems.append(f"metadata: {field.name}: an embedding without features")
-        if field.features is not None and (problem := _features_problem(field.features)):
-            problems.append(f"metadata: {field.name}: features {problem}")
-    names = {field.name for field in contents.metadata.fields()}
-    strange = [one.told for one in contents.metadata.implied if not {one.given, one.told} <= names]
-    if strange:
-        problems.append(f"metadata: implied: {examples(strange)} by or of no covariate of it")
-    width = len(contents.seen.columns)
-    if any(len(combination) != width for combination in contents.seen.combinations):
-        problems.append(f"seen: combinations of another length than {width}")
+    for name, tensor in tensors.items():
+        if not name.startswith((_WEIGHTS, _FEATURES)):
+            problems.append(f"unknown tensor {name}")
+        elif tensor.dtype != torch.float32:
+            problems.append(f"{name} is {tensor.dtype}, expected torch.float32")
+        elif not torch.isfinite(tensor).all():
+            problems.append(f"{name} has values that are not finite")
     return problems
 
 
-def _features_problem(features: FeaturesState) -> str | None:
-    values = features.values
-    if values.layout == torch.strided and (values.ndim != 2 or len(values) != len(features.labels)):
-        return f"have shape {tuple(values.shape)} for {len(features.labels)} labels"
-    return _tensor_problem(values, torch.float32)
+def _inconsistencies(description: ModelDescription, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Contradictions between parts that are valid one by one."""
+    genes, problems = description.genes, []
+    if len(set(genes)) < len(genes):
+        problems.append("genes: a name occurs twice")
+    if sha256_of(genes) != description.gene_list_sha256:
+        problems.append("gene_list_sha256: not the hash of the genes")
+    targets = description.targets.genes
+    if outside := [name for name, gene in targets.items() if not 0 <= gene < len(genes)]:
+        problems.append(f"targets: {examples(outside)} target none of the {len(genes)} genes")
+    covariates = description.metadata.covariates()
+    problems += [f"metadata: {text}" for text in _feature_problems(covariates, tensors)]
+    names = {covariate.name for covariate in covariates}
+    for dependency in description.metadata.dependencies:
+        if not {dependency.determinant, dependency.determined} <= names:
+            problems.append(
+                "metadata: a dependency between unknown covariates "
+                f"{dependency.determinant} and {dependency.determined}"
+            )
+    support = description.training_support
+    if any(len(combination) != len(support.columns) for combination in support.combinations):
+        problems.append(f"training_support: combinations not of {len(support.columns)} values")
+    return problems
 
 
-def _tensor_problem(value: Tensor, dtype: torch.dtype) -> str | None:
-    """Why a tensor is none that this code writes: dense, of its own memory, finite."""
-    if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-        return "is no dense tensor"
-    if value.dtype != dtype:
-        return f"is {value.dtype}, expected {dtype}"
-    if (
-        not value.is_contiguous()
-        or value.untyped_storage().nbytes() < value.numel() * value.element_size()
-    ):
-        return "does not fill its memory"
-    if not math.isfinite(value.abs().max()) if value.numel() else False:
-        return "holds a number that is not finite"
-    return None
-
-
-def _plain(value: object) -> object:
-    """Arrays as tensors, which torch loads with weights_only; equal texts as one object: pickle writes a second one by reference."""
-    if isinstance(value, dict):
-        return {_plain(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if isinstance(value, str):
-        return sys.intern(str(value))
-    return torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+def _feature_problems(covariates: list[CovariateState], tensors: Mapping[str, Tensor]) -> list[str]:
+    problems, expected = [], set()
+    for covariate in covariates:
+        if covariate.feature_labels is None:
+            if covariate.covariate.kind == "embedding":
+                problems.append(f"{covariate.name}: an embedding without features")
+            continue
+        name = _FEATURES + covariate.name
+        expected.add(name)
+        if name not in tensors:
+            problems.append(f"{covariate.name}: no tensor {name}")
+        elif tensors[name].ndim != 2 or len(tensors[name]) != len(covariate.feature_labels):
+            shape, labels = tuple(tensors[name].shape), len(covariate.feature_labels)
+            problems.append(f"{covariate.name}: features of shape {shape} for {labels} labels")
+    unknown = {name for name in tensors if name.startswith(_FEATURES)} - expected
+    return problems + ([f"unknown features {examples(sorted(unknown))}"] if unknown else [])

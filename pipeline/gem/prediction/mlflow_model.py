@@ -1,7 +1,7 @@
-"""A trained model as MLflow loads and serves it: a table of experiments in, the table of GEM.predict out.
+"""A trained model in the form that MLflow loads and serves.
 
-MLflow imports this module by its name from the code that was logged beside the model; all that it imports goes along.
-N rows, G genes.
+MLflow imports this module by name from the code that is packed with the model, together with all
+modules that it imports. N rows, G genes.
 """
 
 from collections.abc import Mapping
@@ -11,86 +11,84 @@ import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 
-from pipeline.gem.common.config import GROUPS
 from pipeline.gem.common.errors import InputError, examples
 from pipeline.gem.model.gem import TrainedGEM
-from pipeline.gem.prediction.api import predict
+from pipeline.gem.prediction.api import GEM
 from pipeline.gem.prediction.predictor import Request
-from pipeline.gem.prediction.query_table import REFERENCE, SAMPLE, known_columns
-
-REFERENCE_COUNTS = (
-    "reference_counts"  # of a query: a list of raw counts a row, in the order of the genes
+from pipeline.gem.prediction.query_table import (
+    LATENT_COLUMNS,
+    REFERENCE_ID,
+    SAMPLE_ID,
+    known_columns,
 )
 
-
-def _load_pyfunc(path: str) -> "Served":
-    """MLflow's way in; `path` is the model file."""
-    return Served(TrainedGEM.load(path))
+REFERENCE_COUNTS = "reference_counts"  # column of a query: raw counts (G,) in the order of genes
 
 
-class Served:
-    """What `mlflow.pyfunc.load_model` wraps."""
+def _load_pyfunc(path: str) -> "PredictionModel":
+    """The entry point of MLflow; `path` is the model file."""
+    return PredictionModel(GEM.load(path))
 
-    def __init__(self, gem: TrainedGEM):
+
+class PredictionModel:
+    """`GEM.predict` behind the interface of `mlflow.pyfunc`."""
+
+    def __init__(self, gem: GEM):
         self.gem = gem
 
     def predict(
         self, query: pd.DataFrame, params: Mapping[str, object] | None = None
     ) -> pd.DataFrame:
-        """As GEM.predict; `params` by the names of `parameters`. A bad query is MLflow's error, which a server answers with 400."""
-        how = dict(params or {})
-        if "conditioning" in how:
-            how["conditioning"] = tuple(map(str, how["conditioning"]))
+        """The table of `GEM.predict`, with `params` as its options.
+
+        MlflowException if the query is not valid: a server answers with status 400.
+        """
+        options = dict(params or {})
+        if "conditioning" in options:
+            options["conditioning"] = tuple(map(str, options["conditioning"]))
         try:
             if REFERENCE_COUNTS not in query:
-                return predict(self.gem, query, None, how)
-            counts = self._counts(query[REFERENCE_COUNTS])
-            named = query.drop(columns=REFERENCE_COUNTS).assign(**{REFERENCE: counts.index})
-            return predict(self.gem, named, counts, how).drop(columns=REFERENCE)
+                return self.gem.predict(query, **options)
+            counts = self._reference(query[REFERENCE_COUNTS])
+            query = query.drop(columns=REFERENCE_COUNTS).assign(**{REFERENCE_ID: counts.index})
+            predictions = self.gem.predict(query, reference=counts, **options)
+            return predictions.drop(columns=REFERENCE_ID)
         except InputError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
 
-    def _counts(self, lists: pd.Series) -> pd.DataFrame:
-        """(N, G) raw counts, rows named by their number."""
-        wanted = len(self.gem.genes)
+    def _reference(self, cells: pd.Series) -> pd.DataFrame:
+        """(N, G) raw counts; the index is the number of the row, as text."""
+        genes, where = self.gem.genes, f"query: {REFERENCE_COUNTS}"
         bad = [
             row
-            for row, counts in enumerate(lists)
-            if not isinstance(counts, (list, np.ndarray)) or len(counts) != wanted
+            for row, counts in enumerate(cells)
+            if not isinstance(counts, (list, np.ndarray)) or len(counts) != len(genes)
         ]
         if bad:
             raise InputError(
-                f"query: {REFERENCE_COUNTS}, rows {examples(bad)}: expected a list of {wanted:,} raw counts, in the order of the model's genes"
+                f"{where}, rows {examples(bad)}: expected a list of {len(genes):,} raw counts, "
+                "in the order of the model's genes"
             )
         try:
-            counts = np.array(list(lists), dtype=np.float64)
+            counts = np.array(list(cells), dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise InputError(f"query: {REFERENCE_COUNTS}: {error}; expected raw counts") from None
-        return pd.DataFrame(
-            counts, index=[str(row) for row in range(len(counts))], columns=self.gem.genes
-        )
+            raise InputError(f"{where}: {error}; expected raw counts") from None
+        return pd.DataFrame(counts, index=[str(row) for row in range(len(counts))], columns=genes)
 
 
 def inputs(gem: TrainedGEM) -> list[str]:
-    """Columns that a query may have, every one of them optional."""
-    return [*known_columns(gem), SAMPLE, REFERENCE_COUNTS]
+    """Columns that a query may have. All are optional."""
+    return [*known_columns(gem), SAMPLE_ID, REFERENCE_COUNTS]
 
 
 def outputs(gem: TrainedGEM) -> dict[str, type | None]:
-    """Columns of an answer in their order, with the type of a cell; None where a column depends on what is asked."""
-    asked = [*known_columns(gem), SAMPLE]
-    further = ["sample", *(f"latent_{group}" for group in GROUPS), "low", "high"]
-    return (
-        dict.fromkeys(asked)
-        | {"extrapolated": bool}
-        | dict.fromkeys(further)
-        | {str(gene): int for gene in gem.genes}
-    )
+    """Columns of the predictions in their order, and their types; None for an optional column."""
+    optional = dict.fromkeys((*known_columns(gem), SAMPLE_ID))
+    added = dict.fromkeys(("draw", *LATENT_COLUMNS, "low", "high"))
+    return optional | {"extrapolated": bool} | added | {str(gene): int for gene in gem.genes}
 
 
 def parameters() -> dict[str, object]:
-    """Names and defaults of what else one may ask for: those of a Request, lists for tuples."""
-    return {
-        one.name: list(one.default) if isinstance(one.default, tuple) else one.default
-        for one in fields(Request)
-    }
+    """Names and defaults of the params of a request: the fields of a Request, tuples as lists."""
+    defaults = {option.name: option.default for option in fields(Request)}
+    return defaults | {"conditioning": list(defaults["conditioning"])}

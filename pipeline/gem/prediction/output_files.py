@@ -1,85 +1,106 @@
-"""Predictions on disk, written block by block: a Parquet table of lists, or an AnnData .h5ad.
+"""Predictions on disk, written block by block: a Parquet table with lists, or an AnnData .h5ad.
 
 n rows of a block, G genes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from scipy.sparse import csr_matrix
 
 from pipeline.gem.common.errors import InputError
-from pipeline.gem.common.files import replacing
+from pipeline.gem.common.files import atomic_replacement
+from pipeline.gem.common.progress import Progress
+from pipeline.gem.prediction.predictor import PredictedBlock
 from pipeline.gem.prediction.reference_samples import genes_file
 
-_SPARSE = 1 / 3  # share of counts above zero in the first block, below which zeros are not stored
-_CHUNK_VALUES = 2**18  # of one compressed piece of an .h5ad
+SUFFIXES = (".parquet", ".h5ad")
+_MAX_SPARSE_SHARE = 1 / 3  # of counts above zero in the first block; above it X is dense
+_CHUNK_VALUES = 2**18  # values of a compressed chunk of an .h5ad
+_H5_OPTIONS = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 
 
 @contextmanager
 def open_output(
-    path: Path, genes: np.ndarray, about: Mapping[str, object]
+    path: Path, genes: np.ndarray, provenance: Mapping[str, object]
 ) -> Iterator["ParquetOutput | H5adOutput"]:
-    """A writer; the files appear when all is written, or not at all. `about` says where the numbers come from.
+    """A writer for blocks. The files appear when all blocks are written, or not at all.
 
-    InputError for a name that says no known format.
+    `provenance` is stored in the file. InputError for another suffix than .parquet or .h5ad.
     """
-    if path.suffix == ".h5ad":
-        with replacing(path) as temporary, h5py.File(temporary, "w") as file:
-            output = H5adOutput(file, genes, about)
-            yield output
-            output.finish()
-    elif path.suffix == ".parquet":
-        with replacing(path) as temporary, replacing(genes_file(path)) as beside:
-            pq.write_table(pa.table({"gene_id": pa.array(genes.tolist(), pa.string())}), beside)
-            output = ParquetOutput(temporary, about)
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: neither .parquet nor .h5ad")
+    with atomic_replacement(path) as temporary:
+        if path.suffix == ".h5ad":
+            with h5py.File(temporary, "w") as file:
+                output = H5adOutput(file, genes, provenance)
+                yield output
+                output.write_obs()
+            return
+        with atomic_replacement(genes_file(path)) as genes_path:
+            pq.write_table(pa.table({"gene_id": pa.array(genes.tolist(), pa.string())}), genes_path)
+            output = ParquetOutput(temporary, provenance)
             try:
                 yield output
             finally:
                 output.close()
-    else:
-        raise InputError(f"{path}: neither .parquet nor .h5ad")
+
+
+def write_blocks(
+    path: Path,
+    genes: np.ndarray,
+    provenance: Mapping[str, object],
+    blocks: Iterable[PredictedBlock],
+    progress: Progress,
+) -> None:
+    """Writes the blocks as they come: one is written while the next one is predicted."""
+    with open_output(path, genes, provenance) as output, ThreadPoolExecutor(1) as executor:
+        pending: Future | None = None
+        for block in blocks:
+            if pending is not None:
+                pending.result()
+            pending = executor.submit(output.write, block)
+            progress.advance(len(block.row))
+        if pending is not None:
+            pending.result()
 
 
 class ParquetOutput:
     """The columns of a block, then lists in the order of the genes.
 
-    Bytes of counts are stored apart, high ones and low ones (BYTE_STREAM_SPLIT), which makes lz4 twice as fast and the file
-    a third smaller than lists with zstd.
+    BYTE_STREAM_SPLIT stores the high and low bytes of counts apart. With it, lz4 is twice as fast
+    as zstd without it, and the file is a third smaller.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, object]):
-        self.path, self.about, self._writer = path, about, None
+    def __init__(self, path: Path, provenance: Mapping[str, object]):
+        self.path, self.provenance = path, provenance
+        self._writer: pq.ParquetWriter | None = None
 
-    def write(
-        self,
-        columns: pa.Table,
-        counts: np.ndarray,
-        latents: Mapping[str, np.ndarray],
-        ends: Mapping[str, np.ndarray],
-    ) -> None:
-        """A block: columns (n,), counts (n, G), latents by group (n, L_g), further counts by name (n, G)."""
-        lists = (
-            {f"latent_{group}": values for group, values in latents.items()}
-            | {"counts": counts}
-            | dict(ends)
-        )
-        plain = columns.column_names
+    def write(self, block: PredictedBlock) -> None:
+        lists = {f"latent_{group}": values for group, values in block.latents.items()}
+        lists |= {"counts": block.counts, **block.interval}
+        table = block.columns
         for name, values in lists.items():
-            columns = columns.append_column(*_list_column(name, values))
+            table = table.append_column(*_list_column(name, values))
         if self._writer is None:
-            metadata = {f"gem.{name}": str(value) for name, value in self.about.items()}
-            encodings = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in lists}
+            metadata = {f"gem.{name}": str(value) for name, value in self.provenance.items()}
             self._writer = pq.ParquetWriter(
-                self.path, columns.schema.with_metadata(metadata), compression="lz4", use_dictionary=plain, column_encoding=encodings,
-                write_statistics=plain, write_page_checksum=True,
-            )  # fmt: skip
-        self._writer.write_table(columns)
+                self.path,
+                table.schema.with_metadata(metadata),
+                compression="lz4",
+                use_dictionary=block.columns.column_names,
+                column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in lists},
+                write_statistics=block.columns.column_names,
+                write_page_checksum=True,
+            )
+        self._writer.write_table(table)
 
     def close(self) -> None:
         if self._writer is not None:
@@ -87,250 +108,78 @@ class ParquetOutput:
 
 
 def _list_column(name: str, values: np.ndarray) -> tuple[pa.Field, pa.Array]:
-    """A column of lists over the memory of values (n, k)."""
+    """A column of lists that shares the memory of values (n, k)."""
     flat = pa.array(np.ascontiguousarray(values).reshape(-1))
     kind = pa.list_(pa.field("element", flat.type, nullable=False))
     offsets = pa.array(np.arange(0, values.size + 1, max(1, values.shape[1]), dtype=np.int32))
-    return pa.field(name, kind, nullable=False), pa.ListArray.from_arrays(offsets, flat, type=kind)
+    lists = pa.ListArray.from_arrays(offsets, flat, type=kind)
+    return pa.field(name, kind, nullable=False), lists
 
 
 class H5adOutput:
-    """AnnData's format on disk: counts in X, columns in obs, genes in var, latents in obsm, further counts in layers."""
+    """An AnnData file: counts in X, columns in obs, genes in var, latents in obsm, the interval in
+    layers, the provenance in uns/gem. obs is held in memory until the end."""
 
-    def __init__(self, file: h5py.File, genes: np.ndarray, about: Mapping[str, object]):
-        self.file, self.genes, self.rows = file, genes, 0
-        self.matrices: dict[str, _Dense | _Sparse] = {}
-        self.columns: dict[str, _Column] = {}
-        _encode(file, "anndata", "0.1.0")
-        for name in ("layers", "obsm", "obsp", "varm", "varp", "uns", "uns/gem"):
-            _encode(file.create_group(name), "dict", "0.1.0")
-        for name, value in about.items():
-            text = isinstance(value, str)
-            _encode(
-                file["uns/gem"].create_dataset(name, data=value),
-                "string" if text else "numeric-scalar",
-                "0.2.0",
-            )
-        var = _frame(file, "var", [])
-        _texts(var, "_index", genes.tolist())
+    def __init__(self, file: h5py.File, genes: np.ndarray, provenance: Mapping[str, object]):
+        import anndata  # takes half a second to import, and only this format needs it
 
-    def write(
-        self,
-        columns: pa.Table,
-        counts: np.ndarray,
-        latents: Mapping[str, np.ndarray],
-        ends: Mapping[str, np.ndarray],
-    ) -> None:
-        """As of a Parquet output."""
-        if not self.matrices:
-            self._create(columns, counts, latents, ends)
-        named = (
-            {"X": counts}
-            | {f"obsm/latent_{group}": values for group, values in latents.items()}
-            | {f"layers/{name}": part for name, part in ends.items()}
-        )
-        for name, values in named.items():
-            self.matrices[name].append(values)
-        for name, column in self.columns.items():
-            column.append(columns[name])
-        self.rows += len(counts)
+        self.file, self.anndata = file, anndata
+        self.obs: list[pa.Table] = []
+        var, uns = pd.DataFrame(index=genes.astype(str)), {"gem": dict(provenance)}
+        anndata.io.write_elem(file, "/", anndata.AnnData(var=var, uns=uns))
 
-    def _create(
-        self,
-        columns: pa.Table,
-        counts: np.ndarray,
-        latents: Mapping[str, np.ndarray],
-        ends: Mapping[str, np.ndarray],
-    ) -> None:
-        kind = _Sparse if np.count_nonzero(counts) < _SPARSE * counts.size else _Dense
-        self.matrices = {
-            name: kind(self.file, name, counts.shape[1], np.int32)
-            for name in ("X", *(f"layers/{end}" for end in ends))
-        }
-        self.matrices |= {
-            f"obsm/latent_{group}": _Dense(
-                self.file, f"obsm/latent_{group}", part.shape[1], np.float32
-            )
-            for group, part in latents.items()
-        }
-        obs = _frame(self.file, "obs", columns.column_names)
-        self.columns = {field.name: _Column(obs, field) for field in columns.schema}
+    def write(self, block: PredictedBlock) -> None:
+        arrays = {"X": block.counts}
+        arrays |= {f"obsm/latent_{group}": values for group, values in block.latents.items()}
+        arrays |= {f"layers/{name}": values for name, values in block.interval.items()}
+        for key, values in arrays.items():
+            if self.obs:
+                self._append(key, values)
+            else:
+                self._create(key, values)
+        names = [name.replace("/", "_") for name in block.columns.column_names]  # "/" nests groups
+        columns = [_obs_column(column) for column in block.columns.columns]
+        self.obs.append(pa.table(columns, names))
 
-    def finish(self) -> None:
-        for part in (*self.matrices.values(), *self.columns.values()):
-            part.finish()
-        _texts(self.file["obs"], "_index", [str(row) for row in range(self.rows)])
+    def _create(self, key: str, values: np.ndarray) -> None:
+        write_elem, width = self.anndata.io.write_elem, max(1, values.shape[1])
+        share = np.count_nonzero(values) / max(1, values.size)
+        if key.startswith("obsm") or share > _MAX_SPARSE_SHARE:
+            chunks = (max(1, min(4096, _CHUNK_VALUES // width)), width)
+            options = {**_H5_OPTIONS, "chunks": chunks, "maxshape": (None, width)}
+            write_elem(self.file, key, values, dataset_kwargs=options)
+        else:
+            # Later blocks may need row pointers above 2^31.
+            options = {**_H5_OPTIONS, "chunks": (_CHUNK_VALUES,), "indptr_dtype": np.int64}
+            write_elem(self.file, key, csr_matrix(values), dataset_kwargs=options)
 
-
-class _Dense:
-    """(rows, width) that grows."""
-
-    def __init__(self, file: h5py.File, name: str, width: int, dtype: type):
-        chunk = (max(1, min(4096, _CHUNK_VALUES // max(1, width))), max(1, width))
-        self.data = file.create_dataset(
-            name,
-            (0, width),
-            dtype,
-            maxshape=(None, width),
-            chunks=chunk,
-            compression="gzip",
-            compression_opts=1,
-            shuffle=True,
-        )
-        _encode(self.data, "array", "0.2.0")
-
-    def append(self, values: np.ndarray) -> None:
-        _extend(self.data, values)
-
-    def finish(self) -> None:
-        """Nothing is left to write."""
-
-
-class _Sparse:
-    """Compressed rows that grow."""
-
-    def __init__(self, file: h5py.File, name: str, width: int, dtype: type):
-        self.group, self.width = file.create_group(name), width
-        _encode(self.group, "csr_matrix", "0.1.0")
-        for part, kind in (("data", dtype), ("indices", np.int32), ("indptr", np.int64)):
-            self.group.create_dataset(
-                part,
-                (0,),
-                kind,
-                maxshape=(None,),
-                chunks=(_CHUNK_VALUES,),
-                compression="gzip",
-                compression_opts=1,
-                shuffle=True,
-            )
-        _extend(self.group["indptr"], np.zeros(1, dtype=np.int64))
-
-    def append(self, values: np.ndarray) -> None:
-        mask = values != 0
-        start = len(self.group["data"])
-        _extend(self.group["data"], values[mask])
-        _extend(self.group["indices"], np.nonzero(mask)[1].astype(np.int32))
-        _extend(self.group["indptr"], start + np.cumsum(np.count_nonzero(mask, axis=1)))
-
-    def finish(self) -> None:
-        self.group.attrs["shape"] = np.array(
-            [len(self.group["indptr"]) - 1, self.width], dtype=np.int64
-        )
-
-
-class _Column:
-    """A column of obs that grows: numbers as they are, everything else as categories."""
-
-    def __init__(self, obs: h5py.Group, field: pa.Field):
-        self.obs, self.name = obs, field.name.replace("/", "_")  # a slash would open a group
-        self.number = (
-            pa.types.is_integer(field.type)
-            or pa.types.is_floating(field.type)
-            or pa.types.is_boolean(field.type)
-        )
-        self.whole, self.missing, self.categories = pa.types.is_integer(field.type), [], {}
-        kind = (
-            np.bool_
-            if pa.types.is_boolean(field.type)
-            else np.int64
-            if self.whole
-            else np.float64
-            if self.number
-            else np.int32
-        )
-        self.data = obs.create_dataset(
-            self.name, (0,), kind, maxshape=(None,), chunks=(_CHUNK_VALUES // 16,)
-        )
-
-    def append(self, column: pa.ChunkedArray) -> None:
-        if not self.number:
-            _extend(self.data, self._codes(column))
+    def _append(self, key: str, values: np.ndarray) -> None:
+        stored = self.file[key]
+        if isinstance(stored, h5py.Group):
+            self.anndata.io.sparse_dataset(stored).append(csr_matrix(values))
             return
-        missing = pc.is_null(column).to_numpy()
-        self.missing += (len(self.data) + np.flatnonzero(missing)).tolist()
-        values = column.to_numpy()
-        _extend(
-            self.data,
-            np.where(missing, 0 if self.data.dtype.kind != "f" else np.nan, values).astype(
-                self.data.dtype
-            ),
-        )
+        stored.resize(len(stored) + len(values), axis=0)
+        stored[-len(values) :] = values
 
-    def _codes(self, column: pa.ChunkedArray) -> np.ndarray:
-        """(n,) int32 category of each value, -1 where missing."""
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            column = pa.chunked_array(
-                [
-                    pa.array(
-                        [None if value is None else str(value) for value in column.to_pylist()],
-                        pa.string(),
-                    )
-                ]
-            )
-        coded = pc.dictionary_encode(column).combine_chunks()
-        coded = coded.chunk(0) if isinstance(coded, pa.ChunkedArray) else coded
-        place = np.array(
-            [
-                self.categories.setdefault(value, len(self.categories))
-                for value in coded.dictionary.to_pylist()
-            ]
-            + [-1],
-            dtype=np.int32,
-        )
-        return place[
-            pc.fill_null(coded.indices, len(coded.dictionary)).to_numpy(zero_copy_only=False)
-        ]
-
-    def finish(self) -> None:
-        if self.number and self.missing and self.data.dtype.kind != "f":
-            values = self.data[:].astype(np.float64)
-            values[self.missing] = np.nan
-            del self.obs[self.name]
-            self.data = self.obs.create_dataset(self.name, data=values)
-        if self.number:
-            _encode(self.data, "array", "0.2.0")
-            return
-        self.obs.move(self.name, f"{self.name}.codes")
-        group = self.obs.create_group(self.name)
-        _encode(group, "categorical", "0.2.0").attrs["ordered"] = False
-        self.obs.move(f"{self.name}.codes", f"{self.name}/codes")
-        _encode(group["codes"], "array", "0.2.0")
-        _texts(group, "categories", list(self.categories))
+    def write_obs(self) -> None:
+        table = pa.concat_tables(self.obs).unify_dictionaries()
+        obs = pd.DataFrame({name: _to_pandas(table[name]) for name in table.column_names})
+        self.anndata.io.write_elem(self.file, "obs", obs.set_axis(obs.index.astype(str)))
 
 
-def _frame(file: h5py.File, name: str, columns: list[str]) -> h5py.Group:
-    group = _encode(file.create_group(name), "dataframe", "0.2.0")
-    group.attrs["_index"] = "_index"
-    group.attrs.create(
-        "column-order",
-        [column.replace("/", "_") for column in columns],
-        dtype=h5py.string_dtype(),
-        shape=(len(columns),),
-    )
-    return group
+def _obs_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Numbers and booleans as they are, everything else as categories of texts."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = column.type
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+        return column
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        texts = [None if value is None else str(value) for value in column.to_pylist()]
+        column = pa.chunked_array([pa.array(texts, pa.string())])
+    return column.dictionary_encode()
 
 
-def _texts(group: h5py.Group, name: str, values: list[str]) -> None:
-    _encode(
-        group.create_dataset(
-            name,
-            data=np.array(values, dtype=object),
-            dtype=h5py.string_dtype(),
-            shape=(len(values),),
-        ),
-        "string-array",
-        "0.2.0",
-    )
-
-
-def _encode(item: h5py.Group | h5py.Dataset, kind: str, version: str) -> h5py.Group | h5py.Dataset:
-    item.attrs["encoding-type"], item.attrs["encoding-version"] = kind, version
-    return item
-
-
-def _extend(data: h5py.Dataset, values: np.ndarray) -> None:
-    start = len(data)
-    data.resize(start + len(values), axis=0)
-    data[start:] = values
+def _to_pandas(column: pa.ChunkedArray) -> pd.Series:
+    nullable_boolean = pa.types.is_boolean(column.type) and column.null_count
+    return column.to_pandas().astype("boolean") if nullable_boolean else column.to_pandas()

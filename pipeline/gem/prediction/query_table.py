@@ -1,11 +1,11 @@
-"""Queries: a table of experiments to predict, a row each, with only the columns that one has. Read in blocks, checked whole.
+"""Query tables: one row per experiment, with any subset of the columns of the model.
 
-N rows of a block, U distinct ones. A query of any length takes the memory of one block.
+A query is read in blocks, so its length does not matter for memory. N rows of a block, U distinct.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,72 +15,61 @@ import pyarrow.compute as pc
 import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
-from pipeline.gem.common.errors import InputError, did_you_mean
-from pipeline.gem.data.covariates import CovariateEncoder
-from pipeline.gem.data.labels import cell
-from pipeline.gem.data.units import shown
+from pipeline.gem.common.config import GROUPS
+from pipeline.gem.common.errors import InputError
 from pipeline.gem.model.gem import TrainedGEM
 
-SAMPLE, REFERENCE = "sample_id", "reference_id"  # names that are no covariates
-RESERVED = ("extrapolated", "sample", "counts", "low", "high")  # columns that a prediction adds
-_SHOWN = 20  # problems of one column that are listed; the others are counted
-_REMEMBERED = 2**16  # checked values of one column that are kept in mind
-_READ_ROWS = 2**16  # rows checked at a time
+SAMPLE_ID, REFERENCE_ID = "sample_id", "reference_id"  # columns that are no covariates
+LATENT_COLUMNS = tuple(f"latent_{group}" for group in GROUPS)
+RESERVED_COLUMNS = ("extrapolated", "draw", *LATENT_COLUMNS, "counts", "low", "high")
+SCAN_ROWS = 2**16  # rows read at a time where nothing is predicted
+_CSV_TYPES = (pa.int64(), pa.float64(), pa.string())  # narrowest first
 
 
 @dataclass(frozen=True)
 class QueryFile:
-    """A CSV or Parquet table, opened: its columns and their types, and how many rows it has."""
+    """A CSV or Parquet table on disk, with its column types and its number of rows."""
 
     path: Path
     schema: pa.Schema
-    rows: int
-    missing: tuple[str, ...] = ()  # texts that mean "missing" in a CSV
+    rows: int = 0
+    null_values: tuple[str, ...] = ()  # texts that mean "missing" in a CSV
 
     @classmethod
     def open(cls, path: Path, labels: Iterable[str] = ()) -> "QueryFile":
-        """InputError where it is absent or no table. In a CSV what other tools write for "missing" is that, but for `labels`."""
+        """Opens a .csv or .parquet file. InputError if it is not readable or a column not allowed.
+
+        In a CSV, "NA" and the like mean a missing value, unless they are one of the `labels`.
+        """
         path = Path(path)
         if not path.exists():
-            raise InputError(
-                f"{path}: absent; give a CSV or Parquet table, a row for each experiment"
-            )
+            raise InputError(f"{path}: absent; a query is a CSV or Parquet table of experiments")
         if path.suffix not in (".csv", ".parquet"):
             raise InputError(f"{path}: neither .csv nor .parquet")
-        try:
+        with readable(path):
             if path.suffix == ".parquet":
                 with pq.ParquetFile(path) as file:
-                    return cls(path, file.schema_arrow, file.metadata.num_rows)._checked()
-            missing = tuple(sorted(set(pc_csv.ConvertOptions().null_values) - set(labels)))
+                    query = cls(path, file.schema_arrow, file.metadata.num_rows)
+                check_column_names(path, query.schema.names)
+                return query
+            null_values = sorted(set(pc_csv.ConvertOptions().null_values) - set(labels))
             with pc_csv.open_csv(path) as reader:
-                header = reader.schema.names
-            return (
-                cls(path, pa.schema([(name, pa.string()) for name in header]), 0, missing)
-                ._checked()
-                ._typed()
-            )
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(
-                f"{path}: cannot be read ({next(iter(str(error).splitlines()), type(error).__name__)})"
-            ) from None
+                names = reader.schema.names
+            check_column_names(path, names)
+            text = pa.schema([(name, pa.string()) for name in names])
+            return cls(path, text, null_values=tuple(null_values))._with_types()
 
     def blocks(self, rows: int) -> Iterator[pa.Table]:
-        """The table in blocks of `rows` rows, the last one shorter."""
-        waiting, number = [], 0
-        try:
+        """The table in blocks of `rows` rows. The last block may be shorter."""
+        pending = self.schema.empty_table()
+        with readable(self.path):
             for batch in self._batches(rows):
-                waiting.append(batch)
-                number += len(batch)
-                while number >= rows:
-                    table = pa.Table.from_batches(waiting, self.schema)
-                    yield table.slice(0, rows).combine_chunks()
-                    waiting, number = table.slice(rows).to_batches(), number - rows
-            if number:
-                yield pa.Table.from_batches(waiting, self.schema).combine_chunks()
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(
-                f"{self.path}: cannot be read ({next(iter(str(error).splitlines()), type(error).__name__)})"
-            ) from None
+                pending = pa.concat_tables([pending, pa.Table.from_batches([batch], self.schema)])
+                while len(pending) >= rows:
+                    yield pending.slice(0, rows).combine_chunks()
+                    pending = pending.slice(rows)
+        if len(pending):
+            yield pending.combine_chunks()
 
     def _batches(self, rows: int) -> Iterator[pa.RecordBatch]:
         if self.path.suffix == ".parquet":
@@ -89,55 +78,41 @@ class QueryFile:
             return
         convert = pc_csv.ConvertOptions(
             column_types=self.schema,
-            null_values=list(self.missing),
+            null_values=list(self.null_values),
             strings_can_be_null=True,
             quoted_strings_can_be_null=False,
         )
-        with pc_csv.open_csv(
-            self.path,
-            convert_options=convert,
-            parse_options=pc_csv.ParseOptions(newlines_in_values=True),
-        ) as reader:
+        parse = pc_csv.ParseOptions(newlines_in_values=True)
+        with pc_csv.open_csv(self.path, convert_options=convert, parse_options=parse) as reader:
             yield from reader
 
-    def _checked(self) -> "QueryFile":
-        names = self.schema.names
-        problems = [
-            f"{self.path}: column {name} stands twice"
-            for name in dict.fromkeys(names)
-            if names.count(name) > 1
-        ]
-        problems += [
-            f"{self.path}: a column named {name}; rename it: the prediction adds a column of that name"
-            for name in RESERVED
-            if name in names
-        ]
-        if problems:
-            raise InputError(*problems)
-        return self
+    def _with_types(self) -> "QueryFile":
+        """The same CSV with the narrowest type that holds all values of each column.
 
-    def _typed(self) -> "QueryFile":
-        """The narrowest type that holds every value of each column: whole numbers, numbers, text. "007" is text."""
-        kinds, rows = dict.fromkeys(self.schema.names, 0), 0
-        for table in self.blocks(_READ_ROWS):
+        Arrow infers types from the first block of a file only, and reads "007" as a number.
+        """
+        levels, rows = dict.fromkeys(self.schema.names, 0), 0
+        for table in self.blocks(SCAN_ROWS):
             rows += len(table)
-            for name in kinds:
-                while not _is(_KINDS[kinds[name]], table[name]):
-                    kinds[name] += 1
-        return QueryFile(
-            self.path,
-            pa.schema([(name, _KINDS[kind]) for name, kind in kinds.items()]),
-            rows,
-            self.missing,
-        )
+            for name in levels:
+                while not _castable(table[name], _CSV_TYPES[levels[name]]):
+                    levels[name] += 1
+        schema = pa.schema([(name, _CSV_TYPES[level]) for name, level in levels.items()])
+        return replace(self, schema=schema, rows=rows)
 
 
 @dataclass(frozen=True)
 class QueryFrame:
-    """A query from Python, as a file would be."""
+    """A query in memory, with the interface of a QueryFile."""
 
     table: pa.Table
     path: str = "query"
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame) -> "QueryFrame":
+        """InputError if a column name is not allowed."""
+        check_column_names("query", [str(name) for name in frame.columns])
+        return cls(pa.table({str(name): _arrow_column(frame[name]) for name in frame.columns}))
 
     @property
     def schema(self) -> pa.Schema:
@@ -151,10 +126,102 @@ class QueryFrame:
         return (self.table.slice(start, rows) for start in range(0, len(self.table), rows))
 
 
-_KINDS = (pa.int64(), pa.float64(), pa.string())
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns errors of Arrow and of the system into an InputError about the file."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{path}: cannot be read ({reason})") from None
 
 
-def _is(kind: pa.DataType, texts: pa.ChunkedArray) -> bool:
+def check_column_names(path: Path | str, names: list[str]) -> None:
+    """InputError if a column occurs twice, or has the name of a column of the output."""
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    problems = [f"{path}: column {name} occurs more than once" for name in twice]
+    problems += [
+        f"{path}: column {name} has the name of a column of the output; rename it"
+        for name in RESERVED_COLUMNS
+        if name in names
+    ]
+    if problems:
+        raise InputError(*problems)
+
+
+def known_columns(gem: TrainedGEM) -> list[str]:
+    """Covariates, and the columns that decide whether a prediction extrapolates."""
+    return list(dict.fromkeys([*gem.metadata.names, *gem.training_support.columns]))
+
+
+def known_labels(gem: TrainedGEM) -> set[str]:
+    """All labels of all covariates. None of them means "missing"."""
+    fields = [field for field in gem.metadata.fields if field.covariate.kind != "numeric"]
+    return {label for field in fields for label in field.known_labels}
+
+
+@dataclass(frozen=True)
+class DistinctRows:
+    """The distinct rows of a block: each is encoded once."""
+
+    samples: pd.DataFrame  # (U, ...) columns that the model knows
+    index: np.ndarray  # (N,) int64, distinct row of each row
+    reference_ids: np.ndarray | None = None  # (U,) None without that column
+
+    @classmethod
+    def of(cls, table: pa.Table, columns: Iterable[str]) -> "DistinctRows":
+        """`columns` are those that matter; the table may lack some."""
+        names = [name for name in columns if name in table.column_names]
+        codes = pd.DataFrame({name: _codes(table[name]) for name in names}, index=range(len(table)))
+        index = np.zeros(len(table), dtype=np.int64)
+        if names:
+            index = codes.groupby(names).ngroup().to_numpy()
+        _, first = np.unique(index, return_index=True)
+        samples = categorical_frame(table.take(pa.array(first)), names)
+        if REFERENCE_ID not in samples:
+            return cls(samples, index)
+        return cls(samples, index, samples.pop(REFERENCE_ID).to_numpy(dtype=object))
+
+
+def categorical_frame(table: pa.Table, names: list[str]) -> pd.DataFrame:
+    """Columns as categories: label encoding then looks at each distinct value once."""
+    columns = {}
+    for name in names:
+        coded = _dictionary_array(table[name])
+        codes = pc.fill_null(coded.indices, -1).to_numpy(zero_copy_only=False)
+        categories = pd.Index(coded.dictionary.to_pylist(), dtype=object)
+        columns[name] = pd.Categorical.from_codes(codes, categories)
+    return pd.DataFrame(columns, index=range(len(table)))
+
+
+def plain_values(column: pa.ChunkedArray) -> pa.Array:
+    """One array without dictionary and NaN (pandas writes it for "missing"), so that equal cells
+    are equal values. A column without any value becomes text."""
+    if pa.types.is_null(column.type):
+        column = column.cast(pa.string())
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    values = column.combine_chunks()
+    return pc.if_else(pc.is_nan(values), None, values) if _is_float(values) else values
+
+
+def _is_float(values: pa.Array) -> bool:
+    return pa.types.is_floating(values.type)
+
+
+def _dictionary_array(column: pa.ChunkedArray) -> pa.DictionaryArray:
+    coded = pc.dictionary_encode(plain_values(column))
+    return coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded
+
+
+def _codes(column: pa.ChunkedArray) -> np.ndarray:
+    """(N,) number of each cell among the distinct values; the highest for missing cells."""
+    coded = _dictionary_array(column)
+    return pc.fill_null(coded.indices, len(coded.dictionary)).to_numpy(zero_copy_only=False)
+
+
+def _castable(texts: pa.ChunkedArray, kind: pa.DataType) -> bool:
+    """Whether all texts of a CSV column are numbers of this type, none with leading zeros."""
     if kind == pa.string():
         return True
     if pc.any(pc.match_substring_regex(texts, r"^\s*[-+]?0\d")).as_py():
@@ -166,197 +233,11 @@ def _is(kind: pa.DataType, texts: pa.ChunkedArray) -> bool:
     return texts.null_count < len(texts)
 
 
-def check_query(
-    query: QueryFile | QueryFrame, gem: TrainedGEM, unknown: str, references: Collection[str] | None
-) -> list[str]:
-    """What to tell of a query that is in order; InputError lists every problem of every row: row, column, closest known value.
-
-    `references` are the names that its column reference_id chooses from; None: there are none.
-    """
-    known, names, where = known_columns(gem), query.schema.names, query.path
-    problems = [] if query.rows else [f"{where}: no rows; give one for each experiment"]
-    if not set(names) & set(known) and references is None:
-        problems.append(
-            f"{where}: none of its columns is known to the model{did_you_mean('', known)}"
-        )
-    if references is not None and len(references) > 1 and REFERENCE not in names:
-        problems.append(
-            f"{where}: there are {len(references):,} references; add a column {REFERENCE} that says which is whose"
-        )
-    fields = {field.name: field for several in gem.metadata.groups.values() for field in several}
-    checks = {
-        name: partial(_covariate_problem, fields[name], unknown) for name in names if name in fields
-    }
-    if references is not None and REFERENCE in names:
-        checks[REFERENCE] = partial(_reference_problem, frozenset(references))
-    nested = [
-        name
-        for name in names
-        if name in (*known, REFERENCE) and pa.types.is_nested(query.schema.field(name).type)
-    ]
-    problems += [
-        f"{where}: column {name} holds {query.schema.field(name).type}; expected one value a cell"
-        for name in nested
-    ]
-    problems += _bad_values(
-        query, {name: check for name, check in checks.items() if name not in nested}
-    )
-    if problems:
-        raise InputError(*problems)
-    strange = [name for name in names if name not in (*known, SAMPLE, REFERENCE)]
-    notes = [
-        f"{where}: column {name} is unknown to the model and only carried along{did_you_mean(name, known)}"
-        for name in strange
-    ]
-    ignored = references is None and REFERENCE in names
-    return notes + (
-        [f"{where}: column {REFERENCE} says nothing without references"] if ignored else []
-    )
-
-
-def known_labels(gem: TrainedGEM) -> set[str]:
-    """Every label of every covariate, none of which means "missing"."""
-    fields = (field for several in gem.metadata.groups.values() for field in several)
-    return {label for field in fields if field.covariate.kind != "numeric" for label in field.known}
-
-
-def known_columns(gem: TrainedGEM) -> list[str]:
-    """Names that mean something to the model: covariates, and what else says whether a prediction extrapolates."""
-    return list(dict.fromkeys([*gem.metadata.names, *gem.seen.columns]))
-
-
-def _bad_values(
-    query: QueryFile | QueryFrame, checks: Mapping[str, Callable[[object], str | None]]
-) -> list[str]:
-    """A line for each distinct bad value of each column, with the first row that has it."""
-    problems: dict[str, list[str]] = {name: [] for name in checks}
-    seen: dict[str, set] = {name: set() for name in checks}
-    more, start = dict.fromkeys(checks, 0), 0
-    for table in query.blocks(_READ_ROWS) if checks else ():
-        for name, check in checks.items():
-            column = _flat(table[name]).combine_chunks()
-            for scalar in pc.unique(column):
-                value = cell(scalar.as_py())
-                if (value is None and name != REFERENCE) or value in seen[name]:
-                    continue
-                seen[name].add(value)
-                problem = check(value)
-                if problem and len(problems[name]) < _SHOWN:
-                    problems[name].append(
-                        f"{query.path}: {name}, row {start + _first(column, scalar)}: {problem}"
-                    )
-                elif problem:
-                    more[name] += 1
-            if len(seen[name]) > _REMEMBERED:
-                seen[name].clear()
-        start += len(table)
-    for name, number in more.items():
-        problems[name] += (
-            [f"{query.path}: {name}: and {number:,} more values like these"] if number else []
-        )
-    return [problem for several in problems.values() for problem in several]
-
-
-def _first(column: pa.Array, value: pa.Scalar) -> int:
-    return (
-        pc.index(pc.is_null(column), True).as_py()
-        if value.as_py() is None
-        else pc.index(column, value).as_py()
-    )
-
-
-def _covariate_problem(field: CovariateEncoder, unknown: str, value: object) -> str | None:
-    return field.read(value, unknown)[1]
-
-
-def _reference_problem(known: frozenset[str], value: object) -> str | None:
-    if value is None:
-        return "names no reference; every row needs one, or none"
-    return (
-        None
-        if str(value) in known
-        else f"no reference is named {shown(value)}{did_you_mean(value, sorted(known))}"
-    )
-
-
-@dataclass(frozen=True)
-class DistinctRows:
-    """A block of a query: its distinct rows, and which of them each row is."""
-
-    samples: pd.DataFrame  # (U, ...) the columns that the model knows
-    index: np.ndarray  # (N,) int64
-    reference: np.ndarray | None = None  # (U,) names of references, None where the row names none
-
-    @classmethod
-    def of(cls, table: pa.Table, known: Iterable[str]) -> "DistinctRows":
-        """`known` are the columns that matter, and reference_id where there are references."""
-        names = [name for name in known if name in table.column_names]
-        index, first = _distinct_rows(table, names)
-        samples = plain(table.take(pa.array(first)), names)
-        reference = samples.pop(REFERENCE).to_numpy(dtype=object) if REFERENCE in samples else None
-        return cls(samples, index, reference)
-
-
-def _distinct_rows(table: pa.Table, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """((N,) number of each row among the distinct ones, (U,) where each of these stands first)."""
-    code = np.zeros(len(table), dtype=np.int64)
-    for name in names:
-        column = _coded(table[name])
-        values = (
-            pc.fill_null(column.indices, len(column.dictionary))
-            .to_numpy(zero_copy_only=False)
-            .astype(np.int64)
-        )
-        code = np.unique(code * (len(column.dictionary) + 1) + values, return_inverse=True)[
-            1
-        ].reshape(-1)
-    _, first, index = np.unique(code, return_index=True, return_inverse=True)
-    return index.reshape(-1), first
-
-
-def _flat(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Without a dictionary, so that the same value has one code; a column without any value as text."""
-    if pa.types.is_null(column.type):
-        return column.cast(pa.string())
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
-
-
-def plain(table: pa.Table, names: list[str]) -> pd.DataFrame:
-    """Columns of a table as categories of plain values: few distinct values stand for many rows."""
-    columns = {}
-    for name in names:
-        coded = _coded(table[name])
-        codes = pc.fill_null(coded.indices, -1).to_numpy(zero_copy_only=False)
-        columns[name] = pd.Categorical.from_codes(
-            codes, pd.Index(coded.dictionary.to_pylist(), dtype=object)
-        )
-    return pd.DataFrame(columns, index=range(len(table)))
-
-
-def _coded(column: pa.ChunkedArray) -> pa.DictionaryArray:
-    flat = _flat(column).combine_chunks()
-    if pa.types.is_floating(flat.type):
-        flat = pc.if_else(pc.is_nan(flat), None, flat)  # which pandas writes for "missing"
-    coded = pc.dictionary_encode(flat)
-    return coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded
-
-
-def as_table(frame: pd.DataFrame) -> pa.Table:
-    """A frame as Arrow, columns by name; what Arrow cannot hold together, as 55 beside "24 hours", as text."""
-    problems = [f"column {name} stands twice" for name in frame.columns[frame.columns.duplicated()]]
-    if problems:
-        raise InputError(*problems)
-    return pa.table({str(name): _arrow(frame[name]) for name in frame.columns})
-
-
-def _arrow(column: pd.Series) -> pa.Array:
+def _arrow_column(column: pd.Series) -> pa.Array:
+    """A column of a frame; as text if it mixes types, such as 55 and "24 hours"."""
     try:
         return pa.Array.from_pandas(column)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return pa.array(
-            [
-                None if pd.api.types.is_scalar(value) and pd.isna(value) else str(value)
-                for value in column
-            ],
-            pa.string(),
-        )
+        missing = [pd.api.types.is_scalar(value) and pd.isna(value) for value in column]
+        texts = [None if no else str(value) for value, no in zip(column, missing, strict=True)]
+        return pa.array(texts, pa.string())

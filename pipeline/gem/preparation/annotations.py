@@ -1,122 +1,116 @@
-"""What tables tell beside the counts: features of labels, and the genes that perturbations hit."""
+"""Tables beside the counts: features of labels, target genes of perturbations, a gene list."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from pipeline.gem.common.config import Data
 from pipeline.gem.common.errors import InputError, examples
-from pipeline.gem.data.cohort import DECLARED, TARGETS, embedding_file
 from pipeline.gem.data.features import FeatureTable, read_table
-from pipeline.gem.data.labels import label_texts, labels_of, list_cells
-from pipeline.gem.data.sources import Source
+from pipeline.gem.data.labels import label_texts, list_cell_problems
 
-TABLES = Path("data/tables")  # where DVC looks for tables beside those in data.source
-TARGET_COLUMNS = ("perturbation", "gene_id")
+TARGET_COLUMNS = ["perturbation", "gene_id"]
 
 
-def read_knowledge(source: Source, data: Data) -> tuple[dict[str, FeatureTable], pd.DataFrame]:
-    """What tables tell of labels: (features of each embedding, perturbation and gene_id of its target). InputError lists every problem."""
-    features, problems = {}, []
-    for name, path in data.covariates.embeddings().items():
-        try:
-            features[name] = FeatureTable.read(path)
-        except InputError as error:
-            problems += error.problems
+@dataclass(frozen=True)
+class Annotations:
+    """The annotation tables that params.yaml names."""
+
+    features: dict[str, FeatureTable]  # by embedding covariate
+    targets: pd.DataFrame  # perturbation, gene_id; empty if data.target_gene is null
+    gene_list: list[str] | None  # gene_ids of data.gene_list
+
+
+@contextmanager
+def collect_problems(problems: list[str]) -> Iterator[None]:
+    """Adds the problems of an InputError to the list, instead of raising it."""
     try:
-        targets = read_targets(data, source.genes["gene_id"])
+        yield
     except InputError as error:
         problems += error.problems
+
+
+def read_annotations(data: Data, genes: pd.Series) -> Annotations:
+    """Reads all tables; `genes` are the gene_ids of the source. InputError lists every problem."""
+    problems: list[str] = []
+    known_genes, features = set(genes.astype(str)), {}
+    for name, path in data.covariates.embeddings().items():
+        with collect_problems(problems):
+            features[name] = FeatureTable.read(path)
+    with collect_problems(problems):
+        targets = _read_targets(data, known_genes)
+    with collect_problems(problems):
+        gene_list = _read_gene_list(data, known_genes)
     if problems:
         raise InputError(*problems)
-    return features, targets
+    return Annotations(features, targets, gene_list)
 
 
-def read_targets(data: Data, genes: pd.Series) -> pd.DataFrame:
-    """perturbation, gene_id; empty where `data.target_gene` is null. InputError where the table is not that."""
+def _read_targets(data: Data, known_genes: set[str]) -> pd.DataFrame:
     if data.target_gene is None:
         return pd.DataFrame(columns=TARGET_COLUMNS, dtype=str)
-    path = Path(data.target_gene)
-    if not path.exists():
-        raise InputError(f"{path}: absent; data.target_gene names it")
-    table = read_table(path)
-    absent = [name for name in TARGET_COLUMNS if name not in table]
-    if absent:
-        raise InputError(
-            f"{path}: no column {' or '.join(absent)}; expected {' and '.join(TARGET_COLUMNS)}, found {examples(table.columns)}"
-        )
-    lists = [
-        problem for name in TARGET_COLUMNS for problem in list_cells(table[name], f"{path}: {name}")
-    ]
-    if lists:
-        raise InputError(*lists)
-    table = pd.DataFrame({name: label_texts(table[name]) for name in TARGET_COLUMNS}).dropna()
-    twice = sorted(table["perturbation"][table["perturbation"].duplicated()].unique())
-    problems = (
-        [f"{path}: perturbations {examples(twice)} stand twice; expected one target gene each"]
-        if twice
-        else []
-    )
-    strange = sorted(set(table["gene_id"]) - set(genes.astype(str)))
-    if strange:
-        problems.append(
-            f"{path}: genes {examples(strange)} are not in {data.source}; expected a gene_id of its genes"
-        )
+    path = _existing(data.target_gene, "data.target_gene")
+    table = _read_labels(path, TARGET_COLUMNS).dropna()
+    problems = _unknown_genes(table["gene_id"], known_genes, path, data)
+    if duplicates := sorted(table["perturbation"][table["perturbation"].duplicated()].unique()):
+        names = examples(duplicates)
+        problems.append(f"{path}: duplicate perturbations {names}; expected one target gene each")
     if problems:
         raise InputError(*problems)
     return table.reset_index(drop=True)
 
 
-def write_knowledge(
-    features: dict[str, FeatureTable],
-    targets: pd.DataFrame,
-    samples: pd.DataFrame,
-    data: Data,
-    folder: Path,
-) -> list[str]:
-    """Writes the tables into the cohort; gives a note where labels of the samples have no features."""
-    notes = []
-    for name, table in features.items():
-        table.write(folder / embedding_file(name))
-        bare = {
-            label for text in samples[name].dropna().unique() for label in labels_of(text)
-        } - set(table.labels)
-        bare -= {data.control.value} if data.control else set()
-        if bare:
-            notes.append(
-                f"{name}: no features for {examples(sorted(bare))}: only their identity is known"
-            )
-    targets.to_parquet(folder / TARGETS, index=False)
-    return notes
+def _read_gene_list(data: Data, known_genes: set[str]) -> list[str] | None:
+    """A Parquet or CSV table with a column gene_id, or text with one gene_id per line."""
+    if data.gene_list is None:
+        return None
+    path = _existing(data.gene_list, "data.gene_list")
+    if path.suffix in (".parquet", ".csv"):
+        names = _read_labels(path, ["gene_id"])["gene_id"].dropna().tolist()
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read as a list of genes ({error})") from None
+        names = [line.strip() for line in lines if line.strip()]
+    problems = _unknown_genes(names, known_genes, path, data)
+    if not names:
+        problems.append(f"{path}: no gene; list at least one, or set data.gene_list to null")
+    if problems:
+        raise InputError(*problems)
+    return names
 
 
-def targets_of(samples: pd.DataFrame, targets: pd.DataFrame, data: Data) -> set[str]:
-    """The genes that perturbations of these samples hit."""
-    if data.control is None:
-        return set()
-    return set(targets["gene_id"][targets["perturbation"].isin(samples[data.control.column])])
+def _existing(path: str, key: str) -> Path:
+    if not Path(path).exists():
+        raise InputError(f"{path}: absent; {key} names it")
+    return Path(path)
 
 
-def unwatched_tables(data: Data) -> list[str]:
-    """A note for each table whose change would go unnoticed: DVC watches data.source and data/tables."""
-    named = {
-        f"data.covariates: {name}": path for name, path in data.covariates.embeddings().items()
-    }
-    named |= {"data.target_gene": data.target_gene, "data.gene_list": data.gene_list}
-    watched = [Path(data.source).resolve(), TABLES.resolve()]
+def _read_labels(path: Path, columns: list[str]) -> pd.DataFrame:
+    """These columns of a table, as texts."""
+    table = read_table(path)
+    if absent := [name for name in columns if name not in table]:
+        raise InputError(
+            f"{path}: no column {' or '.join(absent)}; expected {' and '.join(columns)}, "
+            f"found {examples(table.columns)}"
+        )
+    problems: list[str] = []
+    for name in columns:
+        problems += list_cell_problems(table[name], f"{path}: {name}")
+    if problems:
+        raise InputError(*problems)
+    return pd.DataFrame({name: label_texts(table[name]) for name in columns})
+
+
+def _unknown_genes(names, known_genes: set[str], path: Path, data: Data) -> list[str]:
+    unknown = sorted(set(names) - known_genes)
+    if not unknown:
+        return []
     return [
-        f"{key}: {path} lies neither in data.source nor in {TABLES}: after a change of it run `dvc repro --force prepare`, or move it there"
-        for key, path in named.items()
-        if path is not None
-        and not any(Path(path).resolve().is_relative_to(folder) for folder in watched)
+        f"{path}: genes {examples(unknown, 20)} are not in {data.source}; "
+        "expected gene_ids of its genes"
     ]
-
-
-def declared_in_cohort(data: Data) -> dict:
-    """What params.yaml declares of the columns, its tables being the cohort's own: where they came from changes no result."""
-    declared = data.model_dump(mode="json", include=set(DECLARED))
-    for covariates in declared["covariates"].values():
-        for name, covariate in covariates.items():
-            if covariate["kind"] == "embedding":
-                covariate["table"] = embedding_file(name)
-    return declared | {"target_gene": TARGETS if data.target_gene else None}

@@ -1,7 +1,8 @@
 """Assigns every sample of a cohort to a named split.
 
-Whole entities first (latest studies, perturbations, pairs of context and perturbation), the tests before the
-validations, then samples at random. A split that a cohort cannot have is absent, and the reason is given.
+First whole entities (the latest studies, perturbations, pairs of context and perturbation), the
+test splits before the validation splits; then controls and samples at random. A split that a cohort
+cannot have is absent, and a note gives the reason.
 """
 
 import numpy as np
@@ -9,154 +10,163 @@ import pandas as pd
 
 from pipeline.gem.common.config import Data, Splits
 from pipeline.gem.data.splits import TEST_CONTROL, TRAIN, Entities, date_order
-from pipeline.gem.preparation.combinations import named_pairs, pairs_to_hold_out
+from pipeline.gem.preparation.combinations import (
+    check_parts_in_training,
+    listed_pairs,
+    select_pairs,
+)
 
 
 def assign_splits(samples: pd.DataFrame, data: Data, params: Splits) -> tuple[pd.Series, list[str]]:
-    """(split of each sample, why which splits are absent). The order of the rows does not matter."""
+    """(split of each sample, notes on absent splits), independent of the order of the rows.
+
+    InputError if listed pairs are invalid.
+    """
     order = np.argsort(samples["sample_id"].to_numpy(dtype=str), kind="stable")
-    ordered = samples.iloc[order].reset_index(drop=True)
-    entities = Entities.of(ordered, data)
-    rng = np.random.default_rng(params.seed)
-    split = pd.Series("", index=ordered.index, dtype=object)
-    notes: list[str] = []
-    _hold_out_entities(ordered, entities, data, params, split, notes, rng)
-    _reserve_controls(entities, data, params, split, notes, rng)
-    _hold_out_samples(entities, params, split, notes, rng)
-    split[split == ""] = TRAIN
-    result = pd.Series("", index=samples.index, dtype=object)
-    result.iloc[order] = split.to_numpy()
-    return result, notes
+    assignment = _Assignment(samples.iloc[order].reset_index(drop=True), data, params)
+    assignment.hold_out_entities()
+    assignment.reserve_controls()
+    assignment.hold_out_random_samples()
+    split = pd.Series("", index=samples.index, dtype=object)
+    split.iloc[order] = assignment.split.replace("", TRAIN).to_numpy()
+    return split, assignment.notes
 
 
-def _hold_out_entities(
-    samples: pd.DataFrame,
-    entities: Entities,
-    data: Data,
-    params: Splits,
-    split: pd.Series,
-    notes: list[str],
-    rng: np.random.Generator,
-) -> None:
-    """Whole studies, perturbations and pairs, those of the test before those of validation."""
-    studies = _studies_by_date(samples, entities.study, data, rng)
-    belongs = pd.DataFrame(
-        {name: getattr(entities, name) for name in ("context", "perturbation", "pair", "control")}
-    )
-    named = named_pairs(samples, belongs, data, params)
-    in_named = entities.pair.isin([*named[0], *named[1]])
-    # A named pair is a combination only while its perturbation is seen elsewhere.
-    perturbations = [
-        name
-        for name in rng.permutation(
-            np.array(sorted(entities.perturbation.dropna().unique()), dtype=object)
+class _Assignment:
+    """The splits of a table of samples while they are assigned ("" before), and the notes."""
+
+    def __init__(self, samples: pd.DataFrame, data: Data, params: Splits):
+        self.samples, self.data, self.params = samples, data, params
+        self.entities = Entities.of(samples, data)
+        self.rng = np.random.default_rng(params.seed)
+        self.split = pd.Series("", index=samples.index, dtype=object)
+        self.notes: list[str] = []
+
+    def hold_out_entities(self) -> None:
+        """Assigns whole studies, perturbations and pairs."""
+        entities, params = self.entities, self.params
+        studies = self._studies_by_date()
+        listed = listed_pairs(self.samples, entities, self.data, params)
+        perturbations = self._shuffled_perturbations([*listed.test, *listed.validation])
+        test_studies, validation_studies = _test_and_validation(studies[::-1], params.study)
+        test_perturbations, validation_perturbations = _test_and_validation(
+            perturbations, params.perturbation
         )
-        if not (in_named.any() and (entities.shows([name]) & in_named).any())
-    ]
-    test_studies, validation_studies = _test_and_validation(studies[::-1], params.study)
-    test_perturbations, validation_perturbations = _test_and_validation(
-        perturbations, params.perturbation
-    )
-    held = entities.study.isin(test_studies + validation_studies) | entities.shows(
-        test_perturbations + validation_perturbations
-    )
-    test_pairs, validation_pairs = pairs_to_hold_out(belongs, ~held, named, data, params, rng)
-    chosen = (
-        ("test_study", entities.study.isin(test_studies)),
-        ("test_perturbation", entities.shows(test_perturbations)),
-        ("test_combination", entities.pair.isin(test_pairs)),
-        ("validation_study", entities.study.isin(validation_studies)),
-        ("validation_perturbation", entities.shows(validation_perturbations)),
-        ("validation_combination", entities.pair.isin(validation_pairs)),
-    )
-    for name, wanted in chosen:
-        rows = wanted & (split == "")
-        split[rows] = name
+        held_out = entities.study.isin(test_studies + validation_studies)
+        held_out |= entities.has_perturbation(test_perturbations + validation_perturbations)
+        check_parts_in_training(entities, ~held_out, listed, self.data.source)
+        pairs = select_pairs(entities, ~held_out, listed, params, self.rng)
+        for name, rows in (
+            ("test_study", entities.study.isin(test_studies)),
+            ("test_perturbation", entities.has_perturbation(test_perturbations)),
+            ("test_combination", entities.pair.isin(pairs.test)),
+            ("validation_study", entities.study.isin(validation_studies)),
+            ("validation_perturbation", entities.has_perturbation(validation_perturbations)),
+            ("validation_combination", entities.pair.isin(pairs.validation)),
+        ):
+            self._assign(name, rows, self._why_absent(name))
+        for name, names in (
+            ("test_combination", listed.test),
+            ("validation_combination", listed.validation),
+        ):
+            elsewhere = self.split[entities.pair.isin(names) & (self.split != name)]
+            self.notes += [
+                f"{number} samples of the pairs listed for {name} are in {other}"
+                for other, number in elsewhere.value_counts().items()
+            ]
+
+    def reserve_controls(self) -> None:
+        """Assigns a share of each context's controls to the test."""
+        entities, share = self.entities, self.params.test_control
+        contexts = entities.context[entities.control & (self.split == "")]
+        reserved: list[int] = []
+        for _, rows in contexts.groupby(contexts, sort=True):
+            shuffled = self.rng.permutation(rows.index.to_numpy())
+            reserved += list(shuffled[: round(share * len(rows))])
+        reason = "data.control is null"
+        if self.data.control is not None:
+            reason = f"{int(entities.control.sum())} controls are too few to reserve a share of"
+            reason += f" {share} in any context"
+        self._assign(TEST_CONTROL, self.split.index.isin(reserved), reason)
+
+    def hold_out_random_samples(self) -> None:
+        """Assigns samples at random.
+
+        Training keeps one sample of each perturbation and context, so that these splits test
+        interpolation only.
+        """
+        params = self.params
+        left = self.rng.permutation(self.split.index[self.split == ""].to_numpy())
+        perturbation, context = self.entities.perturbation[left], self.entities.context[left]
+        is_first = (perturbation.notna() & ~perturbation.duplicated()) | ~context.duplicated()
+        free = left[~is_first.to_numpy()]
+        tests = round(params.test_random * len(left))
+        validations = round(params.validation * len(left))
+        for name, share, rows in (
+            ("test_random", params.test_random, free[:tests]),
+            ("validation", params.validation, free[tests : tests + validations]),
+        ):
+            reason = f"a share of {share} of {len(left)} samples selects none, "
+            reason += "or each is the only one of its perturbation or context"
+            self._assign(name, self.split.index.isin(rows), reason)
+
+    def _assign(self, name: str, rows: pd.Series | np.ndarray, reason: str) -> None:
+        """Assigns the unassigned ones of the rows (N,) bool; if there are none, notes the
+        reason."""
+        rows = rows & (self.split == "")
+        self.split[rows] = name
         if not rows.any():
-            notes.append(f"{name} is absent: {_why_absent(name, entities, data, params)}")
-    for name, pairs in (("test_combination", named[0]), ("validation_combination", named[1])):
-        elsewhere = split[entities.pair.isin(pairs) & (split != name)].value_counts()
-        notes += [
-            f"{number} samples of the pairs that splits names for {name} are in {other}"
-            for other, number in elsewhere.items()
-        ]
+            self.notes.append(f"{name} is absent: {reason}")
+
+    def _why_absent(self, name: str) -> str:
+        entities, params, data = self.entities, self.params, self.data
+        role, kind = name.split("_")
+        if kind == "study" and data.study_column is None:
+            return "data.study_column is null"
+        if kind == "study":
+            number = entities.study.nunique()
+            return f"a share of {params.study} of {number} studies selects none"
+        if data.control is None:
+            return "data.control is null"
+        if kind == "perturbation":
+            number = entities.perturbation.nunique()
+            return (
+                f"a share of {params.perturbation} of {number} perturbations besides the control "
+                "selects none"
+            )
+        share = params.combination if role == "test" else params.validation_combination
+        if share == ():
+            return "the list of pairs is empty"
+        if isinstance(share, tuple):
+            return "every sample of the listed pairs is in a held-out study"
+        return (
+            f"a share of {share} of {entities.pair.nunique()} pairs of context and perturbation "
+            "selects none, or none has both parts elsewhere in training"
+        )
+
+    def _studies_by_date(self) -> list:
+        """Study names, the latest last and undated ones first; shuffled without a date column."""
+        studies = self.entities.study
+        names = sorted(studies.dropna().unique())
+        if self.data.date_column is None:
+            return list(self.rng.permutation(np.array(names, dtype=object)))
+        dates = date_order(self.samples[self.data.date_column])
+        latest = dates.groupby(studies).max().fillna(-np.inf)
+        return sorted(names, key=lambda name: (latest[name], name))
+
+    def _shuffled_perturbations(self, listed_pairs: list[str]) -> list:
+        """Perturbation names in random order, without those of listed pairs: these must stay in
+        training elsewhere."""
+        names = np.array(sorted(self.entities.perturbation.dropna().unique()), dtype=object)
+        shuffled = list(self.rng.permutation(names))
+        in_listed = self.entities.pair.isin(listed_pairs)
+        if not in_listed.any():
+            return shuffled
+        has_perturbation = self.entities.has_perturbation
+        return [name for name in shuffled if not (has_perturbation([name]) & in_listed).any()]
 
 
 def _test_and_validation(names: list, share: float) -> tuple[list, list]:
-    """A share of the names, and as many again."""
+    """The first share of the names, and the next."""
     number = round(share * len(names))
     return names[:number], names[number : 2 * number]
-
-
-def _why_absent(name: str, entities: Entities, data: Data, params: Splits) -> str:
-    if name.endswith("_study"):
-        if data.study_column is None:
-            return "data.study_column is null"
-        return f"a share of {params.study} of {entities.study.nunique()} studies is none"
-    if data.control is None:
-        return "data.control is null"
-    if name.endswith("_perturbation"):
-        return f"a share of {params.perturbation} of {entities.perturbation.nunique()} perturbations besides the control is none"
-    asked = params.combination if name.startswith("test") else params.validation_combination
-    if isinstance(asked, tuple):
-        return (
-            "every sample of the pairs named lies in a held-out study"
-            if asked
-            else "no pair is named"
-        )
-    pairs = f"of {entities.pair.nunique()} pairs of context and perturbation"
-    return f"{pairs} a share of {asked} is none, or none is left with both seen apart"
-
-
-def _reserve_controls(
-    entities: Entities,
-    data: Data,
-    params: Splits,
-    split: pd.Series,
-    notes: list[str],
-    rng: np.random.Generator,
-) -> None:
-    """A share of each context's controls, which nobody trains on."""
-    free = entities.control & (split == "")
-    reserved: list[int] = []
-    for _, rows in entities.context[free].groupby(entities.context[free], sort=True):
-        reserved += list(
-            rng.permutation(rows.index.to_numpy())[: round(params.test_control * len(rows))]
-        )
-    split[reserved] = TEST_CONTROL
-    if not reserved:
-        few = f"{int(entities.control.sum())} controls are too few to reserve a share of {params.test_control} in any context"
-        notes.append(
-            f"{TEST_CONTROL} is absent: {'data.control is null' if data.control is None else few}"
-        )
-
-
-def _hold_out_samples(
-    entities: Entities, params: Splits, split: pd.Series, notes: list[str], rng: np.random.Generator
-) -> None:
-    """Samples at random among those left; training keeps one of each perturbation and context, so that what is random interpolates."""
-    left = rng.permutation(split.index[split == ""].to_numpy())
-    perturbation, context = entities.perturbation[left], entities.context[left]
-    kept = (perturbation.notna() & ~perturbation.duplicated()) | ~context.duplicated()
-    free = left[~kept.to_numpy()]
-    tests, validations = round(params.test_random * len(left)), round(params.validation * len(left))
-    for name, share, rows in (
-        ("test_random", params.test_random, free[:tests]),
-        ("validation", params.validation, free[tests : tests + validations]),
-    ):
-        split[rows] = name
-        if not len(rows):
-            notes.append(
-                f"{name} is absent: a share of {share} of {len(left)} samples is none, or each is the only one of its perturbation or context"
-            )
-
-
-def _studies_by_date(
-    samples: pd.DataFrame, studies: pd.Series, data: Data, rng: np.random.Generator
-) -> list:
-    """Studies, the latest last and those without a date first; in random order where there are no dates."""
-    names = sorted(studies.dropna().unique())
-    if data.date_column is None:
-        return list(rng.permutation(np.array(names, dtype=object)))
-    latest = date_order(samples[data.date_column]).groupby(studies).max().fillna(-np.inf)
-    return sorted(names, key=lambda name: (latest[name], name))

@@ -1,1 +1,4 @@
-"""search."""
+"""Hyperparameter searches with Optuna: space, trials, confirmation, results.
+
+Imports tracking, training, model, data, common.
+"""

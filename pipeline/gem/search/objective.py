@@ -1,124 +1,192 @@
-"""One trial of a search or of its confirmation: fits with the seeds it is asked for, judged on the choice split, in a run of its own."""
+"""The objective function of a search: fits a trial and returns its metrics of the selection split.
+
+The metrics are comparable between settings, and never of a test split. Likelihoods are in nats per
+sample.
+"""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import optuna
+import torch
 from pydantic import ValidationError
 
 from pipeline.gem.common.config import Params
-from pipeline.gem.common.errors import DivergedError, StoppedError
+from pipeline.gem.common.errors import DivergedError, InputError, StoppedError
 from pipeline.gem.common.processes import StopSignal
-from pipeline.gem.search.objectives import figures_of
-from pipeline.gem.search.samplers import Values
-from pipeline.gem.search.search import note_epochs, shortened
-from pipeline.gem.search.search_config import BY_EPOCH, SearchConfig
-from pipeline.gem.search.trial_queue import Pruned, RunningTrial
-from pipeline.gem.tracking import runs
-from pipeline.gem.tracking.training_run import MODEL_PARAMETERS
+from pipeline.gem.model.latent_probe import linear_probe
+from pipeline.gem.search.search import record_epochs, with_epochs
+from pipeline.gem.search.search_config import EPOCH_METRICS, SearchConfig, Values
+from pipeline.gem.search.trial_queue import RUN, RunningTrial
+from pipeline.gem.tracking.runs import Run
+from pipeline.gem.tracking.training_run import FIT_SECTIONS
 from pipeline.gem.training.dataset import TrainingData
-from pipeline.gem.training.trainer import EpochMetrics, fit
+from pipeline.gem.training.trainer import EpochMetrics, FitResult, fit
+from pipeline.gem.training.validation import posterior_terms
+
+_SEED = 0  # of posterior draws and of the probe: the same for every trial
 
 
 @dataclass(frozen=True)
-class Trials:
-    """What all trials of a call share; `parent` is the tracker's run of the study, `digest` the hash of the data."""
+class FitSettings:
+    """The fits of a trial, and the name of its MLflow run."""
 
-    study: str
-    question: SearchConfig
+    run_name: str
+    values: Values
+    epochs: int
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ObjectiveFunction:
+    """Evaluates trials, each in an MLflow run below `parent_run`. `digest` is the data's hash."""
+
+    search: str
+    config: SearchConfig
     params: Params
     data: TrainingData
     digest: str
-    parent: str
-    interruption: StopSignal
+    parent_run: str
+    stop: StopSignal
 
-    def search(self, asked: RunningTrial) -> float | list[float]:
-        name = f"{self.study} trial {asked.number}"
-        return self._run(
-            asked,
-            name,
-            asked.values,
-            self.question.epochs,
-            self.question.seeds,
-            {"trial": asked.number},
-        )
+    def evaluate(self, trial: RunningTrial) -> float | list[float]:
+        """The mean of each objective over the seeds of the search."""
+        name = f"{self.search} trial={trial.number}"
+        settings = FitSettings(name, trial.values, self.config.epochs, self.config.seeds)
+        return self._evaluate(trial, settings, {"trial": trial.number})
 
-    def confirm(
-        self, asked: RunningTrial, candidates: dict[int, Values], epochs: int
+    def confirm(self, pair: RunningTrial, values: Values, epochs: int) -> float | list[float]:
+        """The objectives of a candidate, which has `values`, with a fresh seed. The values of
+        `pair` are the numbers of the candidate and the seed."""
+        trial, seed = pair.values["trial"], pair.values["seed"]
+        name = f"{self.search} confirmation trial={trial} seed={seed}"
+        settings = FitSettings(name, values, epochs, (seed,))
+        return self._evaluate(pair, settings, {"confirmed_trial": trial, "seed": seed})
+
+    def _evaluate(
+        self, trial: RunningTrial, settings: FitSettings, labels: dict[str, int]
     ) -> float | list[float]:
-        trial, seed = asked.values["trial"], asked.values["seed"]
-        values = candidates[trial]
-        name, about = (
-            f"{self.study} confirm {trial} seed {seed}",
-            {"confirmed_trial": trial, "seed": seed},
-        )
-        return self._run(asked, name, values, epochs, (seed,), about)
+        killed_by = (optuna.TrialPruned, StoppedError)
+        with Run.open(
+            settings.run_name, "tune", parent=self.parent_run, killed_by=killed_by
+        ) as run:
+            trial.set_attributes(**{RUN: run.id})
+            params = _override(with_epochs(self.params, settings.epochs), settings.values)
+            log10 = log10_params(self.config, settings.values)
+            run.log_params(params.flat(*FIT_SECTIONS) | log10 | labels)
+            run.log_dataset("cohort", self.digest, "training")
+            fits = self._fit(trial, run, params, settings.seeds)
+            means = [float(np.mean([fit[name] for fit in fits])) for name in self.config.metrics]
+            best = zip(self.config.metrics, means, strict=True)
+            run.log_metrics({f"best/{name}": value for name, value in best})
+            return means if len(means) > 1 else means[0]
 
-    def _run(
-        self,
-        asked: RunningTrial,
-        name: str,
-        values: Values,
-        epochs: int,
-        seeds: tuple[int, ...],
-        about: dict,
-    ) -> float | list[float]:
-        metrics = tuple(objective.metric for objective in self.question.objectives)
-        with runs.run(name, "tune", parent=self.parent, killed_by=(Pruned, StoppedError)) as run:
-            asked.note_run(run.id)
-            tried = _valid(shortened(self.params, epochs), values)
-            run.params(tried.flat(*MODEL_PARAMETERS) | log10_twins(self.question, values) | about)
-            run.dataset("cohort", self.digest, "training")
-            found = self._fits(asked, run, tried, seeds, metrics)
-            means = {metric: float(np.mean([one[metric] for one in found])) for metric in metrics}
-            run.metrics({f"best/{metric}": value for metric, value in means.items()})
-            return means[metrics[0]] if len(metrics) == 1 else list(means.values())
-
-    def _fits(
-        self,
-        asked: RunningTrial,
-        run: runs.Run,
-        tried: Params,
-        seeds: tuple[int, ...],
-        metrics: tuple[str, ...],
+    def _fit(
+        self, trial: RunningTrial, run: Run, params: Params, seeds: tuple[int, ...]
     ) -> list[dict[str, float]]:
-        """The figures of each seed. The first seed's curve is recorded, and is what pruning looks at."""
-        spent, planned, found = 0, tried.train.epochs, []
-        reported = (
-            f"validation_{metrics[0]}" if len(metrics) == 1 and metrics[0] in BY_EPOCH else None
-        )
+        """The metrics of each seed. The curve of the first seed is logged, and decides pruning."""
+        trained, planned, metrics = 0, params.train.epochs, []
+        names = self.config.metrics
+        prunable = len(names) == 1 and names[0] in EPOCH_METRICS
 
         def on_epoch(epoch: EpochMetrics) -> None:
-            nonlocal spent, planned
-            spent, planned = spent + 1, epoch.epochs
-            if not found:
-                with self.interruption.deferred():
-                    run.metrics(epoch.metrics(), step=epoch.epoch)
-                    if reported:
-                        asked.report(getattr(epoch, reported), epoch.epoch)
+            nonlocal trained, planned
+            trained, planned = trained + 1, epoch.epochs
+            if metrics:
+                return
+            with self.stop.uninterruptible():
+                run.log_metrics(epoch.metrics(), step=epoch.epoch)
+                if prunable:
+                    trial.report(getattr(epoch, f"validation_{names[0]}"), epoch.epoch)
 
         try:
             for seed in seeds:
-                with self.interruption.allowed():
-                    finished = fit(self.data, tried, seed, on_epoch)
-                    found.append(figures_of(finished, self.data, metrics))
+                with self.stop.interruptible():
+                    result = fit(self.data, params, seed, on_epoch)
+                    metrics.append(selection_metrics(result, self.data, names))
         finally:
-            note_epochs(asked, spent, planned * len(seeds))
-        return found
+            record_epochs(trial, trained, planned * len(seeds))
+        return metrics
 
 
-def _valid(params: Params, changes: Values) -> Params:
-    """DivergedError where values that are fine one by one are not together: this trial fails, and others go on."""
+def _override(params: Params, values: Values) -> Params:
+    """Values can be allowed one by one but not together. Raises DivergedError, so that only this
+    trial fails."""
     try:
-        return params.override(changes)
+        return params.override(values)
     except ValidationError as error:
-        raise DivergedError(f"no settings for a model: {error.errors()[0]['msg']}") from None
+        message = error.errors()[0]["msg"]
+        raise DivergedError(f"the values exclude each other: {message}") from None
 
 
-def log10_twins(question: SearchConfig, values: Values) -> dict[str, float]:
-    """MLflow's axes are linear: a log-scaled parameter is recorded a second time as its logarithm."""
+def log10_params(config: SearchConfig, values: Values) -> dict[str, float]:
+    """The logarithms of log-scaled parameters, because MLflow's axes are linear."""
     return {
         f"log10.{name}": math.log10(values[name])
-        for name, space in question.space.items()
+        for name, space in config.space.items()
         if name in values and getattr(space, "log", False)
     }
+
+
+def selection_metrics(
+    result: FitResult, data: TrainingData, names: tuple[str, ...]
+) -> dict[str, float]:
+    """Metrics of the best epoch on the selection split. Raises DivergedError if not finite."""
+    metrics = {}
+    for name in names:
+        if name in EPOCH_METRICS:
+            metrics[name] = getattr(result.best, f"validation_{name}")
+        elif name == "latent_leakage":
+            metrics[name] = latent_leakage(result, data)
+        else:
+            metrics[name] = reconstruction_log_likelihood(result, data)
+    infinite = [name for name, value in metrics.items() if not np.isfinite(value)]
+    if infinite:
+        raise DivergedError(f"{', '.join(infinite)} of the selection split is not finite")
+    return metrics
+
+
+@torch.no_grad()
+def reconstruction_log_likelihood(result: FitResult, data: TrainingData) -> float:
+    """E_q[log p(x | z)] by one posterior draw per sample, mean over samples; nats."""
+    generator = torch.Generator(data.validation.expression.device).manual_seed(_SEED)
+    terms = posterior_terms(result.gem.network, data.validation, generator)
+    return float(-terms["nll_reconstruction"])
+
+
+def latent_leakage(result: FitResult, data: TrainingData) -> float:
+    """How well linear probes predict labels from latents of groups that should not encode them.
+
+    The mean over label and group of (balanced accuracy - chance) / (1 - chance), at least 0. 0: no
+    leakage, 1: every label is predicted.
+    """
+    means = result.gem.posterior(data.validation.expression.cpu().numpy()).mean.cpu().numpy()
+    scores = []
+    for owner, labels in _labels(data):
+        for group, columns in result.gem.network.slices().items():
+            if group == owner:
+                continue
+            probe = linear_probe(means[:, columns], labels, _SEED)
+            if probe.accuracy is not None:
+                scores.append(max(0.0, (probe.accuracy - probe.chance) / (1 - probe.chance)))
+    if not scores:
+        raise InputError(
+            "latent_leakage cannot be computed: no covariate has two labels with enough samples "
+            "in the selection split; choose another metric"
+        )
+    return float(np.mean(scores))
+
+
+def _labels(data: TrainingData) -> Iterator[tuple[str, np.ndarray]]:
+    """(group, (N,) level or -1 if missing) of each covariate with several levels, decoded from
+    its encoding."""
+    for group, fields in data.encoder.groups.items():
+        encoded = data.validation.metadata[group][data.validation.index[group]].cpu().numpy()
+        start = 0
+        for field in fields:
+            levels = encoded[:, start + field.feature_size : start + field.size]
+            start += field.size
+            if field.covariate.kind in ("categorical", "embedding") and len(field.levels) > 1:
+                yield group, np.where(levels.any(axis=1), levels.argmax(axis=1), -1)

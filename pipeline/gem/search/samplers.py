@@ -1,4 +1,4 @@
-"""How a search proposes points and gives up on trials: Optuna's samplers and pruners, as a study file names them."""
+"""Optuna's distributions, samplers and pruners for the definition of a search."""
 
 import random
 from collections.abc import Callable
@@ -13,154 +13,139 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial, Trial
 
 from pipeline.gem.search.search_config import (
-    Choice,
-    Halving,
+    CategoricalSpace,
     IntegerSpace,
-    Median,
     SearchConfig,
     Space,
+    Values,
 )
 
-Values = dict[str, object]
-_PATIENCE = 10  # proposals of points that are there already, before a new one is drawn at random
+MAX_DUPLICATE_PROPOSALS = 10  # after these a new point is drawn at random
 
 
 def distribution(space: Space) -> BaseDistribution:
-    if isinstance(space, Choice):
+    if isinstance(space, CategoricalSpace):
         return CategoricalDistribution(space.choices)
     if isinstance(space, IntegerSpace):
-        return IntDistribution(space.low, space.high, log=space.log, step=space.step or 1)
+        return IntDistribution(space.low, space.high, log=space.log, step=space.step)
     return FloatDistribution(space.low, space.high, log=space.log, step=space.step)
 
 
-def suggest(trial: Trial, question: SearchConfig) -> Values:
-    """The point of a trial: the keys that are asked, in the order of the space."""
+def suggest(trial: Trial, config: SearchConfig) -> Values:
+    """The point of a trial: a value of every active key, in the order of the space."""
     values: Values = {}
-    for name, space in question.space.items():
-        if question.is_asked(name, values):
-            values[name] = _suggest_one(trial, name, space)
+    for name, space in config.space.items():
+        if config.is_active(name, values):
+            values[name] = _suggest_value(trial, name, space)
     return values
 
 
-def _suggest_one(trial: Trial, name: str, space: Space) -> object:
-    if isinstance(space, Choice):
+def _suggest_value(trial: Trial, name: str, space: Space) -> object:
+    if isinstance(space, CategoricalSpace):
         return trial.suggest_categorical(name, space.choices)
     if isinstance(space, IntegerSpace):
-        return trial.suggest_int(name, space.low, space.high, log=space.log, step=space.step or 1)
+        return trial.suggest_int(name, space.low, space.high, log=space.log, step=space.step)
     return trial.suggest_float(name, space.low, space.high, log=space.log, step=space.step)
 
 
-class Distinct(optuna.samplers.BaseSampler):
-    """Asks another sampler for whole points until one is new; after _PATIENCE of them it draws a new one at random.
+class UniquePointSampler(optuna.samplers.BaseSampler):
+    """Samples whole points with the configured sampler and rejects those that were proposed before.
 
-    A sampler's own state is not stored: it is seeded by the number of the trial, so that no resume repeats its points.
+    After MAX_DUPLICATE_PROPOSALS rejections it draws a new point at random. The state of a sampler
+    is not stored: it is seeded with the number of the trial, so a resumed search does not repeat
+    its points.
     """
 
-    def __init__(self, question: SearchConfig, number: int, known: Callable[[], list[Values]]):
-        self._question, self._known = question, known
-        self._space = {name: distribution(space) for name, space in question.space.items()}
-        seed = (question.sampler.seed + 1_000_003 * number) % 2**32
-        self._random = random.Random(seed)
+    def __init__(
+        self, config: SearchConfig, number: int, proposed_points: Callable[[], list[Values]]
+    ):
+        self._config, self._proposed_points = config, proposed_points
+        self._space = {name: distribution(space) for name, space in config.space.items()}
+        seed = (config.sampler.seed + 1_000_003 * number) % 2**32
+        self._rng = random.Random(seed)
         self._uniform = optuna.samplers.RandomSampler(seed=seed)
-        self._base = _base(question, seed)
+        self._base = _base_sampler(config, seed)
 
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
+    def infer_relative_search_space(self, study, trial) -> dict[str, BaseDistribution]:
         return self._space
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> Values:
-        known = self._known()
-        if self._question.sampler.name == "grid":
-            # In an order of its own: half a grid should not be a corner of it.
-            points = self._question.points()
-            random.Random(self._question.sampler.seed).shuffle(points)
-            return next(point for point in points if point not in known)
-        for _ in range(_PATIENCE):
-            point = self._point(self._base, study, trial)
-            if point not in known:
+        proposed = self._proposed_points()
+        if self._config.sampler.name == "grid":
+            # Shuffled, so that half a grid is not a corner of it.
+            points = self._config.points()
+            random.Random(self._config.sampler.seed).shuffle(points)
+            return next(point for point in points if point not in proposed)
+        for _ in range(MAX_DUPLICATE_PROPOSALS):
+            point = self._sample_point(self._base, study, trial)
+            if point not in proposed:
                 return point
-        points = self._question.points()
-        if points is not None:
-            return self._random.choice([point for point in points if point not in known])
-        while (point := self._point(self._uniform, study, trial)) in known:
+        if (points := self._config.points()) is not None:
+            return self._rng.choice([point for point in points if point not in proposed])
+        while (point := self._sample_point(self._uniform, study, trial)) in proposed:
             pass
         return point
 
-    def _point(
+    def _sample_point(
         self, sampler: optuna.samplers.BaseSampler, study: optuna.Study, trial: FrozenTrial
     ) -> Values:
-        # A low-discrepancy sequence covers the space from its first point on; the others learn the space from the trials.
-        quasi = isinstance(sampler, optuna.samplers.QMCSampler)
-        related = sampler.sample_relative(
-            study,
-            trial,
-            self._space if quasi else sampler.infer_relative_search_space(study, trial),
-        )
+        # QMC covers the whole space from its first point on. The other samplers infer the space
+        # that they can relate from the trials.
+        is_qmc = isinstance(sampler, optuna.samplers.QMCSampler)
+        space = self._space if is_qmc else sampler.infer_relative_search_space(study, trial)
+        related = sampler.sample_relative(study, trial, space)
         values: Values = {}
-        for name, one in self._space.items():
-            if self._question.is_asked(name, values):
-                values[name] = (
-                    related[name]
-                    if name in related
-                    else sampler.sample_independent(study, trial, name, one)
-                )
+        for name, dist in self._space.items():
+            if not self._config.is_active(name, values):
+                continue
+            if name in related:
+                values[name] = related[name]
+            else:
+                values[name] = sampler.sample_independent(study, trial, name, dist)
         return values
 
-    def sample_independent(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> object:
+    def sample_independent(self, study, trial, param_name, param_distribution) -> object:
         return self._uniform.sample_independent(study, trial, param_name, param_distribution)
 
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+    def before_trial(self, study, trial) -> None:
         self._base.before_trial(study, trial)
 
-    def after_trial(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        state: optuna.trial.TrialState,
-        values: list[float] | None,
-    ) -> None:
+    def after_trial(self, study, trial, state, values) -> None:
         self._base.after_trial(study, trial, state, values)
 
 
-def _base(question: SearchConfig, seed: int) -> optuna.samplers.BaseSampler:
-    asked = question.sampler
-    match asked.name:
+def _base_sampler(config: SearchConfig, seed: int) -> optuna.samplers.BaseSampler:
+    sampler = config.sampler
+    match sampler.name:
         case "tpe":
-            conditional = any(space.when for space in question.space.values())
             return optuna.samplers.TPESampler(
                 seed=seed,
-                n_startup_trials=asked.startup_trials,
+                n_startup_trials=sampler.startup_trials,
                 multivariate=True,
                 constant_liar=True,
-                group=conditional,
+                group=any(space.when for space in config.space.values()),
             )
         case "gp":
-            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=asked.startup_trials)
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=sampler.startup_trials)
         case "cmaes":
-            return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=asked.startup_trials)
+            return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=sampler.startup_trials)
         case "qmc":
-            # One sequence for all workers and calls: how far it has come is stored with the study.
-            return optuna.samplers.QMCSampler(seed=asked.seed, scramble=True)
+            # All workers and calls share one sequence; its position is stored with the study.
+            return optuna.samplers.QMCSampler(seed=sampler.seed, scramble=True)
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-def pruner(question: SearchConfig) -> optuna.pruners.BasePruner:
-    asked = question.pruner
-    if isinstance(asked, Median):
-        return optuna.pruners.MedianPruner(
-            n_startup_trials=asked.startup_trials, n_warmup_steps=asked.warmup_epochs
-        )
-    if isinstance(asked, Halving) and asked.name == "hyperband":
-        return optuna.pruners.HyperbandPruner(asked.min_epochs, question.epochs, asked.reduction)
-    if isinstance(asked, Halving):
-        return optuna.pruners.SuccessiveHalvingPruner(asked.min_epochs, asked.reduction)
+def make_pruner(config: SearchConfig) -> optuna.pruners.BasePruner:
+    pruner = config.pruner
+    match pruner.name:
+        case "median":
+            return optuna.pruners.MedianPruner(pruner.startup_trials, pruner.warmup_epochs)
+        case "hyperband":
+            return optuna.pruners.HyperbandPruner(
+                pruner.min_epochs, config.epochs, pruner.reduction
+            )
+        case "asha":
+            return optuna.pruners.SuccessiveHalvingPruner(pruner.min_epochs, pruner.reduction)
     return optuna.pruners.NopPruner()

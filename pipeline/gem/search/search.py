@@ -1,4 +1,4 @@
-"""One question asked of one cohort: its study is continued by every call, its baseline is tried first."""
+"""A search of one cohort: its Optuna study, which every call continues, and its tables."""
 
 from collections.abc import Callable
 
@@ -10,214 +10,196 @@ from pipeline.gem.common.config import Params
 from pipeline.gem.common.errors import DivergedError
 from pipeline.gem.common.files import sha256_of
 from pipeline.gem.common.processes import StopSignal
-from pipeline.gem.search.importance import importance_table, wins
-from pipeline.gem.search.samplers import Distinct, Values, pruner, suggest
-from pipeline.gem.search.search_config import OWN_TO_A_FIT, SearchConfig
+from pipeline.gem.search.importance import importance_table, win_rates
+from pipeline.gem.search.samplers import UniquePointSampler, make_pruner, suggest
+from pipeline.gem.search.search_config import NOT_SEARCHABLE, SearchConfig, Values
 from pipeline.gem.search.study_db import StudyStorage
-from pipeline.gem.search.trial_queue import RunningTrial, TrialQueue
+from pipeline.gem.search.trial_queue import Evaluate, RunningTrial, TrialQueue
 
+PARENT_RUN = "mlflow_run"  # attribute of the study
+
+_EPOCHS_TRAINED, _EPOCHS_PLANNED = "epochs_trained", "epochs_planned"
 _STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
-_PARENT, _EPOCHS, _PLANNED = "mlflow_run", "epochs_spent", "epochs_planned"
 
 
 class Search:
-    """The study's name hashes question and cohort: another question or cohort is another study."""
+    """The name of the study hashes the definition, the parameters that are not searched, and the
+    cohort. A change of any of them starts a new study. Trial 0 is the baseline.
+
+    `on_lost` receives the MLflow run of each trial whose worker died.
+    """
 
     def __init__(
         self,
         name: str,
-        question: SearchConfig,
+        config: SearchConfig,
         params: Params,
         data_sha256: str,
-        storage: StudyStorage | None = None,
+        on_lost: Callable[[str], None] = lambda run: None,
     ):
-        self.question = question
-        everything = shortened(params, question.epochs).flat("model", "train")
+        self.label, self.config, self.on_lost = f"search {name}", config, on_lost
+        settings = with_epochs(params, config.epochs).flat("model", "train")
         fixed = {
             key: value
-            for key, value in everything.items()
-            if key not in question.space and key not in OWN_TO_A_FIT
+            for key, value in settings.items()
+            if key not in config.space and key not in NOT_SEARCHABLE
         }
-        self.name = f"{name}-{sha256_of(question.decisive, fixed, data_sha256)[:12]}"
-        self.storage = storage or StudyStorage()
-        known = set(optuna.get_all_study_names(self.storage.storage))
-        self.is_new, self.others = (
-            self.name not in known,
-            sorted(other for other in known if other.startswith(f"{name}-") and "." not in other),
-        )
-        self.claims = TrialQueue(
-            self.storage,
-            self.name,
-            [objective.direction for objective in question.objectives],
-            pruner(question),
-        )
-        self.claims.enqueue([self.baseline])
+        self.name = f"{name}-{sha256_of(config.fingerprint_fields, fixed, data_sha256)[:12]}"
+        self.storage = StudyStorage()
+        studies = optuna.get_all_study_names(self.storage.storage)
+        # A "." separates the name of a search from the suffix of its confirmation.
+        searches = [study for study in studies if study.startswith(f"{name}-") and "." not in study]
+        self.replaces_another = self.name not in searches and bool(searches)
+        directions = [objective.direction for objective in config.objective]
+        self.queue = TrialQueue(self.storage, self.name, directions, make_pruner(config), on_lost)
+        self.queue.enqueue([self.baseline])
 
     @property
     def baseline(self) -> Values:
-        """The keys of the baseline that its own values ask for."""
+        """The active keys of the baseline."""
         values: Values = {}
-        for name in self.question.space:
-            if self.question.is_asked(name, values):
-                values[name] = self.question.baseline_values[name]
+        for name in self.config.space:
+            if self.config.is_active(name, values):
+                values[name] = self.config.baseline_values[name]
         return values
 
     @property
     def finished(self) -> list[FrozenTrial]:
-        return self.claims.finished
+        return self.queue.finished
 
     @property
     def complete(self) -> list[FrozenTrial]:
-        return self.claims.complete
+        return self.queue.complete
 
     def budget(self, trials: int) -> int:
-        """Not more than there are points."""
-        points = self.question.points()
+        """`trials`, or the number of points of a smaller space."""
+        points = self.config.points()
         return trials if points is None else min(trials, len(points))
 
-    def parent_run(self, exists: Callable[[str], bool], create: Callable[[], str]) -> str:
-        """The tracker's run of the study."""
-        return self.run_once(_PARENT, exists, create)
-
-    def run_once(self, what: str, exists: Callable[[str], bool], create: Callable[[], str]) -> str:
-        """A run of the tracker, made once for all workers, machines and calls; again where its store lost it."""
+    def shared_run(
+        self, attribute: str, exists: Callable[[str], bool], create: Callable[[], str]
+    ) -> str:
+        """An MLflow run that all workers, machines and calls share. It is created once, and again
+        if the tracking server lost it."""
         with self.storage.lock():
-            run = self.claims.study.user_attrs.get(what)
+            run = self.queue.study.user_attrs.get(attribute)
             if run is None or not exists(run):
                 run = create()
-                self.claims.study.set_user_attr(what, run)
+                self.queue.study.set_user_attr(attribute, run)
             return run
 
     def run(
         self,
         trials: int,
-        evaluate: Callable[[RunningTrial], float | list[float]],
-        interruption: StopSignal,
-        on_trial: Callable[["Search", FrozenTrial], None] = lambda search, trial: None,
-        on_lost: Callable[[str], None] = lambda run: None,
+        evaluate: Evaluate,
+        stop: StopSignal,
+        on_trial: Callable[[FrozenTrial], None] = lambda trial: None,
         deadline: float | None = None,
     ) -> None:
-        """Takes part until `trials` are finished; others may take part elsewhere."""
-        self.claims.run(
+        """Runs trials until all workers together finished `trials` of them."""
+        self.queue.run(
             self.budget(trials),
-            lambda trial: suggest(trial, self.question),
+            lambda trial: suggest(trial, self.config),
             evaluate,
-            interruption=interruption,
-            sampler=lambda number: Distinct(self.question, number, self.claims.points),
-            on_trial=lambda trial: on_trial(self, trial),
-            on_lost=on_lost,
+            stop,
+            sampler=lambda number: UniquePointSampler(self.config, number, self.queue.points),
+            on_trial=on_trial,
             deadline=deadline,
         )
 
     def require_usable(self) -> None:
-        """DivergedError with the reasons where no trial came to its end."""
+        """Raises DivergedError with the reasons if no trial is complete."""
         if not self.complete:
-            reasons = "; ".join(self.claims.reasons()) or "all were pruned"
-            raise DivergedError(
-                f"study {self.name}: none of {len(self.finished)} trials is usable: {reasons}"
-            )
+            reasons = "; ".join(self.queue.failure_reasons()) or "all were pruned"
+            number = len(self.finished)
+            raise DivergedError(f"{self.label}: none of {number} trials is usable: {reasons}")
 
     def ranked(self) -> list[FrozenTrial]:
-        """Complete trials, best first; with several objectives those that none beats in all, best first by the first."""
-        upwards = self.question.objectives[0].direction == "maximize"
-        chosen = (
-            self.complete if len(self.question.objectives) == 1 else self.claims.study.best_trials
-        )
-        return sorted(
-            chosen,
-            key=lambda trial: (-trial.values[0] if upwards else trial.values[0], trial.number),
-        )
+        """Complete trials by the first objective, best first. With several objectives only the
+        Pareto-optimal ones."""
+        sign = -1 if self.config.primary.maximize else 1
+        multiple = len(self.config.objective) > 1
+        trials = self.queue.study.best_trials if multiple else self.complete
+        return sorted(trials, key=lambda trial: (sign * trial.values[0], trial.number))
 
     def values_of(self, trial: FrozenTrial) -> Values:
-        """All searched keys: those that a trial does not ask keep the baseline's value."""
-        return self.question.baseline_values | trial.params
+        """The values of all searched keys; an inactive key has the value of the baseline."""
+        return self.config.baseline_values | trial.params
 
     def counts(self) -> dict[str, int]:
+        """The number of finished trials by state."""
         states = [_STATES[trial.state] for trial in self.finished]
         return {state: states.count(state) for state in _STATES.values()}
 
     @staticmethod
     def epochs_of(trial: FrozenTrial) -> int:
         """Epochs that a trial trained, over all its seeds."""
-        return int(trial.user_attrs.get(_EPOCHS, len(trial.intermediate_values)))
+        return int(trial.user_attrs.get(_EPOCHS_TRAINED, len(trial.intermediate_values)))
 
     def epochs(self) -> tuple[int, int]:
-        """(spent, spared): what trials that were pruned would still have cost at the full budget."""
-        full = self.question.epochs * len(self.question.seeds)
-        spent = sum(self.epochs_of(trial) for trial in self.finished)
+        """(epochs that all trials trained, epochs that pruning saved)."""
+        trained = sum(self.epochs_of(trial) for trial in self.finished)
+        planned = self.config.epochs * len(self.config.seeds)
         pruned = [trial for trial in self.finished if trial.state == TrialState.PRUNED]
-        return spent, sum(
-            trial.user_attrs.get(_PLANNED, full) - self.epochs_of(trial) for trial in pruned
-        )
+        saved = [
+            trial.user_attrs.get(_EPOCHS_PLANNED, planned) - self.epochs_of(trial)
+            for trial in pruned
+        ]
+        return trained, sum(saved)
 
     def trials_table(self) -> pd.DataFrame:
-        """A row per finished trial: trial, state, value (of a pruned one when it stopped), epochs, wins, keys that it asked.
+        """A row per finished trial: trial, state, value, epochs, win_rate, the searched keys.
 
-        `wins` is the share of the other trials that it beats, as in `importance.wins`. With several objectives a column for each instead of
-        value, and `front`, whether no other beats it in all, instead of wins.
+        The value of a pruned trial is the last one that it reported. A search with several
+        objectives has a column for each instead of value, and pareto_optimal instead of win_rate.
         """
-        several = len(self.question.objectives) > 1
-        names = (
-            [objective.metric for objective in self.question.objectives] if several else ["value"]
-        )
-        front = {trial.number for trial in self.ranked()} if several else set()
-        shares = wins(self.finished, self.question.objectives[0].direction == "maximize")
+        trials = self.finished
+        if len(self.config.objective) == 1:
+            names, quality = ["value"], "win_rate"
+            qualities = list(win_rates(trials, self.config.primary.maximize))
+        else:
+            names, quality = list(self.config.metrics), "pareto_optimal"
+            optimal = {trial.number for trial in self.ranked()}
+            qualities = [trial.number in optimal for trial in trials]
         rows = []
-        for trial, share in zip(self.finished, shares, strict=True):
-            last = (
-                trial.intermediate_values[max(trial.intermediate_values)]
-                if trial.intermediate_values
-                else None
-            )
-            values = trial.values if trial.state == TrialState.COMPLETE else [last] * len(names)
+        for trial, value in zip(trials, qualities, strict=True):
             row = {
                 "trial": trial.number,
                 "state": _STATES[trial.state],
-                **dict(zip(names, values, strict=True)),
                 "epochs": self.epochs_of(trial),
+                quality: value,
             }
-            rows.append(
-                row
-                | ({"front": trial.number in front} if several else {"wins": share})
-                | trial.params
-            )
-        return pd.DataFrame(
-            rows,
-            columns=[
-                "trial",
-                "state",
-                *names,
-                "epochs",
-                "front" if several else "wins",
-                *self.question.space,
-            ],
-        )
+            rows.append(row | dict(zip(names, _values(trial, len(names)), strict=True)))
+            rows[-1] |= trial.params
+        columns = ["trial", "state", *names, "epochs", quality, *self.config.space]
+        return pd.DataFrame(rows, columns=columns)
 
     def importance_table(self) -> pd.DataFrame:
-        """Share of importance per parameter; with several objectives a block of rows for each, named in the first column."""
-        objectives, keys = self.question.objectives, list(self.question.space)
-        tables = [
-            importance_table(self.finished, keys, objective.direction == "maximize", index)
-            for index, objective in enumerate(objectives)
-        ]
+        """Importance per searched key. With several objectives a block of rows for each, and the
+        column objective first."""
+        trials, tables = self.finished, []
+        for index, objective in enumerate(self.config.objective):
+            table = importance_table(trials, list(self.config.space), objective.maximize, index)
+            table.insert(0, "objective", objective.metric)
+            tables.append(table)
         if len(tables) == 1:
-            return tables[0]
-        named = [
-            table.assign(objective=objective.metric)
-            for table, objective in zip(tables, objectives, strict=True)
-        ]
-        return pd.concat(named)[["objective", *tables[0].columns]]
+            return tables[0].drop(columns="objective")
+        return pd.concat(tables)
 
 
-def note_epochs(asked: RunningTrial, spent: int, planned: int) -> None:
-    asked.note(**{_EPOCHS: spent, _PLANNED: planned})
+def _values(trial: FrozenTrial, number: int) -> list[float | None]:
+    """Final values of a complete trial; the last reported one of any other."""
+    if trial.state == TrialState.COMPLETE:
+        return trial.values
+    reported = trial.intermediate_values
+    return [reported[max(reported)] if reported else None] * number
 
 
-def shortened(params: Params, epochs: int) -> Params:
-    """The same fit with other epochs, and with its share of the steps that it has at least."""
-    return params.override(
-        {
-            "train.epochs": epochs,
-            "train.min_steps": params.train.min_steps * epochs // params.train.epochs,
-        }
-    )
+def record_epochs(trial: RunningTrial, trained: int, planned: int) -> None:
+    trial.set_attributes(**{_EPOCHS_TRAINED: trained, _EPOCHS_PLANNED: planned})
+
+
+def with_epochs(params: Params, epochs: int) -> Params:
+    """The same fit with other epochs, and min_steps in proportion."""
+    min_steps = params.train.min_steps * epochs // params.train.epochs
+    return params.override({"train.epochs": epochs, "train.min_steps": min_steps})

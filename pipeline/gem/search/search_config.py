@@ -1,11 +1,11 @@
-"""A search as a question in a file: experiments/<study>.yaml, typed and validated like params.yaml."""
+"""The definition of a search: experiments/searches/NAME.yaml, validated like params.yaml."""
 
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from pipeline.gem.common import yaml_file
 from pipeline.gem.common.config import (
@@ -20,54 +20,52 @@ from pipeline.gem.common.config import (
 )
 from pipeline.gem.common.errors import InputError, did_you_mean
 
-EXPERIMENTS = Path("experiments")  # results of searches, a folder each
-SEARCHES = EXPERIMENTS / "searches"  # their definitions
-SEARCHABLE = ("model", "train")
-OWN_TO_A_FIT = (
-    "train.epochs",
-    "train.seeds",
-    "train.threads",
-    "train.device",
-)  # a study has epochs and seeds of its own
-ENUMERABLE = 100_000  # points; a larger space counts as endless
-BETTER: dict[str, Literal["maximize", "minimize"]] = {
+EXPERIMENTS = Path("experiments")  # the results of each search, in a folder of its name
+SEARCHES = EXPERIMENTS / "searches"  # the definitions
+SEARCHABLE_SECTIONS = ("model", "train")
+# A search sets its own epochs and seeds. Threads and device do not belong to a model.
+NOT_SEARCHABLE = ("train.epochs", "train.seeds", "train.threads", "train.device")
+MAX_POINTS = 100_000  # of an enumerable space; a larger one counts as infinite
+DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
     "predictive_log_likelihood": "maximize",
     "evidence_lower_bound": "maximize",
     "reconstruction_log_likelihood": "maximize",
     "mse": "minimize",
-    "leakage": "minimize",
+    "latent_leakage": "minimize",
 }
-BY_EPOCH = (
-    "predictive_log_likelihood",
-    "evidence_lower_bound",
-    "mse",
-)  # known after every epoch: what pruning can look at
+# Metrics that a fit reports after every epoch. Only these allow pruning.
+EPOCH_METRICS = ("predictive_log_likelihood", "evidence_lower_bound", "mse")
 
 Scalar = str | int | float | bool | None
-Condition = dict[str, Annotated[tuple[Scalar, ...], Field(strict=False, min_length=1)]]
+Values = dict[str, object]  # a point of the space: dotted keys of params.yaml to values
+# Other keys of the space, and the values of each for which a key is searched.
+When = dict[str, Annotated[tuple[Scalar, ...], Field(strict=False, min_length=1)]]
+Seeds = Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)]
 
 
 class _Range(Frozen):
     log: bool
-    when: Condition | None = (
-        None  # searched only where other keys of the space have one of these values
-    )
+    when: When | None = None
 
-    def numbers(self) -> tuple | None:
-        """Every value in order; None where there is no end of them."""
-        step = self.step or (1 if isinstance(self, IntegerSpace) else None)
-        if step is None or (self.high - self.low) / step >= ENUMERABLE:
+    def values(self) -> tuple | None:
+        """Every value in ascending order, or None for an infinite range."""
+        if self.step is None or (self.high - self.low) / self.step >= MAX_POINTS:
             return None
-        return tuple(
-            self.low + index * step for index in range(round((self.high - self.low) / step) + 1)
-        )
+        steps = round((self.high - self.low) / self.step)
+        return tuple(self.low + index * self.step for index in range(steps + 1))
+
+    def __contains__(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        on_grid = self.step is None or _is_whole((value - self.low) / self.step)
+        return self.low <= value <= self.high and on_grid
 
 
 class IntegerSpace(_Range):
     type: Literal["integer"]
     low: int
     high: int
-    step: Count | None = None
+    step: Count = 1
 
 
 class FloatSpace(_Range):
@@ -77,55 +75,66 @@ class FloatSpace(_Range):
     step: Positive | None = None
 
 
-class Choice(Frozen):
+class CategoricalSpace(Frozen):
     type: Literal["categorical"]
     choices: Annotated[tuple[Scalar, ...], Field(strict=False, min_length=2)]
-    when: Condition | None = None
+    when: When | None = None
 
-    def numbers(self) -> tuple:
+    def values(self) -> tuple:
         return self.choices
 
+    def __contains__(self, value: object) -> bool:
+        return value in self.choices
 
-Space = Annotated[IntegerSpace | FloatSpace | Choice, Field(discriminator="type")]
+
+Space = Annotated[IntegerSpace | FloatSpace | CategoricalSpace, Field(discriminator="type")]
 
 
 class Objective(Frozen):
-    """A figure of the choice split, comparable across settings; the weighted loss is not on offer."""
+    """A metric of the selection split, comparable between settings. The training loss is not."""
 
-    metric: Literal[tuple(BETTER)]
+    metric: Literal[tuple(DIRECTIONS)]
     direction: Literal["maximize", "minimize"]
 
+    @property
+    def maximize(self) -> bool:
+        return self.direction == "maximize"
+
     @model_validator(mode="after")
-    def _fits(self):
-        if self.direction != BETTER[self.metric]:
+    def _has_the_direction_of_its_metric(self):
+        expected = DIRECTIONS[self.metric]
+        if self.direction != expected:
             raise ValueError(
-                f"direction is {self.direction}, which would promote the worst model by {self.metric}; write {BETTER[self.metric]}"
+                f"direction is {self.direction}, which would promote the worst model by "
+                f"{self.metric}; write {expected}"
             )
         return self
 
 
-Several = Annotated[tuple[Objective, ...], Field(strict=False)]
+class FixedSampler(Frozen):
+    """A sampler that ignores the values of earlier trials."""
 
-
-class Seeded(Frozen):
     name: Literal["random", "grid", "qmc"]
     seed: Seed
 
 
-class Started(Frozen):
+class AdaptiveSampler(Frozen):
+    """A sampler that learns from earlier trials, after `startup_trials` at random."""
+
     name: Literal["tpe", "gp", "cmaes"]
     seed: Seed
     startup_trials: Count
 
 
-class Median(Frozen):
+class MedianPruner(Frozen):
     name: Literal["median"]
     startup_trials: Annotated[int, Field(ge=0)]
     warmup_epochs: Annotated[int, Field(ge=0)]
 
 
-class Halving(Frozen):
-    """Successive halving: of the trials that reach `min_epochs`, times `reduction`, times `reduction` ..., one in `reduction` goes on."""
+class HalvingPruner(Frozen):
+    """Successive halving. Rungs are at `min_epochs`, times `reduction`, times `reduction` again
+    and so on; of the trials that reach a rung, one in `reduction` continues."""
 
     name: Literal["hyperband", "asha"]
     min_epochs: Count
@@ -136,284 +145,239 @@ class NoPruner(Frozen):
     name: Literal["none"]
 
 
-class Confirm(Frozen):
-    """Who is tried again with fresh seeds before a winner is named: the best trials, and the baseline."""
+class ConfirmationConfig(Frozen):
+    """The baseline and the `top` best trials are fitted again with fresh seeds."""
 
     top: Count
-    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)]
+    seeds: Seeds
     epochs: Count | None = None  # None: train.epochs
-    from_trials: Annotated[int, Field(ge=0)] = (
-        0  # a smaller search is a look around: its best trial once more, with one seed, half as long as a trial
-    )
+    from_trials: Annotated[int, Field(ge=0)] = 0  # smaller searches get a short confirmation
+
+
+def _as_tuple(value: object) -> object:
+    return value if isinstance(value, (list, tuple)) else (value,)
 
 
 class SearchConfig(Frozen):
-    """What a search asks. `baseline` is trial 0 and what the winner is compared with."""
+    """A search. `baseline` is trial 0, and the winner is compared with it."""
 
-    question: str
-    space: dict[str, Space]
+    description: str
+    space: Annotated[dict[str, Space], Field(min_length=1)]
     baseline: dict
     objective: Annotated[
-        Annotated[Objective, Tag("one")] | Annotated[Several, Tag("several")],
-        Discriminator(lambda value: "several" if isinstance(value, (list, tuple)) else "one"),
+        tuple[Objective, ...], BeforeValidator(_as_tuple), Field(strict=False, min_length=1)
     ]
-    sampler: Annotated[Seeded | Started, Field(discriminator="name")]
-    pruner: Annotated[Median | Halving | NoPruner, Field(discriminator="name")]
+    sampler: Annotated[FixedSampler | AdaptiveSampler, Field(discriminator="name")]
+    pruner: Annotated[MedianPruner | HalvingPruner | NoPruner, Field(discriminator="name")]
     epochs: Count
-    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)]
+    seeds: Seeds
     trials: Count | None = None  # None: tune.trials of params.yaml
     time_limit: Positive | None = None  # minutes of one call, after which no trial starts
-    confirm: Confirm
-
-    def confirmation(self, trials: int) -> Confirm:
-        """How a search of so many trials is confirmed."""
-        if trials >= self.confirm.from_trials:
-            return self.confirm
-        return Confirm(top=1, seeds=self.confirm.seeds[:1], epochs=-(-self.epochs // 2))
-
-    @field_validator("space")
-    @classmethod
-    def _asks_something(cls, space: dict) -> dict:
-        if not space:
-            raise ValueError("is empty; name one key of params.yaml at least")
-        return space
-
-    @field_validator("objective")
-    @classmethod
-    def _seeks_something(cls, objective: Objective | tuple) -> Objective | tuple:
-        if objective == ():
-            raise ValueError("is empty; name one metric at least")
-        return objective
+    confirm: ConfirmationConfig
 
     @property
-    def baseline_values(self) -> dict[str, object]:
+    def primary(self) -> Objective:
+        """The objective that chooses the winner, among the Pareto-optimal trials."""
+        return self.objective[0]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(objective.metric for objective in self.objective)
+
+    @property
+    def baseline_values(self) -> Values:
         return flatten(self.baseline)
 
     @property
-    def objectives(self) -> tuple[Objective, ...]:
-        """The first one chooses the winner; with several, among the trials that none beats in all."""
-        return self.objective if isinstance(self.objective, tuple) else (self.objective,)
-
-    @property
-    def decisive(self) -> dict:
-        """What makes it this question: budgets, wording and confirmations may change and the trials stay valid."""
-        return self.model_dump(mode="json", exclude={"question", "trials", "time_limit", "confirm"})
-
-    def is_asked(self, name: str, values: Mapping[str, object]) -> bool:
-        """Whether a key is searched, given the values of those that stand before it."""
-        condition = self.space[name].when or {}
-        return all(
-            other in values and values[other] in allowed for other, allowed in condition.items()
+    def fingerprint_fields(self) -> dict:
+        """The fields that decide which trials are comparable. Budgets, the description and the
+        confirmation may change during a search."""
+        return self.model_dump(
+            mode="json", exclude={"description", "trials", "time_limit", "confirm"}
         )
 
-    def points(self) -> list[dict[str, object]] | None:
-        """Every point of the space in order; None where there are more than ENUMERABLE."""
-        found: list[dict[str, object]] = [{}]
+    def confirmation(self, trials: int) -> ConfirmationConfig:
+        """The confirmation of a search of `trials` trials. Below `from_trials` it is short: the
+        best trial, one seed, half the epochs of a trial."""
+        if trials >= self.confirm.from_trials:
+            return self.confirm
+        return ConfirmationConfig(top=1, seeds=self.confirm.seeds[:1], epochs=-(-self.epochs // 2))
+
+    def is_active(self, name: str, values: Mapping[str, object]) -> bool:
+        """Whether a key is searched, given the values of the keys before it."""
+        when = self.space[name].when or {}
+        return all(key in values and values[key] in allowed for key, allowed in when.items())
+
+    def points(self) -> list[Values] | None:
+        """Every point of the space in order, or None if there are more than MAX_POINTS."""
+        points: list[Values] = [{}]
         for name, space in self.space.items():
-            numbers = space.numbers()
-            if numbers is None or len(found) * len(numbers) > ENUMERABLE:
+            values = space.values()
+            if values is None or len(points) * len(values) > MAX_POINTS:
                 return None
-            found = [
-                point | {name: value}
-                for point in found
-                for value in numbers
-                if self.is_asked(name, point)
-            ] + [point for point in found if not self.is_asked(name, point)]
-        return found
+            active = [point for point in points if self.is_active(name, point)]
+            inactive = [point for point in points if not self.is_active(name, point)]
+            points = [point | {name: value} for point in active for value in values] + inactive
+        return points
 
 
-def read_search_config(study: str, params: Params, folder: Path = SEARCHES) -> SearchConfig:
-    """experiments/<study>.yaml against params.yaml. InputError lists every problem at once."""
-    if not re.fullmatch(SEARCH_NAME, study):
-        raise InputError(
-            f"the study {study!r} is no name; expected letters, digits and underscores, for {folder}/<study>.yaml"
-        )
-    path = folder / f"{study}.yaml"
+def read_search_config(name: str, params: Params, folder: Path = SEARCHES) -> SearchConfig:
+    """Reads FOLDER/NAME.yaml and checks it against params.yaml.
+
+    Raises:
+        InputError: lists every problem, with file, line and dotted key.
+    """
+    if not re.fullmatch(SEARCH_NAME, name):
+        raise InputError(f"--search {name!r} is not a name of letters, digits and underscores")
+    path = folder / f"{name}.yaml"
     if not path.exists():
-        known = sorted(found.stem for found in folder.glob("*.yaml"))
-        raise InputError(f"{path}: no such study{did_you_mean(study, known)}")
-    question = read_model(path, SearchConfig)
+        names = sorted(file.stem for file in folder.glob("*.yaml"))
+        raise InputError(f"{path}: no such search{did_you_mean(name, names)}")
+    config = read_model(path, SearchConfig)
     document = yaml_file.read(path)
-    searchable = params.flat(*SEARCHABLE)
-    problems = []
-    for name, space in question.space.items():
-        where = document.where(("space", name))
-        if name in params.flat() and name not in searchable:
-            problems.append(
-                f"{where}: {name} cannot be searched; only keys of {' and '.join(SEARCHABLE)} can"
-            )
-        elif name in OWN_TO_A_FIT:
-            problems.append(
-                f"{where}: {name} cannot be searched; a study says epochs and seeds itself"
-            )
-        elif name not in searchable:
-            problems.append(
-                f"{where}: {name} is no key of params.yaml{did_you_mean(name, searchable)}"
-            )
-        else:
-            problems += [
-                f"{where}: space.{name}: {problem}"
-                for problem in _space_problems(name, space, question, params)
-            ]
-    for name in sorted(set(question.baseline_values) ^ set(question.space)):
-        where = document.where(
-            ("baseline",) if name in question.space else ("baseline", *name.split("."))
-        )
-        problems.append(
-            f"{where}: {name} must stand in both space and baseline; add it to {'baseline' if name in question.space else 'space'}"
-        )
-    problems += [
-        f"{document.where(tuple(key.split('.')))}: {key}: {problem}"
-        for key, problem in _plan_problems(question)
+    problems = [
+        f"{document.where(key)}: {problem}"
+        for key, problem in (*_key_problems(config, params), *_baseline_problems(config))
     ]
+    for check in (_repetition_problems, _pruner_problems, _sampler_problems):
+        for key, problem in check(config):
+            problems.append(f"{document.where((key,))}: {key}: {problem}")
     if problems:
         raise InputError(*problems)
-    return question
+    return config
 
 
-def _space_problems(name: str, space: Space, question: SearchConfig, params: Params) -> list[str]:
-    """Whether the ends of a range and the baseline are values that params.yaml may hold."""
-    baseline = question.baseline_values.get(name)
-    problems = _range_problems(space) + _condition_problems(name, space, question)
+def _key_problems(config: SearchConfig, params: Params) -> Iterator[tuple[yaml_file.Key, str]]:
+    """Keys of the space that params.yaml does not have, and values that it does not allow."""
+    searchable = params.flat(*SEARCHABLE_SECTIONS)
+    for name, space in config.space.items():
+        key = ("space", name)
+        if name in NOT_SEARCHABLE:
+            yield key, f"{name} cannot be searched; a search has its own epochs and seeds"
+        elif name in searchable:
+            for problem in _space_problems(name, space, config, params):
+                yield key, f"space.{name}: {problem}"
+        elif name in params.flat():
+            sections = " and ".join(SEARCHABLE_SECTIONS)
+            yield key, f"{name} cannot be searched; only keys of {sections} can"
+        else:
+            yield key, f"{name} is not a key of params.yaml{did_you_mean(name, searchable)}"
+
+
+def _baseline_problems(config: SearchConfig) -> Iterator[tuple[yaml_file.Key, str]]:
+    message = "{} must be in both space and baseline; add it to {}"
+    for name in sorted(set(config.space) - set(config.baseline_values)):
+        yield ("baseline",), message.format(name, "baseline")
+    for name in sorted(set(config.baseline_values) - set(config.space)):
+        yield ("baseline", *name.split(".")), message.format(name, "space")
+
+
+def _space_problems(name: str, space: Space, config: SearchConfig, params: Params) -> list[str]:
+    """Problems of a range and its condition, then values that params.yaml does not allow."""
+    problems = _range_problems(space) + _when_problems(name, space, config)
     if problems:
         return problems
-    if isinstance(space, Choice):
-        candidates, inside = list(space.choices), baseline in space.choices
-    else:
-        candidates, inside = [space.low, space.high], _lies_inside(baseline, space)
-    problems = [
-        f"{value!r} is no value for params.yaml: {reason}"
-        for value in candidates
-        if (reason := _refusal(name, value, params))
-    ]
-    if name not in question.baseline_values:
+    bounds = space.choices if isinstance(space, CategoricalSpace) else (space.low, space.high)
+    for value in bounds:
+        if reason := _params_error(name, value, params):
+            problems.append(f"{value!r} is not allowed by params.yaml: {reason}")
+    if name not in config.baseline_values:
         return problems
-    if not inside:
-        return [f"the baseline {baseline!r} lies outside the space", *problems]
-    # Inside by its size, but 16.0 is no integer.
-    reason = _refusal(name, baseline, params)
-    return (
-        [f"the baseline {baseline!r} is no value for params.yaml: {reason}", *problems]
-        if reason
-        else problems
-    )
+    baseline = config.baseline_values[name]
+    if baseline not in space:
+        return [f"the baseline {baseline!r} is outside the space", *problems]
+    # 16.0 is inside an integer range, but params.yaml does not allow it.
+    if reason := _params_error(name, baseline, params):
+        return [f"the baseline {baseline!r} is not allowed by params.yaml: {reason}", *problems]
+    return problems
 
 
 def _range_problems(space: Space) -> list[str]:
-    if isinstance(space, Choice):
+    if isinstance(space, CategoricalSpace):
         return []
     if space.low >= space.high:
         return [f"low ({space.low}) must be below high ({space.high})"]
     if space.log and space.low <= 0:
-        return [f"low is {space.low}; a log scale needs a positive one"]
-    if space.step and space.log:
+        return [f"low is {space.low}; a log scale needs a positive value"]
+    if space.log and "step" in space.model_fields_set:
         return ["a log scale has no steps; remove step, or write log: false"]
     if space.step and not _is_whole((space.high - space.low) / space.step):
-        return [
-            f"from {space.low} in steps of {space.step} one does not come to {space.high}; change high or step"
-        ]
+        return [f"steps of {space.step} from {space.low} do not reach {space.high}"]
     return []
 
 
-def _condition_problems(name: str, space: Space, question: SearchConfig) -> list[str]:
-    problems, before = [], list(question.space)[: list(question.space).index(name)]
+def _when_problems(name: str, space: Space, config: SearchConfig) -> list[str]:
+    """Conditions on keys that do not come before, or on values that those never have."""
+    problems = []
+    names = list(config.space)
+    before = names[: names.index(name)]
     for other, allowed in (space.when or {}).items():
         if other not in before:
-            problems.append(
-                f"when: {other} does not stand before it in the space{did_you_mean(other, before)}"
-            )
+            suggestion = did_you_mean(other, before)
+            problems.append(f"when: {other} does not come before it in the space{suggestion}")
             continue
-        numbers = question.space[other].numbers()
-        strange = [
-            value
-            for value in allowed
-            if (value not in numbers if numbers else not _lies_inside(value, question.space[other]))
-        ]
-        problems += [f"when: {other} is never {value!r}; remove it" for value in strange]
+        for value in allowed:
+            if value not in config.space[other]:
+                problems.append(f"when: {other} is never {value!r}; remove it")
     return problems
-
-
-def _lies_inside(value: object, space: IntegerSpace | FloatSpace) -> bool:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not space.low <= value <= space.high
-    ):
-        return False
-    return not space.step or _is_whole((value - space.low) / space.step)
 
 
 def _is_whole(value: float) -> bool:
     return abs(value - round(value)) < 1e-9
 
 
-def _plan_problems(question: SearchConfig) -> Iterator[tuple[str, str]]:
-    """(key, problem) of what Optuna cannot do, or would do without saying that it makes no sense."""
-    metrics, sampler, pruner = (
-        [objective.metric for objective in question.objectives],
-        question.sampler.name,
-        question.pruner,
-    )
-    ranges = [space for space in question.space.values() if not isinstance(space, Choice)]
-    conditional = [name for name, space in question.space.items() if space.when]
-    if len(set(metrics)) < len(metrics):
-        yield "objective", "a metric stands twice; remove one"
-    if not isinstance(pruner, NoPruner):
-        if len(metrics) > 1:
-            yield (
-                "pruner",
-                f"{pruner.name} compares one number an epoch, and there are {len(metrics)} objectives; write {{name: none}}",
-            )
-        elif metrics[0] not in BY_EPOCH:
-            yield (
-                "pruner",
-                f"{metrics[0]} is known at the end of a trial only; write {{name: none}}, or judge by {' or '.join(BY_EPOCH)}",
-            )
-    if isinstance(pruner, Halving) and pruner.min_epochs >= question.epochs:
-        yield "pruner", f"min_epochs ({pruner.min_epochs}) must be below epochs ({question.epochs})"
-    if sampler == "cmaes":
-        if len(metrics) > 1:
-            yield (
-                "sampler",
-                f"cmaes seeks one objective, and there are {len(metrics)}; use tpe, gp, random or qmc",
-            )
-        if conditional:
-            yield (
-                "sampler",
-                f"cmaes cannot leave a key out, and {conditional[0]} has a condition; use tpe, or remove `when`",
-            )
-        if len(ranges) < 2:
-            yield (
-                "sampler",
-                f"cmaes needs two numeric keys, and the space has {len(ranges)}; use tpe or random",
-            )
-    if sampler == "grid":
-        endless = [name for name, space in question.space.items() if space.numbers() is None]
-        if endless:
-            yield (
-                "sampler",
-                f"grid needs steps: {', '.join(endless)} has none; add step (and log: false), or use qmc",
-            )
-        elif question.points() is None:
-            yield (
-                "sampler",
-                f"the grid has more than {ENUMERABLE:,} points; make the steps wider, or use qmc",
-            )
-    for key, seeds in (("seeds", question.seeds), ("confirm", question.confirm.seeds)):
-        if len(set(seeds)) < len(seeds):
-            yield key, "a seed stands twice; remove one"
-    used = sorted(set(question.seeds) & set(question.confirm.seeds))
-    if used:
-        yield (
-            "confirm",
-            f"seeds: {used[0]} is a seed of the trials, on which the best were chosen; take fresh ones",
-        )
-
-
-def _refusal(name: str, value: object, params: Params) -> str | None:
-    """Why params.yaml may not hold a value; None where it may."""
+def _params_error(name: str, value: object, params: Params) -> str | None:
+    """Why params.yaml does not allow a value, or None."""
     try:
         params.override({name: value})
     except ValidationError as error:
         return error.errors()[0]["msg"]
     return None
+
+
+def _repetition_problems(config: SearchConfig) -> Iterator[tuple[str, str]]:
+    for key, values in (
+        ("objective", config.metrics),
+        ("seeds", config.seeds),
+        ("confirm", config.confirm.seeds),
+    ):
+        for value in sorted({value for value in values if values.count(value) > 1}):
+            yield key, f"{value} appears twice; remove one"
+    for seed in sorted(set(config.confirm.seeds) & set(config.seeds)):
+        yield "confirm", f"{seed} is a seed of the trials, which selected the best; use a fresh one"
+
+
+def _pruner_problems(config: SearchConfig) -> Iterator[tuple[str, str]]:
+    pruner, metrics = config.pruner, config.metrics
+    if isinstance(pruner, NoPruner):
+        return
+    if len(metrics) > 1:
+        problem = f"{pruner.name} needs a single objective, but there are {len(metrics)}"
+        yield "pruner", f"{problem}; write {{name: none}}"
+    elif metrics[0] not in EPOCH_METRICS:
+        problem = f"{metrics[0]} is computed only at the end of a trial"
+        choices = " or ".join(EPOCH_METRICS)
+        yield "pruner", f"{problem}; write {{name: none}}, or choose {choices}"
+    if isinstance(pruner, HalvingPruner) and pruner.min_epochs >= config.epochs:
+        yield "pruner", f"min_epochs ({pruner.min_epochs}) must be below epochs ({config.epochs})"
+
+
+def _sampler_problems(config: SearchConfig) -> Iterator[tuple[str, str]]:
+    spaces, metrics = config.space.items(), config.metrics
+    if config.sampler.name == "cmaes":
+        if len(metrics) > 1:
+            problem = f"cmaes needs a single objective, but there are {len(metrics)}"
+            yield "sampler", f"{problem}; use tpe, gp, random or qmc"
+        if conditional := [name for name, space in spaces if space.when]:
+            yield "sampler", f"cmaes does not allow a condition, as {conditional[0]} has; use tpe"
+        numeric = sum(not isinstance(space, CategoricalSpace) for _, space in spaces)
+        if numeric < 2:
+            problem = f"cmaes needs two numeric keys, but the space has {numeric}"
+            yield "sampler", f"{problem}; use tpe or random"
+    if config.sampler.name == "grid":
+        if infinite := [name for name, space in spaces if space.values() is None]:
+            problem = f"grid needs steps, but {', '.join(infinite)} has none"
+            yield "sampler", f"{problem}; add step (and log: false), or use qmc"
+        elif config.points() is None:
+            problem = f"the grid has more than {MAX_POINTS:,} points"
+            yield "sampler", f"{problem}; use larger steps, or qmc"

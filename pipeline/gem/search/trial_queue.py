@@ -1,9 +1,11 @@
-"""Trials claimed one at a time by any number of processes and machines: the total is exact, and no trial is lost.
+"""A queue of trials that any number of processes and machines share, with an exact total.
 
-A trial is claimed under the lock of its database. One that was interrupted (its worker killed or told to stop) fails
-without a reason; the next claim queues it again with the same parameters. Only trials that ended by themselves count.
+A worker starts a trial under the lock of the database. A trial is interrupted if its worker died or
+was told to stop: it fails without a reason, and the next worker queues it again with the same
+parameters. Only trials that ended by themselves count.
 """
 
+import logging
 import time
 import uuid
 from collections.abc import Callable
@@ -16,47 +18,46 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.gem.common.errors import DivergedError, StoppedError
 from pipeline.gem.common.processes import StopSignal
-from pipeline.gem.search.samplers import Values
+from pipeline.gem.search.search_config import Values
 from pipeline.gem.search.study_db import StudyStorage
 
-Pruned = optuna.TrialPruned
-WORKERS = Path(".gem/workers")  # a locked file for every live worker of this machine
+logger = logging.getLogger(__name__)
 
-_POLL = 0.5  # seconds between two looks while others finish the last trials
-_ATTEMPTS = 3  # kills of its worker that a point survives: the fourth might be its own fault
-_REASON, _RUN, _WORKER, _RETRY_OF, _KILLS, _HANDED_BACK = (
-    "reason",
-    "mlflow_run",
-    "worker",
-    "retry_of",
-    "kills",
-    "handed_back",
-)
+Evaluate = Callable[["RunningTrial"], float | list[float]]
+WORKERS = Path(".gem/workers")  # one locked file per running worker of this machine
+
+_POLL_INTERVAL_S = 0.5  # while other workers finish the last trials
+_MAX_ATTEMPTS = 4  # workers that may die on one point before it counts as failed
+
+# User attributes of a trial.
+POINT = "point"  # of a queued trial, whose parameters Optuna hides until it starts
+REASON = "reason"  # why a trial failed
+RUN = "mlflow_run"
+WORKER = "worker"
+RETRY_OF = "retry_of"  # the number of the interrupted trial
+ATTEMPTS = "attempts"  # workers that died on this point
+RETURNED = "returned"  # the worker was told to stop, and returned the trial to the queue
 
 
 class RunningTrial:
-    """One trial: the values to try, and where to report on the way."""
+    """A trial that this process runs: its number and its point of the search space."""
 
     def __init__(self, trial: Trial, values: Values):
         self._trial, self.number, self.values = trial, trial.number, values
 
     def report(self, value: float, epoch: int) -> None:
-        """Raises Pruned where the trial is not worth going on with."""
+        """Records the value of an epoch. Raises optuna.TrialPruned if the trial should stop."""
         self._trial.report(value, epoch)
         if self._trial.should_prune():
-            raise Pruned()
+            raise optuna.TrialPruned
 
-    def note(self, **what: object) -> None:
-        for name, value in what.items():
+    def set_attributes(self, **attributes: object) -> None:
+        for name, value in attributes.items():
             self._trial.set_user_attr(name, value)
-
-    def note_run(self, run_id: str) -> None:
-        """The tracker's run of this trial: closed by whoever finds that the worker died."""
-        self.note(**{_RUN: run_id})
 
 
 class Worker:
-    """A name for this process; the locked file tells others on this machine whether it lives, without waiting."""
+    """The name of this process, and a locked file that shows other processes that it is alive."""
 
     def __init__(self) -> None:
         WORKERS.mkdir(parents=True, exist_ok=True)
@@ -71,8 +72,8 @@ class Worker:
         self._lock.release()
         (WORKERS / self.name).unlink(missing_ok=True)
 
-    def knows_dead(self, name: str) -> bool:
-        """False where another machine's worker is meant: its heartbeat must tell."""
+    def is_dead(self, name: str) -> bool:
+        """Whether a worker of this machine died. False for other machines: they have heartbeats."""
         path = WORKERS / name
         if name == self.name or not path.exists():
             return False
@@ -85,7 +86,10 @@ class Worker:
 
 
 class TrialQueue:
-    """An Optuna study whose trials are claimed."""
+    """An Optuna study whose trials are started one at a time.
+
+    `on_lost` receives the MLflow run of each trial whose worker died.
+    """
 
     def __init__(
         self,
@@ -93,185 +97,179 @@ class TrialQueue:
         name: str,
         directions: list[str],
         pruner: optuna.pruners.BasePruner | None = None,
+        on_lost: Callable[[str], None] = lambda run: None,
     ):
-        """Without a `pruner` nothing is pruned; Optuna itself would use the median."""
-        self.storage, self.name = storage, name
-        self._number: int | None = None  # of the trial that runs here
+        self.storage, self.name, self._on_lost = storage, name, on_lost
+        self._running_number: int | None = None
         with storage.lock():
-            pruner = pruner or optuna.pruners.NopPruner()
             self.study = optuna.create_study(
                 storage=storage.storage,
                 study_name=name,
                 directions=directions,
                 load_if_exists=True,
-                pruner=pruner,
+                # Without a pruner Optuna would use the median.
+                pruner=pruner or optuna.pruners.NopPruner(),
             )
 
-    # what is there
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=states or None)
 
     @property
-    def live(self) -> list[FrozenTrial]:
-        """Every trial but those that were interrupted: they live on in their retry."""
-        return [
-            trial for trial in self.study.get_trials(deepcopy=False) if not _was_interrupted(trial)
-        ]
+    def active_trials(self) -> list[FrozenTrial]:
+        """All trials except the interrupted ones, which their retries replace."""
+        return [trial for trial in self._trials() if not _is_interrupted(trial)]
 
     @property
     def finished(self) -> list[FrozenTrial]:
-        """Complete, pruned and failed trials, in order."""
-        return [trial for trial in self.live if trial.state.is_finished()]
+        """Complete, pruned and failed trials, by number."""
+        return [trial for trial in self.active_trials if trial.state.is_finished()]
 
     @property
     def complete(self) -> list[FrozenTrial]:
-        return [trial for trial in self.finished if trial.state == TrialState.COMPLETE]
+        return self._trials(TrialState.COMPLETE)
+
+    def trial(self, number: int) -> FrozenTrial:
+        return self._trials()[number]
 
     def points(self) -> list[Values]:
-        """Of every trial: one that was interrupted is on its way back."""
-        return [
-            trial.system_attrs.get("fixed_params", trial.params)
-            for trial in self.study.get_trials(deepcopy=False)
-        ]
+        """The points of all trials, also of interrupted ones: these will be tried again."""
+        return [trial.user_attrs.get(POINT, trial.params) for trial in self._trials()]
 
-    def reasons(self) -> list[str]:
-        """Why trials failed, each reason once."""
-        return sorted(
-            {
-                str(trial.user_attrs[_REASON])
-                for trial in self.finished
-                if trial.state == TrialState.FAIL
-            }
-        )
-
-    # what is to be done
+    def failure_reasons(self) -> list[str]:
+        """The distinct reasons of the failed trials."""
+        failed = self._trials(TrialState.FAIL)
+        return sorted({failure_reason(trial) for trial in failed if not _is_interrupted(trial)})
 
     def enqueue(self, points: list[Values]) -> int:
-        """Points to be tried before any other; the number of those that were not there already."""
+        """Queues the points that no trial has yet. Returns their number."""
         with self.storage.lock():
-            there = self.points()
-            new = [point for point in points if point not in there]
+            existing = self.points()
+            new = [point for point in points if point not in existing]
             for point in new:
-                self.study.enqueue_trial(point)
+                self.study.enqueue_trial(point, user_attrs={POINT: point})
             return len(new)
 
     def run(
         self,
         budget: int | None,
         suggest: Callable[[Trial], Values],
-        evaluate: Callable[[RunningTrial], float | list[float]],
+        evaluate: Evaluate,
+        stop: StopSignal,
         *,
-        interruption: StopSignal,
         sampler: Callable[[int], optuna.samplers.BaseSampler] | None = None,
         on_trial: Callable[[FrozenTrial], None] = lambda trial: None,
-        on_lost: Callable[[str], None] = lambda run: None,
         deadline: float | None = None,
     ) -> None:
-        """Claims trials until `budget` are finished by this or any other worker; None: until the queue is empty.
+        """Runs trials until all workers together finished `budget` of them; None: until the queue
+        is empty. No trial starts after the `deadline` (time.monotonic).
 
-        `deadline` (time.monotonic) starts no more trials. StoppedError where the process was told to stop.
+        Raises:
+            StoppedError: the process was told to stop.
         """
         with Worker() as worker:
             while deadline is None or time.monotonic() < deadline:
-                interruption.check()
-                with ExitStack() as claim:
-                    claim.enter_context(self.storage.lock())
-                    self._queue_interrupted(worker, on_lost)
-                    states = [trial.state for trial in self.live]
-                    waiting, running = (
-                        states.count(TrialState.WAITING),
-                        states.count(TrialState.RUNNING),
-                    )
-                    if waiting if budget is None else len(states) - waiting < budget:
+                stop.check()
+                with ExitStack() as start:
+                    start.enter_context(self.storage.lock())
+                    self._requeue_interrupted(worker)
+                    states = [trial.state for trial in self.active_trials]
+                    waiting = states.count(TrialState.WAITING)
+                    has_next = waiting if budget is None else len(states) - waiting < budget
+                    if has_next:
                         if sampler:
-                            self.study.sampler = sampler(len(self.study.get_trials(deepcopy=False)))
-                        self._run_one(
-                            lambda trial, free=claim.close: self._evaluate(
-                                trial, worker, free, suggest, evaluate
-                            ),
-                            on_trial,
-                        )
+                            self.study.sampler = sampler(len(self._trials()))
+                        self._run_trial(worker, suggest, evaluate, start.close, on_trial)
                         continue
-                if not running:
+                if TrialState.RUNNING not in states:
                     return
-                time.sleep(_POLL)
+                time.sleep(_POLL_INTERVAL_S)
 
-    def _run_one(
+    def _run_trial(
         self,
-        evaluate: Callable[[Trial], float | list[float]],
+        worker: Worker,
+        suggest: Callable[[Trial], Values],
+        evaluate: Evaluate,
+        release_lock: Callable[[], None],
         on_trial: Callable[[FrozenTrial], None],
     ) -> None:
+        def objective(trial: Trial) -> float | list[float]:
+            running = RunningTrial(trial, suggest(trial))
+            running.set_attributes(**{WORKER: worker.name})
+            release_lock()
+            self._running_number = trial.number
+            try:
+                return evaluate(running)
+            except DivergedError as error:
+                running.set_attributes(**{REASON: str(error)})
+                raise
+            except StoppedError:
+                running.set_attributes(**{RETURNED: True})
+                raise
+
         try:
             self.study.optimize(
-                evaluate,
+                objective,
                 n_trials=1,
                 catch=(DivergedError,),
                 callbacks=[lambda study, trial: on_trial(trial)],
             )
         except (optuna.exceptions.UpdateFinishedTrialError, ValueError) as error:
-            # A machine that slept longer than its grace: another worker has the trial.
-            if self._number is None or not _was_interrupted(
-                self.study.get_trials(deepcopy=False)[self._number]
-            ):
+            # This machine slept longer than the grace period, and another worker has the trial.
+            number = self._running_number
+            if number is None or not _is_interrupted(self.trial(number)):
                 raise
-            print(
-                f"{self.name}: trial {self._number} was taken over by another worker ({error})",
-                flush=True,
+            logger.info(
+                "search %s: another worker took over trial %d (%s)", self.name, number, error
             )
         finally:
-            self._number = None
+            self._running_number = None
 
-    def _evaluate(
-        self, trial: Trial, worker: Worker, free: Callable[[], None], suggest, evaluate
-    ) -> float | list[float]:
-        asked = RunningTrial(trial, suggest(trial))
-        asked.note(**{_WORKER: worker.name})
-        free()
-        self._number = trial.number
-        try:
-            return evaluate(asked)
-        except DivergedError as error:
-            trial.set_user_attr(_REASON, str(error))
-            raise
-        except StoppedError:
-            trial.set_user_attr(_HANDED_BACK, True)
-            raise
+    def _requeue_interrupted(self, worker: Worker) -> None:
+        """Fails trials whose worker is gone, and queues all interrupted trials again.
 
-    def _queue_interrupted(self, worker: Worker, on_lost: Callable[[str], None]) -> None:
-        """Under the lock: trials whose worker is gone fail, and whatever was interrupted waits once more."""
-        optuna.storages.fail_stale_trials(self.study)  # of other machines, by their heartbeat
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            # Whoever claims holds the lock until the worker is noted: a trial without one was claimed by a process that died.
-            if _WORKER not in trial.user_attrs or worker.knows_dead(trial.user_attrs[_WORKER]):
+        The caller holds the lock.
+        """
+        optuna.storages.fail_stale_trials(self.study)  # by the heartbeats of other machines
+        for trial in self._trials(TrialState.RUNNING):
+            # A worker sets its name before it releases the lock. So a running trial without one
+            # belongs to a process that died while it held the lock.
+            name = trial.user_attrs.get(WORKER)
+            if name is None or worker.is_dead(name):
                 self.study.tell(trial.number, state=TrialState.FAIL)
-        trials = self.study.get_trials(deepcopy=False)
-        retried = {trial.user_attrs.get(_RETRY_OF) for trial in trials}
+        trials = self._trials()
+        retried = {trial.user_attrs.get(RETRY_OF) for trial in trials}
         for trial in trials:
-            if _was_interrupted(trial) and trial.number not in retried:
-                self._queue_again(trial)
-                if _RUN in trial.user_attrs and not trial.user_attrs.get(_HANDED_BACK):
-                    on_lost(trial.user_attrs[_RUN])
+            if _is_interrupted(trial) and trial.number not in retried:
+                self._requeue(trial)
+                if RUN in trial.user_attrs and not trial.user_attrs.get(RETURNED):
+                    self._on_lost(trial.user_attrs[RUN])
 
-    def _queue_again(self, trial: FrozenTrial) -> None:
-        kills = trial.user_attrs.get(_KILLS, 0) + (not trial.user_attrs.get(_HANDED_BACK))
-        given_up = kills > _ATTEMPTS
-        attributes = {_RETRY_OF: trial.number, _KILLS: kills} | (
-            {_REASON: f"its worker died {kills} times"} if given_up else {}
+    def _requeue(self, trial: FrozenTrial) -> None:
+        # A point of which the worker had suggested only a part is suggested anew.
+        is_whole = WORKER in trial.user_attrs
+        point = trial.params if is_whole else trial.user_attrs.get(POINT, {})
+        died = not trial.user_attrs.get(RETURNED)
+        attempts = trial.user_attrs.get(ATTEMPTS, 0) + died
+        attributes = {RETRY_OF: trial.number, ATTEMPTS: attempts} | (
+            {POINT: point} if point else {}
         )
-        drawn = _WORKER in trial.user_attrs  # half a point is drawn anew
+        if attempts < _MAX_ATTEMPTS:
+            self.study.enqueue_trial(point, user_attrs=attributes)
+            return
         self.study.add_trial(
             optuna.create_trial(
-                state=TrialState.FAIL if given_up else TrialState.WAITING,
-                params=trial.params if drawn else {},
-                distributions=trial.distributions if drawn else {},
-                user_attrs=attributes,
-                system_attrs=trial.system_attrs,
+                state=TrialState.FAIL,
+                params=trial.params if is_whole else {},
+                distributions=trial.distributions if is_whole else {},
+                user_attrs=attributes | {REASON: f"its worker died {attempts} times"},
             )
         )
 
 
-def reason_of(trial: FrozenTrial) -> str:
-    """Why a trial failed; empty where it did not."""
-    return str(trial.user_attrs.get(_REASON, ""))
+def failure_reason(trial: FrozenTrial) -> str:
+    """Why a trial failed, or the empty string."""
+    return str(trial.user_attrs.get(REASON, ""))
 
 
-def _was_interrupted(trial: FrozenTrial) -> bool:
-    return trial.state == TrialState.FAIL and _REASON not in trial.user_attrs
+def _is_interrupted(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.FAIL and REASON not in trial.user_attrs

@@ -1,9 +1,11 @@
-"""Worker processes of one machine: forked, so that what was loaded before is in memory once; one thread each.
+"""Worker processes of one machine, with one thread each.
 
-The parent must not have opened a database before: a connection that two processes share is broken for both.
+They are forked, so that they share the memory of the loaded cohort. Therefore the parent must not
+open a database before: two processes cannot use one connection.
 """
 
 import gc
+import logging
 import multiprocessing
 import os
 import signal
@@ -11,22 +13,32 @@ import sys
 from collections.abc import Callable
 from multiprocessing.connection import wait
 
+import torch
 from threadpoolctl import threadpool_limits
 
 from pipeline.gem.common.errors import StoppedError, exit_with
 from pipeline.gem.common.processes import StopSignal, end_with_parent
 
-_LOOK = 0.5  # seconds between two looks at signals
+logger = logging.getLogger(__name__)
+
+_POLL_INTERVAL_S = 0.5
+
+
+def prepare_to_fork() -> None:
+    """Call this before any computation. A fork would lose the threads of a thread pool."""
+    torch.set_num_threads(1)
+    # The first optimiser imports modules for a second; the workers inherit them.
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
 
 
 class Workers:
-    """Started by `with`; `wait` ends when all have ended. None outlives the parent."""
+    """A context that starts `number` processes. No worker outlives its parent."""
 
     def __init__(self, number: int, work: Callable[[StopSignal], None]):
-        # Collecting would write to the pages of every object, and so copy them.
+        # A garbage collection would write to, and so copy, the pages of all inherited objects.
         gc.freeze()
         context = multiprocessing.get_context("fork")
-        self._processes = [context.Process(target=_as_worker, args=(work,)) for _ in range(number)]
+        self._processes = [context.Process(target=_run, args=(work,)) for _ in range(number)]
 
     def __enter__(self) -> "Workers":
         sys.stdout.flush()
@@ -41,40 +53,34 @@ class Workers:
         for process in self._processes:
             process.join()
 
-    @property
-    def pids(self) -> list[int]:
-        return [process.pid for process in self._processes]
+    def wait(self, stop: StopSignal) -> None:
+        """Waits until all workers ended. Exits with the code of a worker that failed.
 
-    def wait(self, interruption: StopSignal) -> None:
-        """StoppedError where this process was told to stop or every worker was killed; exits as a worker that failed."""
-        running = list(self._processes)
+        Raises:
+            StoppedError: this process was told to stop, or all workers were killed.
+        """
+        running = {process.sentinel: process for process in self._processes}
         while running:
-            interruption.check()
-            for process in [
-                process
-                for process in running
-                if process.sentinel in wait([one.sentinel for one in running], timeout=_LOOK)
-            ]:
+            stop.check()
+            for sentinel in wait(list(running), timeout=_POLL_INTERVAL_S):
+                process = running.pop(sentinel)
                 process.join()
-                running.remove(process)
                 self._report(process.exitcode, process.pid)
-        if all(process.exitcode not in (0,) for process in self._processes):
-            raise StoppedError("every worker was killed: is there enough memory?")
+        if all(process.exitcode for process in self._processes):
+            raise StoppedError("every worker was killed; is there enough memory?")
 
     def _report(self, code: int, pid: int) -> None:
         if code < 0:
-            print(
-                f"tune: worker {pid} was ended by {signal.Signals(-code).name}; its trial is run again",
-                flush=True,
-            )
+            name = signal.Signals(-code).name
+            logger.warning("worker %d was ended by %s; its trial is run again", pid, name)
         elif code not in (0, StoppedError.exit_code):
-            sys.exit(code)  # it has said why
+            sys.exit(code)  # the worker has printed the reason
 
 
-def _as_worker(work: Callable[[StopSignal], None]) -> None:
-    with StopSignal() as interruption, threadpool_limits(1):
+def _run(work: Callable[[StopSignal], None]) -> None:
+    with StopSignal() as stop, threadpool_limits(1):
         end_with_parent()
         try:
-            exit_with(lambda: work(interruption), quiet=(StoppedError,))
+            exit_with(lambda: work(stop), quiet=(StoppedError,))
         finally:
             sys.stdout.flush()

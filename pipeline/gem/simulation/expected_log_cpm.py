@@ -1,14 +1,14 @@
 """E[log-CPM] of a negative-binomial count, exact and tabulated.
 
-With Frullani's log(1 + y) = int_0^inf (1 - exp(-y t)) exp(-t) / t dt and the Laplace transform of the negative binomial,
-E[exp(-c t)] = (1 + phi m (1 - exp(-t)))^(-1 / phi),
+With Frullani's log(1 + y) = int_0^inf (1 - exp(-y t)) exp(-t) / t dt and the Laplace transform of
+the negative binomial, E[exp(-c t)] = (1 + phi m (1 - exp(-t)))^(-1 / phi),
 
     E[log1p(s c)] = int_0^inf (1 - (1 + phi m (1 - exp(-s t)))^(-1 / phi)) exp(-t) / t dt.
 
-Tables hold it as a function of log fraction (linear on a fine grid) and log library size (Chebyshev polynomials); they
-agree with the integral to 1e-4 log-CPM.
+Tables hold it as a function of log fraction (linear on a fine grid) and log library size (Chebyshev
+polynomials); they agree with the integral to 1e-4 log-CPM.
 
-N samples, G genes, K polynomials; otherwise the legend of simulator.py.
+N samples, G genes, K polynomials; otherwise the legend of truth.py.
 """
 
 from dataclasses import dataclass
@@ -16,56 +16,57 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.interpolate import CubicSpline
 
-from pipeline.gem.simulation.generator import Truth
+from pipeline.gem.simulation.truth import Truth
 
-_STEP = 0.3  # of the integral over log t: the trapezoid rule converges as exp(-pi^2 / step)
-_COARSE, _FINE = (
-    0.25,
-    0.02,
-)  # of the grids over log fraction: exact integrals, then a cubic spline of them
-_WIDEST = 0.3  # the exact integrals reach far enough for Normal noise of this standard deviation
-_REACH = 6  # standard deviations of it that quadrature looks at
-_DEPTH_MARGIN = 1.1  # tables are built for library sizes a little beyond those asked for
-_DEPTHS = 8  # Chebyshev nodes over log library size
-_NEGLIGIBLE = 2e-6  # log-CPM: polynomials of library size that add less are left out
+_LOG_T_STEP = 0.3  # of the trapezoid rule over log t, which converges as exp(-pi^2 / step)
+_COARSE, _FINE = 0.25, 0.02  # steps over log fraction: of exact integrals, of their cubic spline
+_MAX_NOISE_SD = 0.3  # largest standard deviation of Normal noise that the exact integrals allow for
+_NOISE_REACH = 6  # standard deviations that the quadrature over noise covers
+_MARGIN = 1.1  # factor by which tables extend beyond the requested library sizes
+_CHEBYSHEV_NODES = 8  # over log library size
+_NEGLIGIBLE = 2e-6  # log-CPM: polynomials of library size with smaller coefficients are left out
+
+Range = tuple[float, float]
 
 
 def expected_log_cpm(mean: np.ndarray, dispersion: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """E[log1p(1e6 c / total)] for c ~ NegativeBinomial(mean, dispersion); arguments broadcast. Exact to 1e-9."""
+    """E[log1p(1e6 c / total)] for c ~ NegativeBinomial(mean, dispersion), exact to 1e-9.
+
+    The arguments broadcast.
+    """
     scale = 1e6 / np.asarray(total, dtype=float)
     mean, dispersion = np.asarray(mean, dtype=float), np.asarray(dispersion, dtype=float)
     first = -21.0 - max(np.log(np.max(scale * mean) + 1e-300), 0.0)
     result = np.zeros(np.broadcast_shapes(mean.shape, dispersion.shape, scale.shape))
-    for log_t in np.arange(first, 3.7, _STEP):
+    for log_t in np.arange(first, 3.7, _LOG_T_STEP):
         t = np.exp(log_t)
-        result += np.exp(-t) * -np.expm1(
-            -np.log1p(-dispersion * mean * np.expm1(-scale * t)) / dispersion
-        )
-    return _STEP * result
+        log_laplace = -np.log1p(-dispersion * mean * np.expm1(-scale * t)) / dispersion
+        result += np.exp(-t) * -np.expm1(log_laplace)
+    return _LOG_T_STEP * result
 
 
 @dataclass(frozen=True)
 class ExpectationGrid:
-    """Exact integrals on a coarse grid of log fraction, as polynomials of log library size: all tables come from these."""
+    """Exact integrals on a coarse grid of log fraction, as polynomials of log library size."""
 
-    lowest: float  # the range of log fractions that tables are for
-    highest: float
-    low: float  # the range of library sizes
-    high: float
-    grid: np.ndarray  # (points,) beyond the range by what noise may add
+    log_fractions: Range  # the range that tables are for
+    totals: Range  # the range of library sizes
+    grid: np.ndarray  # (points,) log fractions, beyond the range by the reach of the noise
     coefficients: np.ndarray  # (K, points, G) of Chebyshev polynomials
 
     @classmethod
     def build(
-        cls, dispersion: np.ndarray, lowest: float, highest: float, low: float, high: float
+        cls, dispersion: np.ndarray, log_fractions: Range, totals: Range
     ) -> "ExpectationGrid":
-        """For log fractions in [lowest, highest] and library sizes in [low, high]."""
-        margin = _REACH * _WIDEST + 3 * _COARSE
+        """The grid for genes of these dispersions (G,) and inclusive ranges."""
+        (lowest, highest), (low, high) = log_fractions, totals
+        margin = _NOISE_REACH * _MAX_NOISE_SD + 3 * _COARSE
         grid = np.arange(lowest - margin, highest + margin + _COARSE, _COARSE)
-        angles = (np.arange(_DEPTHS) + 0.5) * np.pi / _DEPTHS if high > low else np.zeros(1)
-        depths = np.exp(
-            (np.log(low) + np.log(high)) / 2 + (np.log(high) - np.log(low)) / 2 * np.cos(angles)
-        )
+        angles = np.zeros(1)
+        if high > low:
+            angles = (np.arange(_CHEBYSHEV_NODES) + 0.5) * np.pi / _CHEBYSHEV_NODES
+        centre, half_width = (np.log(low) + np.log(high)) / 2, (np.log(high) - np.log(low)) / 2
+        depths = np.exp(centre + half_width * np.cos(angles))
         exact = np.stack(
             [expected_log_cpm(np.exp(grid)[:, None] * depth, dispersion, depth) for depth in depths]
         )
@@ -73,37 +74,41 @@ class ExpectationGrid:
         transform[0] /= 2
         coefficients = np.tensordot(transform, exact, axes=1)
         needed = np.flatnonzero(np.abs(coefficients).max(axis=(1, 2)) > _NEGLIGIBLE)[-1] + 1
-        return cls(lowest, highest, low, high, grid, coefficients[:needed])
+        return cls(log_fractions, totals, grid, coefficients[:needed])
 
-    def table(self, blur: float = 0.0) -> "ExpectationTable":
-        """`blur` is the standard deviation of Normal noise on the log fraction, integrated over. ValueError beyond 0.3."""
-        if blur > _WIDEST:
+    def table(self, noise_sd: float = 0.0) -> "ExpectationTable":
+        """The table on the fine grid, averaged over Normal noise of this standard deviation on the
+        log fraction. ValueError beyond 0.3."""
+        if noise_sd > _MAX_NOISE_SD:
             raise ValueError(
-                f"noise of {blur:.3g} on the log fraction: tables are built for at most {_WIDEST}"
+                f"noise of standard deviation {noise_sd:.3g} on the log fraction: tables are built"
+                f" for at most {_MAX_NOISE_SD}"
             )
-        fine = np.arange(self.lowest, self.highest + _FINE, _FINE)
-        nodes, weights = (
-            np.polynomial.hermite_e.hermegauss(9) if blur else (np.zeros(1), np.ones(1))
-        )
-        # A spline is linear in its values, so that one matrix interpolates, and blurs, all genes and polynomials.
+        fine = np.arange(self.log_fractions[0], self.log_fractions[1] + _FINE, _FINE)
+        nodes, weights = np.zeros(1), np.ones(1)
+        if noise_sd:
+            nodes, weights = np.polynomial.hermite_e.hermegauss(9)
+        # A spline is linear in its values: one matrix interpolates and averages all genes and
+        # polynomials.
         spline = CubicSpline(self.grid, np.eye(len(self.grid)))
         onto_fine = sum(
-            weight * spline(fine + blur * node)
+            weight * spline(fine + noise_sd * node)
             for node, weight in zip(nodes, weights / weights.sum(), strict=True)
         )
         polynomials, _, genes = self.coefficients.shape
         values = np.empty((genes, len(fine), polynomials), dtype=np.float32)
         for index, coefficient in enumerate(self.coefficients):
             values[:, :, index] = (onto_fine @ coefficient).T
-        return ExpectationTable(float(fine[0]), (np.log(self.low), np.log(self.high)), values)
+        log_totals = (np.log(self.totals[0]), np.log(self.totals[1]))
+        return ExpectationTable(float(fine[0]), log_totals, values)
 
 
 @dataclass(frozen=True)
 class ExpectationTable:
-    """E[log-CPM] per gene as a function of log fraction and library size, optionally blurred by Normal noise."""
+    """E[log-CPM] per gene as a function of log fraction and library size."""
 
-    lowest: float
-    log_depths: tuple[float, float]  # range of log library size
+    lowest: float  # log fraction
+    log_totals: Range  # of log library size
     values: np.ndarray  # (G, grid, K) float32 coefficients of Chebyshev polynomials
 
     def __call__(self, log_fraction: np.ndarray, totals: np.ndarray) -> np.ndarray:
@@ -111,55 +116,49 @@ class ExpectationTable:
         genes, grid, polynomials = self.values.shape
         position = np.clip((log_fraction - self.lowest) / _FINE, 0, grid - 1.001)
         index = position.astype(np.int64)
-        share = (position - index).astype(np.float32)
+        fraction = (position - index).astype(np.float32)
         index += np.arange(genes) * grid
-        flat, basis = (
-            self.values.reshape(genes * grid, polynomials),
-            self._polynomials(totals)[:, :, None],
-        )  # (N, K, 1)
+        flat = self.values.reshape(genes * grid, polynomials)
+        basis = self._polynomials(totals)[:, :, None]  # (N, K, 1)
         below = (flat.take(index, axis=0) @ basis)[..., 0]
         above = (flat.take(index + 1, axis=0) @ basis)[..., 0]
-        return below + share * (above - below)
+        return below + fraction * (above - below)
 
     def _polynomials(self, totals: np.ndarray) -> np.ndarray:
         """(N, K) Chebyshev polynomials of log library size."""
-        low, high = self.log_depths
-        place = (
-            (2 * np.log(totals) - low - high) / (high - low)
-            if high > low
-            else np.zeros(len(totals))
-        )
-        return np.polynomial.chebyshev.chebvander(place, self.values.shape[2] - 1).astype(
-            np.float32
-        )
+        low, high = self.log_totals
+        x = np.zeros(len(totals))
+        if high > low:
+            x = (2 * np.log(totals) - low - high) / (high - low)
+        degree = self.values.shape[2] - 1
+        return np.polynomial.chebyshev.chebvander(x, degree).astype(np.float32)
 
 
-class Tables:
-    """The tables of one truth: built when first asked for, again only for library sizes beyond those built for."""
+class ExpectationCache:
+    """The tables of one truth, built on first use and rebuilt for library sizes out of range."""
 
     def __init__(self, truth: Truth):
         self.dispersion = truth.dispersion
-        # Below a share of 2e-9 a gene is as good as silent: its expected log-CPM is under 0.002.
-        self._lowest = max(float(truth.baseline.min()) - 6, -20.0)
-        self._coarse: ExpectationGrid | None = None
-        self._built: dict[float, ExpectationTable] = {}
+        # Below a share of 2e-9 the expected log-CPM of a gene is under 0.002.
+        self._log_fractions = (max(float(truth.baseline.min()) - 6, -20.0), 0.0)
+        self._grid: ExpectationGrid | None = None
+        self._tables: dict[float, ExpectationTable] = {}
 
-    def cover(self, totals: np.ndarray) -> None:
-        """Makes ready for these library sizes."""
+    def extend_to(self, totals: np.ndarray) -> None:
+        """Extends the range of library sizes to cover `totals`; this discards narrower tables."""
         low, high = float(np.min(totals)), float(np.max(totals))
-        known = self._coarse
-        if known is not None:
-            if known.low <= low and high <= known.high:
+        if self._grid is not None:
+            grid_low, grid_high = self._grid.totals
+            if grid_low <= low and high <= grid_high:
                 return
-            low, high = min(low, known.low * _DEPTH_MARGIN), max(high, known.high / _DEPTH_MARGIN)
-        self._coarse = ExpectationGrid.build(
-            self.dispersion, self._lowest, 0.0, low / _DEPTH_MARGIN, high * _DEPTH_MARGIN
-        )
-        self._built = {}
+            low, high = min(low, grid_low * _MARGIN), max(high, grid_high / _MARGIN)
+        totals_range = (low / _MARGIN, high * _MARGIN)
+        self._grid = ExpectationGrid.build(self.dispersion, self._log_fractions, totals_range)
+        self._tables = {}
 
-    def of(self, totals: np.ndarray, blur: float = 0.0) -> ExpectationTable:
-        """The table for these library sizes; `blur` as in Coarse.table."""
-        self.cover(totals)
-        if blur not in self._built:
-            self._built[blur] = self._coarse.table(blur)
-        return self._built[blur]
+    def table(self, totals: np.ndarray, noise_sd: float = 0.0) -> ExpectationTable:
+        """The table for these library sizes; `noise_sd` as in `ExpectationGrid.table`."""
+        self.extend_to(totals)
+        if noise_sd not in self._tables:
+            self._tables[noise_sd] = self._grid.table(noise_sd)
+        return self._tables[noise_sd]

@@ -1,223 +1,247 @@
-"""Trained models in MLflow's registry: a version each, packed to predict without this repository, and one of them champion.
+"""Trained models in MLflow's model registry: each model and state of the prediction code is a
+version that predicts without this repository; the alias champion marks the best."""
 
-What is to be registered is noted on disk first and struck out when it is done: what a registry that is down missed is made
-up by the next registration, once.
-"""
-
-import importlib
+import json
+import logging
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import mlflow
 import pandas as pd
+from mlflow.entities import LoggedModelOutput
+from mlflow.models import ModelSignature
+from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from pipeline.gem.common.code_version import ROOT, import_closure, requirements
-from pipeline.gem.common.config import Frozen, Params
-from pipeline.gem.common.files import sha256, sha256_of, write_json
-from pipeline.gem.data.cohort import Cohort
+from pipeline.gem.common.errors import InputError
+from pipeline.gem.common.files import sha256, sha256_of
 from pipeline.gem.model.gem import TrainedGEM
-from pipeline.gem.tracking import mlflow_client, registry, runs
-from pipeline.gem.tracking.registry import PackagedModel, Version
-from pipeline.gem.tracking.runs import MODEL_TAG
-from pipeline.gem.training.trainer import FitResult
+from pipeline.gem.prediction import mlflow_model
+from pipeline.gem.tracking import mlflow_client
+from pipeline.gem.tracking.mlflow_client import ServerDownError
+from pipeline.gem.tracking.runs import MODEL_TAG, find_model_run
 
+log = logging.getLogger(__name__)
+
+MODEL, REPORT = "model.safetensors", "report.json"  # files of a model directory
 NAME, CHAMPION = "gem", "champion"
-CODE_TAG = "code.sha256"  # of what predicts, and of the packages that it needs
-VALUE_TAG = "predictive_log_likelihood"  # nats, on the choice split
-COMPARABLE = {
+DEFAULT = "default"  # the model directory that decides which scores are comparable
+CODE_TAG = "code.sha256"  # of the prediction code and the packages that it needs
+SCORE_TAG, SPLIT_TAG = "predictive_log_likelihood", "selection_split"  # nats per sample
+# Scores compare only between equal values of these tags; the words explain a difference.
+COMPARABILITY_TAGS = {
     "data.sha256": "other data",
     "model.observation": "another observation model",
     "train.predictive_draws": "another number of draws",
 }
-PENDING = Path(".gem/unregistered")
-_SERVED = "pipeline.gem.prediction.mlflow_model"
-_EXAMPLES = 3  # rows of the input example
 
 
-class Pending(Frozen):
-    """A model that is to be registered."""
+@dataclass(frozen=True)
+class Version:
+    """A version of the registered model."""
 
-    directory: str  # of the model
-    run_id: str
-    tags: dict[str, str]
-    example: list[dict[str, str | float | None]]
+    number: int
+    tags: Mapping[str, str]
 
 
-def register(
-    directory: Path, fit: FitResult, params: Params, cohort: Cohort, label: str, run_id: str
-) -> None:
-    """Makes a version of the directory's model, unless there is one of the same bytes and code, and finds the champion.
+def register_models(folder: Path) -> dict[str, dict[str, object]]:
+    """Registers folder/*/model.safetensors with the current prediction code, where a model is
+    not registered with it yet, and moves the champion alias.
 
-    Where the registry does not answer, the training stands: it says on standard error what is missing, and the next call makes up for it.
+    Returns by model directory the hashes of model and code, and whether all is done: not if the
+    server is down.
     """
-    tags = {
-        MODEL_TAG: sha256(directory / "model.pt"),
-        "label": label,
-        "data.sha256": cohort.train_validation_sha256,
-        "model.observation": params.model.observation,
-        "train.predictive_draws": str(params.train.predictive_draws),
-        "selection_split": fit.selection_split or "none",
-    }
-    value = fit.best.validation_predictive_log_likelihood
-    if value is not None:
-        tags[VALUE_TAG] = repr(float(value))
-    pending = Pending(
-        directory=str(directory), run_id=run_id, tags=tags, example=_example(fit.gem, cohort)
-    )
-    write_json(PENDING / f"{tags[MODEL_TAG]}.json", pending.model_dump())
-    register_pending()
+    files = import_closure(mlflow_model.__name__)
+    code = {file: sha256(ROOT / file) for file in files}
+    code_sha256 = sha256_of(requirements(files), code)
+    directories = [path.parent for path in folder.glob(f"*/{MODEL}")]
+    directories.sort(key=lambda path: (path.name != DEFAULT, path.name))
+    tags = {path: _tags(path) | {CODE_TAG: code_sha256} for path in directories}
+    done = False
+    with suppress(ServerDownError), mlflow_client.exclusive_store(), mlflow_client.outages():
+        _register(tags, files)
+        done = True
+    hashes = {"code_sha256": code_sha256, "registered": done}
+    return {str(path): {"model_sha256": tags[path][MODEL_TAG]} | hashes for path in directories}
 
 
-def register_pending() -> bool:
-    """Registers all that is noted, the oldest first; False where the registry does not answer."""
-    for note in sorted(PENDING.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
-        pending = Pending.model_validate_json(note.read_bytes())
-        model = Path(pending.directory) / "model.pt"
-        if not model.exists() or sha256(model) != pending.tags[MODEL_TAG]:
-            print(
-                f"{pending.tags['label']}: {model} has changed since; what it was is not registered",
-                file=sys.stderr,
-            )
-        else:
-            try:
-                with mlflow_client.alone():
-                    _register(model, pending)
-            except mlflow_client.UNREACHABLE as error:
-                reason = next(iter(str(error).splitlines()), type(error).__name__)
-                print(
-                    f"warning: {model} is trained, but not registered as {NAME}: {reason}; the next training registers it,",
-                    end=" ",
-                    file=sys.stderr,
-                )
-                print("or `python -m pipeline.register`", file=sys.stderr)
-                return False
-        note.unlink()
-    return True
+def _tags(directory: Path) -> dict[str, str]:
+    """Tags of a model's version, from the files of its directory."""
+    path = directory / REPORT
+    try:
+        report = json.loads(path.read_bytes())
+        tags = {
+            MODEL_TAG: sha256(directory / MODEL),
+            "label": directory.name,
+            "data.sha256": report["data_sha256"],
+            "model.observation": report["observation"],
+            "train.predictive_draws": str(report["predictive_draws"]),
+            SPLIT_TAG: report["selection_split"] or "none",
+        }
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: {error!r}; train the model of {directory} again") from None
+    score = report["validation"].get("predictive_log_likelihood")
+    return tags if score is None else tags | {SCORE_TAG: repr(float(score))}
 
 
-def _register(model: Path, pending: Pending) -> None:
-    known, label, files = registry.versions(NAME), pending.tags["label"], import_closure(_SERVED)
-    tags = pending.tags | {
-        CODE_TAG: sha256_of(requirements(files), {file: sha256(ROOT / file) for file in files})
-    }
-    made = next(
-        (
-            version
-            for version in known
-            if all(version.tags.get(tag) == tags[tag] for tag in (MODEL_TAG, CODE_TAG))
-        ),
-        None,
-    )
-    if made is None:
-        with packed(model, files, pending.example) as one:
-            made = registry.add_version(
-                NAME,
-                one,
-                tags,
-                runs.server_name(pending.run_id) if runs.exists(pending.run_id) else None,
-            )
-        known.append(made)
-    before = next(
-        (version for version in known if version.number == registry.alias(NAME, CHAMPION)), None
-    )
-    best = champion(known, made, before)
-    if before is None or best.number != before.number:
-        registry.set_alias(NAME, CHAMPION, best)
-    print(
-        f"{label}: version {made.number} of the registered model {NAME}; {said(best, before)}",
-        flush=True,
-    )
+def _register(tags: dict[Path, dict[str, str]], files: list[str]) -> None:
+    known, current = versions(), []
+    for directory, of_model in tags.items():
+        version = _find(known, of_model)
+        if version is None:
+            version = _add_version(directory, of_model, files)
+            known.append(version)
+            log.info("%s: registered as version %d of %s", directory, version.number, NAME)
+        current.append(version)
+    if not current:
+        return
+    previous = champion_version(known)
+    best = choose_champion(known, current, previous)
+    if best != previous:
+        client = mlflow.MlflowClient()
+        client.set_registered_model_alias(NAME, CHAMPION, str(best.number))
+    log.info("register: %s", champion_message(best, previous))
 
 
-def champion(known: list[Version], made: Version, before: Version | None) -> Version:
-    """The best of the versions that compare with the one just `made`; `before` stays where it is as good.
+def versions() -> list[Version]:
+    """All versions of the registered model, the oldest first."""
+    found = mlflow.MlflowClient().search_model_versions(f"name = '{NAME}'")
+    unsorted = [Version(int(version.version), dict(version.tags)) for version in found]
+    return sorted(unsorted, key=lambda version: version.number)
 
-    Values on other data, or of another observation model, do not compare: the champion is one of those trained like the newest.
-    Where nothing was there to judge by, the newest itself. Of a model that was registered with several states of the code, the
-    newest speaks.
+
+def champion_version(known: list[Version]) -> Version | None:
+    """The version that has the alias champion."""
+    number = mlflow.MlflowClient().get_registered_model(NAME).aliases.get(CHAMPION)
+    return next((version for version in known if str(version.number) == str(number)), None)
+
+
+def _find(known: list[Version], tags: Mapping[str, str]) -> Version | None:
+    identity = (MODEL_TAG, CODE_TAG)
+    matches = (v for v in known if all(v.tags.get(tag) == tags[tag] for tag in identity))
+    return next(matches, None)
+
+
+# the champion
+
+
+def choose_champion(
+    known: list[Version], current: list[Version], previous: Version | None
+) -> Version:
+    """The best of the versions whose scores compare with the first of `current`, the versions of
+    the present models and code; the model of `previous` stays if it is as good. Without a score,
+    the first of `current` itself.
+
+    A model with several versions is represented by the current one, else by the newest.
     """
-    if VALUE_TAG not in made.tags:
-        return made
+    reference = current[0]
+    if SCORE_TAG not in reference.tags:
+        return reference
     rivals = {
         version.tags[MODEL_TAG]: version
-        for version in known
-        if VALUE_TAG in version.tags and not differences(version, made)
+        for version in [*known, *current]
+        if SCORE_TAG in version.tags and not differences(version, reference)
     }
-    best = max(float(version.tags[VALUE_TAG]) for version in rivals.values())
-    equal = {
-        model: version
-        for model, version in rivals.items()
-        if float(version.tags[VALUE_TAG]) == best
-    }
-    return equal.get(before.tags.get(MODEL_TAG) if before else None, next(iter(equal.values())))
+    scores = {model: float(version.tags[SCORE_TAG]) for model, version in rivals.items()}
+    best = [model for model, score in scores.items() if score == max(scores.values())]
+    if previous and previous.tags.get(MODEL_TAG) in best:
+        return rivals[previous.tags[MODEL_TAG]]
+    return rivals[best[0]]
 
 
-def differences(one: Version, other: Version) -> list[str]:
-    """Why values of two versions do not compare, in words."""
-    return [words for tag, words in COMPARABLE.items() if one.tags.get(tag) != other.tags.get(tag)]
+def differences(first: Version, second: Version) -> list[str]:
+    """Why the scores of two versions do not compare, in words."""
+    return [
+        words
+        for tag, words in COMPARABILITY_TAGS.items()
+        if first.tags.get(tag) != second.tags.get(tag)
+    ]
 
 
-def said(best: Version, before: Version | None) -> str:
-    """What happened to the champion."""
-    value = (
-        f"{float(best.tags[VALUE_TAG]):.1f} nats on {best.tags['selection_split']}"
-        if VALUE_TAG in best.tags
-        else "no validation split to judge by"
-    )
-    if before is None:
-        return f"{CHAMPION} is version {best.number} ({value})"
-    if best.number == before.number:
-        return f"{CHAMPION} stays version {best.number} ({value})"
-    why = differences(best, before)
-    if why:
-        return f"{CHAMPION} is now version {best.number} ({value}); version {before.number} does not compare: {', '.join(why)}"
-    if best.tags[MODEL_TAG] == before.tags[MODEL_TAG]:
-        return f"{CHAMPION} is now version {best.number} ({value}): the model of version {before.number} with newer code"
-    was = (
-        f"; version {before.number} had {float(before.tags[VALUE_TAG]):.1f}"
-        if VALUE_TAG in before.tags
-        else ""
-    )
-    return f"{CHAMPION} is now version {best.number} ({value}{was})"
+def champion_message(best: Version, previous: Version | None) -> str:
+    """Which version has the alias, and why it moved."""
+    message = f"{CHAMPION} is version {best.number} ({_score_text(best)})"
+    if previous is None or previous.number == best.number:
+        return message
+    if reasons := differences(best, previous):
+        return f"{message}; version {previous.number} does not compare: {', '.join(reasons)}"
+    if best.tags[MODEL_TAG] == previous.tags[MODEL_TAG]:
+        return f"{message}, the model of version {previous.number} with other code"
+    return f"{message}; before: version {previous.number} ({_score_text(previous)})"
+
+
+def _score_text(version: Version) -> str:
+    if SCORE_TAG not in version.tags:
+        return "no validation split"
+    return f"{float(version.tags[SCORE_TAG]):.1f} nats on {version.tags[SPLIT_TAG]}"
+
+
+# packaging
+
+
+def _add_version(directory: Path, tags: Mapping[str, str], files: list[str]) -> Version:
+    """Logs a model with its prediction code, to the run that trained it if the server has the
+    run, and registers it."""
+    client = mlflow.MlflowClient()
+    names = ("gem", "train") if directory.name == DEFAULT else ("gem_tuned", "tune")
+    run_id = find_model_run(tags[MODEL_TAG], *names)
+    model = client.create_logged_model(mlflow_client.experiment_id(), NAME, source_run_id=run_id)
+    if run_id:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    with _package(directory / MODEL, files) as package:
+        client.log_model_artifacts(model.model_id, str(package))
+    client.finalize_logged_model(model.model_id, "READY")
+    uri = f"models:/{model.model_id}"
+    version = mlflow.register_model(uri, NAME, await_registration_for=0, tags=dict(tags))
+    return Version(int(version.version), dict(tags))
 
 
 @contextmanager
-def packed(model: Path, files: list[str], example: list[dict]) -> Iterator[PackagedModel]:
-    """The model with the files behind its prediction, and these alone; the copies last as long as the context."""
-    # By name: training need not run again when prediction changes.
-    served, gem = importlib.import_module(_SERVED), TrainedGEM.load(model)
+def _package(model: Path, files: list[str]) -> Iterator[Path]:
+    """A folder with the model and the code behind its prediction, in MLflow's pyfunc format."""
+    gem = TrainedGEM.load(model)
     with tempfile.TemporaryDirectory() as folder:
+        code, package = Path(folder) / "code", Path(folder) / "model"
         for file in files:
-            copy = Path(folder) / file
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / file, copy)
-        yield PackagedModel(
-            loader=_SERVED,
-            file=model,
-            code=Path(folder) / files[0].split("/")[0],
-            requirements=requirements(files),
-            inputs=served.inputs(gem),
-            outputs=served.outputs(gem),
-            parameters=served.parameters(),
-            example=pd.DataFrame(example, dtype=object),
+            (code / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / file, code / file)
+        mlflow.pyfunc.save_model(
+            package,
+            loader_module=mlflow_model.__name__,
+            data_path=str(model),
+            code_paths=[str(code / files[0].split("/")[0])],
+            pip_requirements=requirements(files),
+            signature=_signature(gem),
+            input_example=(_example(gem), mlflow_model.parameters()),
         )
+        yield package
 
 
-def _example(gem: TrainedGEM, cohort: Cohort) -> list[dict[str, str | float | None]]:
-    """Training samples, from the first to the last, as a query."""
-    rows = cohort.rows(["train"])
-    chosen = rows.iloc[np.unique(np.linspace(0, len(rows) - 1, _EXAMPLES).round().astype(int))][
-        gem.metadata.names
-    ]
-    plain = chosen.astype(object).where(chosen.notna(), None)
-    return [
-        {
-            name: value if value is None or isinstance(value, str) else float(value)
-            for name, value in row.items()
-        }
-        for row in plain.to_dict("records")
-    ]
+def _example(gem: TrainedGEM) -> pd.DataFrame:
+    """A query of one row: the first level of each categorical covariate."""
+    return pd.DataFrame([{field.name: field.levels[0] for field in gem.metadata.heads()}])
+
+
+_TYPES = {bool: DataType.boolean, int: DataType.long, str: DataType.string}
+
+
+def _signature(gem: TrainedGEM) -> ModelSignature:
+    inputs = [_column(name, None) for name in mlflow_model.inputs(gem)]
+    outputs = [_column(name, kind) for name, kind in mlflow_model.outputs(gem).items()]
+    params = [_parameter(name, value) for name, value in mlflow_model.parameters().items()]
+    return ModelSignature(Schema(inputs), Schema(outputs), ParamSchema(params))
+
+
+def _column(name: str, kind: type | None) -> ColSpec:
+    # An optional text column would still refuse numbers, and cells that are all empty.
+    return ColSpec(AnyType(), name, required=False) if kind is None else ColSpec(_TYPES[kind], name)
+
+
+def _parameter(name: str, default: object) -> ParamSpec:
+    if isinstance(default, list):
+        return ParamSpec(name, DataType.string, default, (-1,))
+    return ParamSpec(name, _TYPES[type(default)], default)

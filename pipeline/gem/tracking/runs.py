@@ -1,77 +1,149 @@
 """Runs of train, tune and evaluate in one MLflow experiment, comparable in one table.
 
-Numbers come in from outside: nothing here computes one. While the server does not answer, a run is written to the outbox.
+While the server does not answer, a run is saved in the offline buffer.
 """
 
 import math
 import os
+import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
+
+import psutil
 
 from pipeline.gem.common.errors import GemError
 from pipeline.gem.common.provenance import code_tags
-from pipeline.gem.tracking import mlflow_client, offline_buffer
-from pipeline.gem.tracking.offline_buffer import OfflineRun
+from pipeline.gem.tracking import mlflow_client
+from pipeline.gem.tracking.mlflow_client import ServerDownError
+from pipeline.gem.tracking.offline_buffer import BufferedRun, RunStart, RunUpdate, new_run_key
 
 MODEL_TAG, STAGE_TAG, PREDICTOR_TAG = "model.sha256", "stage", "predictor"
-_LONGEST_PARAMETER = 6000  # MLflow cuts longer ones silently
+_DVC_VARIABLES = ("DVC_STAGE", "DVC_EXP_NAME")
+_MAX_PARAMETER = 6000  # characters; MLflow cuts longer parameters silently
 
 
 class Run:
-    """An open run. `id` is the server's name of it, or ours where it does not know it yet."""
+    """An open MLflow run. As a context manager it ends FINISHED, KILLED (an exception of
+    `killed_by`) or FAILED (any other); exceptions pass through."""
 
-    def __init__(self, run_id: str, journal: OfflineRun | None = None):
-        self.id, self._journal = run_id, journal
+    def __init__(self, buffered: BufferedRun, killed_by: tuple[type[BaseException], ...] = ()):
+        self._buffered, self._killed_by = buffered, killed_by
 
-    def params(self, values: Mapping[str, object]) -> None:
-        """Flat parameters under the same names in every stage."""
-        self._tell("params", values={name: _short(name, value) for name, value in values.items()})
+    @property
+    def id(self) -> str:
+        """MLflow's id, or the run's key until the server has the run."""
+        return self._buffered.run
 
-    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        finite = {
-            name: float(value)
-            for name, value in values.items()
-            if value is not None and math.isfinite(value)
-        }
-        self._tell("metrics", values=finite, step=step or 0)
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        stage: str,
+        *,
+        parent: str | None = None,
+        killed_by: tuple[type[BaseException], ...] = (),
+    ) -> "Run":
+        """Creates a run, below the run `parent` if one is named."""
+        mlflow_client.send_saved()
+        start = RunStart(new_run_key(), name, parent, _now(), _start_tags(stage))
+        run = cls(BufferedRun(mlflow_client.address(), start.key, start), killed_by)
+        run.log(RunUpdate())
+        return run
 
-    def tags(self, values: Mapping[str, object]) -> None:
-        self._tell("tags", values={name: str(value) for name, value in values.items()})
+    @classmethod
+    def resume(cls, run: str, *, killed_by: tuple[type[BaseException], ...] = ()) -> "Run":
+        """Opens a run again, by MLflow's id or by its key."""
+        mlflow_client.send_saved()
+        resumed = cls(_buffered_run(run), killed_by)
+        resumed.log(RunUpdate(status=mlflow_client.RUNNING))
+        return resumed
 
-    def dataset(self, name: str, digest: str, context: str) -> None:
-        """The data by its DVC hash: equal data, equal digest, in every run."""
-        self._tell("dataset", name=name, digest=digest[:36], context=context)
+    def __enter__(self) -> "Run":
+        return self
 
-    def artifacts(self, paths: list[Path], folder: str | None = None) -> None:
-        for path in paths:
-            self._tell("artifact", path=str(path), folder=folder)
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        status = mlflow_client.FINISHED
+        if kind is not None:
+            killed = issubclass(kind, self._killed_by)
+            status = mlflow_client.KILLED if killed else mlflow_client.FAILED
+        self.log(RunUpdate(status=status, end_time=_now()))
+        self.release()
 
-    def _tell(self, what: str, **details: object) -> None:
-        event = {"what": what, "time": _now(), **details}
-        if self._journal is None:
-            try:
-                return mlflow_client.send(self.id, event)
-            except mlflow_client.UNREACHABLE as error:
-                if not mlflow_client.is_down(error):
-                    raise
-                mlflow_client.warn(error)
-                self._journal = OfflineRun(mlflow_client.address(), self.id).open()
-        if what == "artifact":
-            event["path"] = str(self._journal.keep(Path(event["path"])))
-        self._journal.append(event)
+    def log_params(self, values: Mapping[str, object]) -> None:
+        """Flat parameters, under the same names in every stage."""
+        self.log(RunUpdate(params={name: _text(name, value) for name, value in values.items()}))
 
-    def _leave(self) -> None:
-        if self._journal:
-            self._journal.close()
+    def log_metrics(self, values: Mapping[str, float | None], step: int = 0) -> None:
+        """Leaves out None and values that are not finite, which MLflow would change."""
+        self.log(RunUpdate(metrics=_points(values, step)))
+
+    def set_tags(self, values: Mapping[str, object]) -> None:
+        self.log(RunUpdate(tags={name: str(value) for name, value in values.items()}))
+
+    def log_dataset(self, name: str, digest: str, context: str) -> None:
+        """The data by its DVC hash: equal data have an equal digest in every run."""
+        self.log(RunUpdate(datasets=[(name, digest[:36], context)]))
+
+    def log_artifacts(self, paths: list[Path], folder: str | None = None) -> None:
+        self.log(RunUpdate(artifacts=[(str(path), folder) for path in paths]))
+
+    def log(self, update: RunUpdate) -> None:
+        """Sends an update, with everything that the server has missed, or saves it."""
+        self._buffered.update.extend(update)
+        if not mlflow_client.flush(self._buffered):
+            self._buffered.save()
+
+    def release(self) -> None:
+        """Lets other processes send what is saved."""
+        self._buffered.release()
 
 
-def _short(name: str, value: object) -> str:
+def _buffered_run(run: str) -> BufferedRun:
+    buffered = BufferedRun(mlflow_client.address(), run)
+    if buffered.is_saved:
+        buffered.load()
+    return buffered
+
+
+def _log_to(run: str, update: RunUpdate) -> None:
+    """Logs to a run without opening it again."""
+    attached = Run(_buffered_run(run))
+    attached.log(update)
+    attached.release()
+
+
+def _start_tags(stage: str) -> dict[str, str]:
+    """The stage, the code, and MLflow's own tags for its columns user, source and version."""
+    code = code_tags()
+    tags = {
+        STAGE_TAG: stage,
+        "mlflow.user": psutil.Process().username(),
+        "mlflow.source.name": sys.argv[0],
+        "mlflow.source.type": "LOCAL",
+        **code,
+    }
+    if "git.commit" in code:
+        tags["mlflow.source.git.commit"] = code["git.commit"]
+    dvc = {name: os.environ[name] for name in _DVC_VARIABLES if name in os.environ}
+    return tags | dvc
+
+
+def _points(values: Mapping[str, float | None], step: int) -> list[tuple[str, float, int, int]]:
+    time_ms = _now()
+    return [
+        (name, float(value), time_ms, step)
+        for name, value in values.items()
+        if value is not None and math.isfinite(value)
+    ]
+
+
+def _text(name: str, value: object) -> str:
     text = str(value)
-    if len(text) > _LONGEST_PARAMETER:
+    if len(text) > _MAX_PARAMETER:
         raise GemError(
-            f"{name} has {len(text)} characters; MLflow keeps {_LONGEST_PARAMETER}: shorten it"
+            f"parameter {name} has {len(text)} characters, more than the {_MAX_PARAMETER} that "
+            "MLflow keeps; shorten it"
         )
     return text
 
@@ -80,117 +152,37 @@ def _now() -> int:
     return int(time.time() * 1000)
 
 
-@contextmanager
-def run(
-    name: str,
-    stage: str,
-    *,
-    parent: str | None = None,
-    resume: str | None = None,
-    killed_by: tuple[type[BaseException], ...] = (),
-) -> Iterator[Run]:
-    """A run that ends FINISHED, KILLED (an exception of `killed_by`) or FAILED (any other); exceptions pass through."""
-    reachable = mlflow_client.send_waiting()
-    opened = _resume(resume, reachable) if resume else _start(name, stage, parent, reachable)
-    status = mlflow_client.FAILED
+def exists(run: str) -> bool:
+    """Whether the server has a run, or will have it. An unreachable server counts as having it."""
     try:
-        yield opened
-        status = mlflow_client.FINISHED
-    except killed_by:
-        status = mlflow_client.KILLED
-        raise
-    finally:
-        opened._tell("end", status=status)
-        opened._leave()
+        run_id = mlflow_client.server_run_id(run)
+        if run_id is None:
+            return BufferedRun(mlflow_client.address(), run).is_saved
+        return mlflow_client.is_active(run_id)
+    except ServerDownError:
+        return True
 
 
-def _start(name: str, stage: str, parent: str | None, reachable: bool) -> Run:
-    key = offline_buffer.new_key()
-    tags = {
-        STAGE_TAG: stage,
-        mlflow_client.KEY_TAG: key,
-        **code_tags(),
-        **{one: os.environ[one] for one in ("DVC_STAGE", "DVC_EXP_NAME") if one in os.environ},
-    }
-    start = {
-        "what": "start",
-        "time": _now(),
-        "name": name,
-        "parent": parent,
-        "tags": mlflow_client.with_context(tags),
-    }
-    if reachable and not mlflow_client.unknown_parent(start):
-        try:
-            return Run(mlflow_client.create(start))
-        except mlflow_client.UNREACHABLE as error:
-            if not mlflow_client.is_down(error):
-                raise
-            mlflow_client.warn(error)
-    journal = OfflineRun(mlflow_client.address(), key).open()
-    journal.append(start)
-    return Run(key, journal)
+def mark_killed(run: str) -> None:
+    """Ends a run whose process died."""
+    if exists(run):
+        _log_to(run, RunUpdate(status=mlflow_client.KILLED, end_time=_now()))
 
 
-def _resume(run_id: str, reachable: bool) -> Run:
-    known = offline_buffer.server_name(mlflow_client.address(), run_id)
-    opened = Run(known or run_id)
-    if known is None or not reachable:
-        opened._journal = OfflineRun(mlflow_client.address(), opened.id).open()
-    opened._tell("status", status=mlflow_client.RUNNING)
-    return opened
-
-
-def server_name(run_id: str) -> str:
-    """How the server names a run. ConnectionError where it does not know it yet."""
-    known = offline_buffer.server_name(mlflow_client.address(), run_id)
-    if known is None:
-        raise ConnectionError("it does not know yet the run that made it")
-    return known
-
-
-def exists(run_id: str) -> bool:
-    """Whether the store still has the run, or will have it. One that does not answer has lost nothing yet."""
-    known = offline_buffer.server_name(mlflow_client.address(), run_id)
-    if known is None:
-        return OfflineRun(mlflow_client.address(), run_id).exists
-    try:
-        return mlflow_client.is_active(known)
-    except mlflow_client.UNREACHABLE as error:
-        return mlflow_client.is_down(error)
-
-
-def close(run_id: str) -> None:
-    """Ends a run whose process died as KILLED; one that ended by itself stays as it is."""
-    if exists(run_id):
-        _tell_once(run_id, "lost")
-
-
-def complete(run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
-    """Adds to a finished run without opening it again: its status and duration stay those of its own work."""
-    finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-    _tell_once(run_id, "metrics", values=finite, step=0)
-    _tell_once(run_id, "tags", values=dict(tags))
-
-
-def _tell_once(run_id: str, what: str, **details: object) -> None:
-    known = offline_buffer.server_name(mlflow_client.address(), run_id)
-    told = Run(
-        known or run_id, None if known else OfflineRun(mlflow_client.address(), run_id).open()
-    )
-    told._tell(what, **details)
-    told._leave()
+def log_results(run: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+    """Adds to a finished run; its status and duration stay those of its own work."""
+    _log_to(run, RunUpdate(metrics=_points(metrics, 0), tags=dict(tags)))
 
 
 def find_model_run(model_sha256: str, predictor: str, stage: str) -> str | None:
-    """The run that already carries a model's scores as `predictor`, else the newest of `stage` that made it, else None.
+    """The run that has a model's scores as `predictor` already, else the newest run of `stage`
+    that made the model, else None. ServerDownError if the server does not answer.
 
-    A search whose baseline wins makes the default model again: the hash alone does not tell the two runs apart.
+    A search whose baseline wins makes the default model again: the two runs share the hash.
     """
-    found = mlflow_client.runs_with(MODEL_TAG, model_sha256)
-    scored = [run for run in found if run.data.tags.get(PREDICTOR_TAG) == predictor]
-    made = [
-        run
-        for run in found
-        if PREDICTOR_TAG not in run.data.tags and run.data.tags.get(STAGE_TAG) == stage
-    ]
-    return (scored + made)[0].info.run_id if scored or made else None
+    runs = mlflow_client.find_runs(MODEL_TAG, model_sha256)
+    scored = [run for run in runs if run.data.tags.get(PREDICTOR_TAG) == predictor]
+    unscored = [run for run in runs if PREDICTOR_TAG not in run.data.tags]
+    trained = [run for run in unscored if run.data.tags.get(STAGE_TAG) == stage]
+    matches = scored + trained
+    return matches[0].info.run_id if matches else None

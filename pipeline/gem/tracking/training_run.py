@@ -1,6 +1,8 @@
 """Fits models under an MLflow run and writes their model directory."""
 
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.gem.common import provenance
@@ -9,122 +11,111 @@ from pipeline.gem.common.files import sha256
 from pipeline.gem.common.processes import StopSignal
 from pipeline.gem.common.progress import duration
 from pipeline.gem.data.cohort import Cohort
-from pipeline.gem.tracking import runs
-from pipeline.gem.tracking.model_registry import register
+from pipeline.gem.tracking.runs import MODEL_TAG, Run
 from pipeline.gem.training.checkpoint import Checkpoint
 from pipeline.gem.training.dataset import TrainingData
-from pipeline.gem.training.model_directory import best_metrics, write_model_directory
+from pipeline.gem.training.model_directory import MODEL, best_metrics, write_model_directory
 from pipeline.gem.training.multi_seed import fit_seeds
 from pipeline.gem.training.trainer import EpochMetrics
 
+log = logging.getLogger(__name__)
+
 COHORT = Path("data/cohort")
-MODEL_PARAMETERS = (
-    "model",
-    "train",
-)  # the sections that describe a fit, with the same names in every run
+FIT_SECTIONS = ("model", "train")  # of params.yaml: they describe a fit
 
 
-def log_context(run: runs.Run, params: Params, cohort: Cohort) -> None:
-    """What every fit's run carries: flat parameters and the data's hash."""
-    run.params(params.flat(*MODEL_PARAMETERS))
-    run.dataset(
-        "cohort", provenance.data_digest(str(COHORT), cohort.train_validation_sha256), "training"
-    )
+def log_settings(run: Run, params: Params, cohort: Cohort) -> None:
+    """Logs the flat parameters of a fit and the hash of its data."""
+    run.log_params(params.flat(*FIT_SECTIONS))
+    digest = provenance.data_digest(str(COHORT), cohort.train_validation_sha256)
+    run.log_dataset("cohort", digest, "training")
 
 
-def reporter(
-    run: runs.Run, params: Params, label: str, interruption: StopSignal, quiet: bool
-) -> Callable[[int, EpochMetrics], None]:
-    """Says every epoch of every seed (losses, the choice score, time left) unless `quiet`, and records those of the first."""
-    several = len(params.train.seeds) > 1
+@dataclass(frozen=True)
+class TrainingJob:
+    """A model directory to be trained: one model per seed of `params`.
 
-    def report(seed: int, epoch: EpochMetrics) -> None:
-        if seed == params.train.seeds[0]:
-            with interruption.deferred():
-                run.metrics(epoch.metrics(), step=epoch.epoch)
-        if quiet:
-            return
-        score = epoch.validation_predictive_log_likelihood
-        shown = (
-            "no validation split"
-            if score is None
-            else f"validation log-likelihood {score:9.1f} nats, mse {epoch.validation_mse:.4f}"
-        )
-        left = duration((epoch.epochs - epoch.epoch) * epoch.seconds)
-        who = f"{label}, seed {seed}" if several else label
-        print(
-            f"{who}: epoch {epoch.epoch:3d}/{epoch.epochs}  loss {epoch.loss:9.1f}  {shown}  {left} left",
-            flush=True,
-        )
-
-    return report
-
-
-def train_into(
-    directory: Path,
-    data: TrainingData,
-    params: Params,
-    cohort: Cohort,
-    label: str,
-    run: runs.Run,
-    interruption: StopSignal,
-    anew: bool = True,
-) -> None:
-    """Fits one model per seed, writes the model directory, completes its run, and registers the model.
-
-    StoppedError where the process is told to stop while it fits: called again it goes on. What has been fitted is written, and told
-    the tracker after that. Unless `anew`, a fit that has come to its end before is taken as it is.
+    `reuse_finished`: a fit that was finished before with the same settings, data and code is
+    loaded instead of trained.
     """
-    if data.selection_split is None:
-        print(
-            f"{label}: this cohort has no validation split: all epochs are trained, none is chosen"
+
+    directory: Path
+    label: str  # of log messages
+    cohort: Cohort
+    data: TrainingData
+    params: Params
+    reuse_finished: bool = False
+
+    def train(self, run: Run, stop_signal: StopSignal) -> None:
+        """Fits the models, writes the model directory and logs it to `run`.
+
+        StoppedError if the process receives a stop signal during a fit; the next call resumes.
+        """
+        if self.data.selection_split is None:
+            log.info("%s: no validation split: training all epochs, using the last", self.label)
+        checkpoints = self._checkpoints()
+        cached = self._report_checkpoints(list(checkpoints.values()))
+        on_epoch = self._epoch_logger(run, stop_signal, logging.DEBUG if cached else logging.INFO)
+        with stop_signal.interruptible():
+            fits = fit_seeds(self.data, self.params, self.cohort.folder, on_epoch, checkpoints)
+        write_model_directory(
+            self.directory, fits, self.params, self.cohort.train_validation_sha256
         )
-    checkpoints = {
-        seed: Checkpoint.of(params, cohort.train_validation_sha256, seed)
-        for seed in params.train.seeds
-    }
-    if anew:
         for checkpoint in checkpoints.values():
-            checkpoint.forget()
-    trained_before = _trained_before(label, list(checkpoints.values()))
-    with interruption.allowed():
-        fits = fit_seeds(
-            data,
-            params,
-            cohort.folder,
-            reporter(run, params, label, interruption, trained_before),
-            checkpoints,
-        )
-    write_model_directory(directory, fits, params)
-    for checkpoint in checkpoints.values():
-        checkpoint.end()
-    run.tags(
-        {
-            runs.MODEL_TAG: sha256(directory / "model.pt"),
-            "selection_split": data.selection_split or "none",
+            checkpoint.finish()
+        best, model = fits[0].best, self.directory / MODEL
+        split = self.data.selection_split or "none"
+        run.set_tags({MODEL_TAG: sha256(model), "selection_split": split})
+        run.log_metrics(best_metrics(fits[0]))
+        run.log_artifacts([self.directory / "history.csv", self.directory / "report.json"])
+        run.log_artifacts([self.directory / "figures" / "learning.png"], "figures")
+        epochs = len(fits[0].history)
+        log.info("%s: best epoch %d of %d, model in %s", self.label, best.epoch, epochs, model)
+
+    def _checkpoints(self) -> dict[int, Checkpoint]:
+        data_sha256 = self.cohort.train_validation_sha256
+        checkpoints = {
+            seed: Checkpoint.of(self.params, data_sha256, seed) for seed in self.params.train.seeds
         }
-    )
-    run.metrics(best_metrics(fits[0]))
-    run.artifacts([directory / "history.csv", directory / "report.json"])
-    run.artifacts([directory / "figures" / "learning.png"], "figures")
-    best = fits[0].best
-    print(
-        f"{label}: best epoch {best.epoch} of {len(fits[0].history)}, model in {directory / 'model.pt'}",
-        flush=True,
-    )
-    register(directory, fits[0], params, cohort, label, run.id)
+        if not self.reuse_finished:
+            for checkpoint in checkpoints.values():
+                checkpoint.discard_finished()
+        return checkpoints
+
+    def _report_checkpoints(self, checkpoints: list[Checkpoint]) -> bool:
+        """Logs what the checkpoints hold; True if there is nothing left to train."""
+        if any(checkpoint.path.exists() for checkpoint in checkpoints):
+            epochs = ", ".join(str(checkpoint.epochs()) for checkpoint in checkpoints)
+            message = "%s: resuming from epoch %s; earlier metrics are logged again"
+            log.info(message, self.label, epochs)
+            return False
+        if not all(checkpoint.finished_path.exists() for checkpoint in checkpoints):
+            return False
+        log.info("%s: cached: identical settings, data and code; skipping training", self.label)
+        return True
+
+    def _epoch_logger(
+        self, run: Run, stop_signal: StopSignal, level: int
+    ) -> Callable[[int, EpochMetrics], None]:
+        """Logs every epoch of every seed at `level`, and the first seed's metrics to `run`."""
+        seeds = self.params.train.seeds
+
+        def on_epoch(seed: int, epoch: EpochMetrics) -> None:
+            if seed == seeds[0]:
+                with stop_signal.uninterruptible():
+                    run.log_metrics(epoch.metrics(), step=epoch.epoch)
+            label = f"{self.label}, seed {seed}" if len(seeds) > 1 else self.label
+            log.log(level, "%s: %s", label, _progress(epoch))
+
+        return on_epoch
 
 
-def _trained_before(label: str, checkpoints: list[Checkpoint]) -> bool:
-    """Whether there is nothing left to train; says what is there."""
-    if any(checkpoint.path.exists() for checkpoint in checkpoints):
-        print(
-            f"{label}: goes on after the last epoch of a training that was stopped; what it had told is told again"
-        )
-        return False
-    if not all(checkpoint.ended.exists() for checkpoint in checkpoints):
-        return False
-    print(
-        f"{label}: trained before, with the same settings, data and code: not trained again ({checkpoints[0].ended})"
-    )
-    return True
+def _progress(epoch: EpochMetrics) -> str:
+    score = epoch.validation_predictive_log_likelihood
+    validation = "no validation split"
+    if score is not None:
+        mse = epoch.validation_mse
+        validation = f"validation log-likelihood {score:9.1f} nats, mse {mse:.4f}"
+    left = duration((epoch.epochs - epoch.epoch) * epoch.seconds)
+    counter = f"epoch {epoch.epoch:3d}/{epoch.epochs}"
+    return f"{counter}  loss {epoch.loss:9.1f}  {validation}  {left} left"

@@ -1,1 +1,4 @@
-"""training."""
+"""Fits a model to a cohort: data set, loop, schedule, checkpoints, model directory.
+
+Imports model, data, common.
+"""

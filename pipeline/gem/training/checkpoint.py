@@ -1,11 +1,11 @@
-"""How far a fit has come, kept while it runs: one that was stopped or killed goes on from its last epoch, to the same bits.
+"""The state of a fit after its last epoch, on disk: a stopped or killed fit resumes to equal bits.
 
-The end of a fit is kept too: a search whose answer is a model that was trained before does not train it again.
+Finished fits are kept too: a search whose winner was trained before does not train it again.
 """
 
 import io
+import logging
 import pickle
-import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,74 +14,75 @@ import torch
 
 from pipeline.gem.common.code_version import ROOT, import_closure
 from pipeline.gem.common.config import Params
-from pipeline.gem.common.files import replacing, sha256, sha256_of
+from pipeline.gem.common.files import atomic_replacement, sha256, sha256_of
+
+log = logging.getLogger(__name__)
 
 FOLDER = Path(".gem/checkpoints")  # outside the outputs, which DVC deletes before a stage runs
-_KEPT = 8  # fits that have ended; the newest
+_MAX_FINISHED = 8  # finished fits that are kept, newest first
+_UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The file of one fit. Its name hashes all that decides the fit's bits: settings, data, seed, code, torch."""
+    """The file of one fit, named by a hash of what decides its bits: settings, data, seed, code,
+    torch."""
 
     path: Path
 
     @classmethod
     def of(cls, params: Params, data_sha256: str, seed: int, folder: Path = FOLDER) -> "Checkpoint":
-        settings = {
-            name: value
-            for name, value in params.flat("model", "train").items()
-            if name != "train.seeds"
-        }
-        code = {
-            file: sha256(ROOT / file) for file in import_closure("pipeline.gem.training.trainer")
-        }
-        return cls(
-            folder / f"{sha256_of(settings, data_sha256, seed, code, torch.__version__)[:16]}.pt"
-        )
+        settings = params.flat("model", "train")
+        del settings["train.seeds"]
+        files = import_closure("pipeline.gem.training.trainer")
+        code = {file: sha256(ROOT / file) for file in files}
+        name = sha256_of(settings, data_sha256, seed, code, torch.__version__)[:16]
+        return cls(folder / f"{name}.pt")
+
+    @property
+    def finished_path(self) -> Path:
+        """Where the last state is once the fit is finished."""
+        return self.path.with_suffix(".finished.pt")
 
     def save(self, state: dict) -> None:
-        """Replaces what was kept; tensors and plain values only."""
-        with replacing(self.path) as temporary:
+        """Replaces the saved state: tensors and plain values only."""
+        with atomic_replacement(self.path) as temporary:
             torch.save(state, temporary)
 
     def load(self) -> dict | None:
-        """What `save` was given last; None where there is nothing. A file that cannot be read is said, and counts as nothing."""
-        found = next((path for path in (self.path, self.ended) if path.exists()), None)
-        if found is None:
-            return None
+        """The saved state; None without one. An unreadable file counts as none, with a warning."""
         try:
-            return torch.load(io.BytesIO(found.read_bytes()), weights_only=True)
-        except (
-            zipfile.BadZipFile,
-            pickle.UnpicklingError,
-            RuntimeError,
-            EOFError,
-            ValueError,
-        ) as error:
-            print(
-                f"warning: {found}: cannot be read ({next(iter(str(error).splitlines()), '')}); the fit starts anew",
-                file=sys.stderr,
-            )
+            return self._read()
+        except _UNREADABLE as error:
+            reason = next(iter(str(error).splitlines()), "")
+            log.warning("%s: cannot be read (%s); the fit starts again", self.path, reason)
             return None
 
-    @property
-    def ended(self) -> Path:
-        """Where the last state is once the fit has come to its end."""
-        return self.path.with_suffix(".ended.pt")
+    def epochs(self) -> int:
+        """Number of epochs in the saved state."""
+        try:
+            state = self._read()
+        except _UNREADABLE:
+            return 0
+        return len(state["history"]) if state else 0
 
-    def end(self) -> None:
-        """The fit has come to its end, and is kept until newer ones take its place."""
+    def _read(self) -> dict | None:
+        for path in (self.path, self.finished_path):
+            if path.exists():
+                return torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
+        return None
+
+    def finish(self) -> None:
+        """Marks the fit as finished; only the newest finished fits are kept."""
         if self.path.exists():
-            self.path.replace(self.ended)
-        elif self.ended.exists():
-            self.ended.touch()
-        newest = sorted(
-            self.path.parent.glob("*.ended.pt"), key=lambda path: path.stat().st_mtime, reverse=True
-        )
-        for old in newest[_KEPT:]:
-            old.unlink(missing_ok=True)
+            self.path.replace(self.finished_path)
+        elif self.finished_path.exists():
+            self.finished_path.touch()
+        finished = list(self.path.parent.glob("*.finished.pt"))
+        finished.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        for outdated in finished[_MAX_FINISHED:]:
+            outdated.unlink(missing_ok=True)
 
-    def forget(self) -> None:
-        """The next fit is trained, even if one has come to its end before."""
-        self.ended.unlink(missing_ok=True)
+    def discard_finished(self) -> None:
+        """Makes the next fit train, even if it was finished before."""
+        self.finished_path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a fit sees of a cohort: samples ready for the network, loaded and encoded once.
+"""The training and validation samples of a cohort as tensors, loaded and encoded once.
 
 N samples, G genes. Expression is log-CPM.
 """
@@ -12,170 +12,157 @@ from torch import Tensor
 
 from pipeline.gem.common.config import Data, Params
 from pipeline.gem.data.cohort import Cohort
-from pipeline.gem.data.encoder import MetadataEncoder
+from pipeline.gem.data.encoder import MetadataEncoder, distinct_rows
 from pipeline.gem.data.expression import log_cpm
-from pipeline.gem.data.labels import label_texts
-from pipeline.gem.data.references import reference_lists
-from pipeline.gem.data.splits import SELECTION_SPLITS, TRAIN, contexts, is_control
-from pipeline.gem.model.gem import TargetGenes, distinct_rows
+from pipeline.gem.data.references import SampleGroups, matching_controls
+from pipeline.gem.data.splits import SELECTION_SPLITS, TRAIN
 from pipeline.gem.model.observation import Observed
+from pipeline.gem.model.query import TargetGenes
 from pipeline.gem.model.training_support import TrainingSupport
 
-_TECHNICAL_LATENTS = (64, 512)  # fewest and most, where params.yaml leaves their number open
+_TECHNICAL_LATENTS = (64, 512)  # bounds of their number where params.yaml leaves it open
 
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """Samples ready for the network: log-CPM (N, G), distinct metadata rows per group, labels (N, heads), target genes and total counts (N,)."""
+    """The samples of one split."""
 
     observed: Observed
-    metadata: dict[str, Tensor]
-    index: dict[str, Tensor]
-    labels: Tensor
-    target: Tensor
-    totals: Tensor
+    metadata: dict[str, Tensor]  # by group: distinct encoded rows
+    index: dict[str, Tensor]  # by group: (N,) row of `metadata`
+    labels: Tensor  # (N, heads) class index, -1 missing
+    target_gene: Tensor  # (N,) position of the perturbation's own target gene, -1 without
+    totals: Tensor  # (N,) counts
 
     @property
     def expression(self) -> Tensor:
+        """(N, G)"""
         return self.observed.expression
 
     @classmethod
-    def of(
+    def load(
         cls,
         cohort: Cohort,
         split: str,
         encoder: MetadataEncoder,
         device: torch.device,
-        counted: bool = False,
+        with_counts: bool = False,
     ) -> "EncodedSplit":
-        """`counted`: with the counts themselves, which observation models of counts need."""
+        """`with_counts`: also the integer counts, for observation models of counts."""
+
+        def tensor(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
         samples, counts = cohort.rows([split]), cohort.counts([split])
-        expression = torch.from_numpy(log_cpm(counts, samples["total"].to_numpy())).to(device)
-        observed = Observed(
-            expression, torch.from_numpy(counts.astype(np.int32)).to(device) if counted else None
-        )
+        totals = samples["total"].to_numpy()
+        integers = tensor(counts.astype(np.int32)) if with_counts else None
+        observed = Observed(tensor(log_cpm(counts, totals)), integers)
         metadata, index = {}, {}
         for group, matrix in encoder.encode(samples, unknown="missing").items():
-            rows, inverse = distinct_rows(matrix)
-            metadata[group], index[group] = (
-                torch.from_numpy(rows).to(device),
-                torch.from_numpy(inverse).to(device),
-            )
-        labels = list(encoder.labels(samples).values())
-        stacked = (
-            np.stack(labels, axis=1) if labels else np.zeros((len(samples), 0), dtype=np.int64)
-        )
-        target = torch.from_numpy(TargetGenes.of(cohort)(samples)).to(device)
-        totals = torch.from_numpy(samples["total"].to_numpy()).to(device)
-        return cls(observed, metadata, index, torch.from_numpy(stacked).to(device), target, totals)
+            first, inverse = distinct_rows(matrix)
+            metadata[group], index[group] = tensor(matrix[first]), tensor(inverse)
+        columns = list(encoder.labels(samples).values())
+        no_labels = np.zeros((len(samples), 0), dtype=np.int64)
+        labels = np.stack(columns, axis=1) if columns else no_labels
+        target_gene = TargetGenes.from_cohort(cohort).positions(samples)
+        return cls(observed, metadata, index, tensor(labels), tensor(target_gene), tensor(totals))
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a fit sees of a cohort; loaded and encoded once, shared by every fit of a process."""
+    """The inputs of a fit; shared by all fits of a process."""
 
     encoder: MetadataEncoder
-    genes: np.ndarray
+    genes: np.ndarray  # (G,) gene ids
     targets: TargetGenes
+    training_support: TrainingSupport
     train: EncodedSplit
     references: "References"
-    study_spread: Tensor  # (G,) log-CPM: how much studies differ from each other in their controls of a context
+    study_spread: Tensor  # (G,), see `study_spread`
     study_column: str | None
-    validation: EncodedSplit | None
-    selection_split: str | None  # where early stopping and every choice look
-    seen: TrainingSupport
+    validation: EncodedSplit | None  # the selection split
+    selection_split: str | None  # for early stopping and model selection
 
     @classmethod
-    def load(cls, cohort: Cohort, device: torch.device, counted: bool = False) -> "TrainingData":
-        """`counted` as in Encoded.of."""
-        samples = cohort.rows([TRAIN])
-        encoder = MetadataEncoder.fit(samples, cohort.declared.covariates, cohort.features)
-        train = EncodedSplit.of(cohort, TRAIN, encoder, device, counted)
-        choice = next((split for split in SELECTION_SPLITS if cohort.has(split)), None)
-        validation = EncodedSplit.of(cohort, choice, encoder, device, counted) if choice else None
-        targets = TargetGenes.of(cohort)
-        spread = torch.from_numpy(
-            study_spread(samples, train.expression.cpu().numpy(), cohort.declared)
-        ).to(device)
-        references, seen = (
-            References.of(samples, cohort, device),
-            TrainingSupport.of(samples, cohort.declared),
-        )
+    def load(
+        cls, cohort: Cohort, device: torch.device, with_counts: bool = False
+    ) -> "TrainingData":
+        """`with_counts` as in EncodedSplit.load."""
+        samples, declared = cohort.rows([TRAIN]), cohort.declared
+        encoder = MetadataEncoder.fit(samples, declared.covariates, cohort.features)
+        train = EncodedSplit.load(cohort, TRAIN, encoder, device, with_counts)
+        selection_split = next((split for split in SELECTION_SPLITS if cohort.has(split)), None)
+        validation = None
+        if selection_split:
+            validation = EncodedSplit.load(cohort, selection_split, encoder, device, with_counts)
+        spread = study_spread(samples, train.expression.cpu().numpy(), declared)
         return cls(
-            encoder,
-            cohort.genes,
-            targets,
-            train,
-            references,
-            spread,
-            cohort.declared.study_column,
-            validation,
-            choice,
-            seen,
+            encoder=encoder,
+            genes=cohort.genes,
+            targets=TargetGenes.from_cohort(cohort),
+            training_support=TrainingSupport.from_samples(samples, declared),
+            train=train,
+            references=References.from_samples(samples, declared, device),
+            study_spread=torch.from_numpy(spread).to(device),
+            study_column=declared.study_column,
+            validation=validation,
+            selection_split=selection_split,
         )
 
     def resolve_latent_sizes(self, params: Params) -> Params:
-        """`params` with the number of technical latents, where they leave it open: as many as the technical covariates have columns.
+        """Sets the number of technical latents, where `params` leaves it open, to the number of
+        encoded technical columns.
 
-        The effect of a study on the genes is dense and its own: fewer dimensions than studies cannot hold them all.
+        Effects of studies are dense and unrelated: fewer latents than studies cannot hold them all.
         """
         if params.model.latent.technical is not None:
             return params
-        fewest, most = _TECHNICAL_LATENTS
-        return params.override(
-            {"model.latent.technical": min(max(self.encoder.sizes["technical"], fewest), most)}
-        )
+        lower, upper = _TECHNICAL_LATENTS
+        size = min(max(self.encoder.sizes["technical"], lower), upper)
+        return params.override({"model.latent.technical": size})
 
 
 def study_spread(samples: pd.DataFrame, expression: np.ndarray, data: Data) -> np.ndarray:
-    """(G,) float32 standard deviation between studies, within a context, of the means of their controls (N, G); log-CPM.
-
-    All samples stand for controls where there are none. Zero where no context has two studies.
+    """(G,) float32 standard deviation of study means around their context's mean, from controls
+    (N, G); log-CPM. From all samples if there are no controls. Zero if no context has two studies.
     """
-    control = is_control(samples, data).to_numpy()
-    rows = samples[control] if control.any() else samples
+    control = SampleGroups(samples, data).control.to_numpy()
+    if control.any():
+        samples, expression = samples[control], expression[control]
     if data.study_column is None:
         return np.zeros(expression.shape[1], dtype=np.float32)
-    keys = pd.MultiIndex.from_arrays(
-        [contexts(rows, data), label_texts(rows[data.study_column]).fillna("?")],
-        names=["context", "study"],
-    )
-    means = (
-        pd.DataFrame(expression[control] if control.any() else expression, index=keys)
-        .groupby(level=["context", "study"])
-        .mean()
-    )
-    within = means - means.groupby(level="context").transform("mean")
+    groups, levels = SampleGroups(samples, data), ["context", "study"]
+    keys = pd.MultiIndex.from_arrays([groups.context, groups.study], names=levels)
+    means = pd.DataFrame(expression, index=keys).groupby(level=levels).mean()
+    deviations = means - means.groupby(level="context").transform("mean")
     freedom = len(means) - means.index.get_level_values("context").nunique()
     if freedom < 1:
         return np.zeros(expression.shape[1], dtype=np.float32)
-    return np.sqrt((within**2).sum(axis=0).to_numpy() / freedom).astype(np.float32)
+    return np.sqrt((deviations**2).sum(axis=0).to_numpy() / freedom).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class References:
-    """For each training sample its best matching controls: `rows[start[i] : start[i] + number[i]]`."""
+    """The best matching controls of each training sample i: `rows[start[i] : start[i] + size[i]]`.
+
+    A sample without another matching control is its own reference.
+    """
 
     rows: Tensor
-    start: Tensor
-    number: Tensor
+    start: Tensor  # (N,)
+    size: Tensor  # (N,)
 
     @classmethod
-    def of(cls, samples: pd.DataFrame, cohort: Cohort, device: torch.device) -> "References":
-        """Never the sample itself, but where it has no other control."""
-        others = reference_lists(samples, samples, cohort.declared, same=True)
-        lists = [found if len(found) else np.array([row]) for row, found in enumerate(others)]
-        number = np.array([len(rows) for rows in lists])
-        start = np.concatenate([[0], np.cumsum(number)[:-1]])
-        return cls(
-            *(
-                torch.from_numpy(array).to(device)
-                for array in (np.concatenate(lists), start, number)
-            )
-        )
+    def from_samples(cls, samples: pd.DataFrame, data: Data, device: torch.device) -> "References":
+        matches = matching_controls(samples, samples, data, same=True)
+        lists = [rows if len(rows) else np.array([row]) for row, rows in enumerate(matches)]
+        sizes = np.array([len(rows) for rows in lists])
+        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        arrays = np.concatenate(lists), starts, sizes
+        return cls(*(torch.from_numpy(array).to(device) for array in arrays))
 
     def draw(self, samples: Tensor, generator: torch.Generator) -> Tensor:
-        """(B,) a reference row for each of the sample rows (B,)."""
-        share = torch.rand(len(samples), generator=generator, device=samples.device)
-        number = self.number[samples]
-        return self.rows[self.start[samples] + torch.minimum((share * number).long(), number - 1)]
+        """(B,) row of a random reference for each of the sample rows (B,)."""
+        uniform = torch.rand(len(samples), generator=generator, device=samples.device)
+        size = self.size[samples]
+        return self.rows[self.start[samples] + torch.minimum((uniform * size).long(), size - 1)]

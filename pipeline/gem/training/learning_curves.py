@@ -7,54 +7,58 @@ import pandas as pd
 
 from pipeline.gem.common.plotting import GROUP_COLOURS, MUTED, STYLE, save_figure
 
+LIKELIHOOD_TERMS = {
+    "train/nll_reconstruction": "reconstruction",
+    "train/nll_predictive": "from metadata",
+    "train/nll_reference": "from a reference",
+}
+SCORE = "validation/predictive_log_likelihood"
+SCORES = {
+    SCORE: "predictive log-likelihood",
+    "validation/evidence_lower_bound": "evidence lower bound",
+}
+
 
 @plt.rc_context(STYLE)
 def learning_curves(history: pd.DataFrame, path: Path) -> None:
-    """Likelihood terms, KL per group and validation scores over the epochs of the first seed."""
+    """Draws the epochs of the first seed of a history.csv."""
     table = history[history["seed"] == history["seed"].iloc[0]]
     figure, (terms, divergence, validation) = plt.subplots(1, 3, figsize=(13, 3.6))
-    ways = {
-        "nll_reconstruction": "reconstruction",
-        "nll_predictive": "from metadata",
-        "nll_reference": "from a reference",
-    }
-    for name, label in ways.items():
-        if f"train/{name}" in table:
-            terms.plot(table["epoch"], table[f"train/{name}"], label=label)
-    terms.set(title="Negative log-likelihood, training", xlabel="epoch", ylabel="nats per sample")
+    _plot_columns(terms, table, LIKELIHOOD_TERMS)
+    terms.set_title("Negative log-likelihood, training")
     terms.legend()
     for group, colour in GROUP_COLOURS.items():
         divergence.plot(table["epoch"], table[f"train/kl_{group}"], color=colour, label=group)
-    divergence.set(title="KL(posterior | prior)", xlabel="epoch", ylabel="nats per sample")
+    divergence.set_title("KL(posterior | prior)")
     divergence.set_ylim(bottom=0)
     divergence.legend()
-    for name, label in {
-        "predictive_log_likelihood": "predictive log-likelihood",
-        "evidence_lower_bound": "evidence lower bound",
-    }.items():
-        if f"validation/{name}" in table:
-            validation.plot(table["epoch"], table[f"validation/{name}"], label=label)
+    _plot_columns(validation, table, SCORES)
+    validation.set_title("Validation (comparable across settings)")
     if validation.lines:
-        best = table.loc[table["validation/predictive_log_likelihood"].idxmax()]
-        validation.axvline(
-            best["epoch"], color=MUTED, linestyle=":", label=f"chosen: epoch {int(best['epoch'])}"
-        )
-        # The first epochs are far below and would flatten everything after them.
-        values = table["validation/predictive_log_likelihood"]
-        spread = values.max() - values.quantile(0.25)
-        validation.set_ylim(values.quantile(0.25) - spread, values.max() + 0.3 * spread)
-        validation.legend(loc="lower right")
+        _mark_best(validation, table)
     else:
+        transform = validation.transAxes
         validation.text(
-            0.5,
-            0.5,
-            "no validation split",
-            ha="center",
-            transform=validation.transAxes,
-            color=MUTED,
+            0.5, 0.5, "no validation split", ha="center", transform=transform, color=MUTED
         )
-    validation.set(
-        title="Validation (comparable across settings)", xlabel="epoch", ylabel="nats per sample"
-    )
+    for axes in (terms, divergence, validation):
+        axes.set(xlabel="epoch", ylabel="nats per sample")
     figure.tight_layout()
     save_figure(figure, path)
+
+
+def _plot_columns(axes: plt.Axes, table: pd.DataFrame, labels: dict[str, str]) -> None:
+    for column, label in labels.items():
+        if column in table:
+            axes.plot(table["epoch"], table[column], label=label)
+
+
+def _mark_best(axes: plt.Axes, table: pd.DataFrame) -> None:
+    scores = table[SCORE]
+    best = int(table.loc[scores.idxmax(), "epoch"])
+    axes.axvline(best, color=MUTED, linestyle=":", label=f"best: epoch {best}")
+    # The first epochs are far below and would flatten everything after them.
+    lower = scores.quantile(0.25)
+    spread = scores.max() - lower
+    axes.set_ylim(lower - spread, scores.max() + 0.3 * spread)
+    axes.legend(loc="lower right")

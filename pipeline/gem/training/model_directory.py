@@ -1,4 +1,4 @@
-"""A model directory: model.pt, seeds/, history.csv, report.json, figures/learning.png."""
+"""A model directory: model.safetensors, seeds/, history.csv, report.json, figures/learning.png."""
 
 import shutil
 from pathlib import Path
@@ -10,59 +10,63 @@ from pipeline.gem.common.files import write_atomically, write_json
 from pipeline.gem.training.learning_curves import learning_curves
 from pipeline.gem.training.trainer import FitResult
 
+MODEL = "model.safetensors"  # of the first seed
 
-def best_metrics(finished: FitResult) -> dict[str, float]:
-    """The chosen epoch's figures under their own names, so that a table of runs can sort by them."""
+
+def best_metrics(fit: FitResult) -> dict[str, float]:
+    """The validation metrics of the best epoch as best/...: a table of runs can sort by them."""
     return {
-        f"best/{name.split('/', 1)[1]}": value
-        for name, value in finished.best.metrics().items()
+        f"best/{name.removeprefix('validation/')}": value
+        for name, value in fit.best.metrics().items()
         if name.startswith("validation/")
     }
 
 
-def write_model_directory(directory: Path, fits: list[FitResult], params: Params) -> None:
-    """Nothing here depends on the clock: the same fit writes the same bytes."""
+def write_model_directory(
+    directory: Path, fits: list[FitResult], params: Params, data_sha256: str
+) -> None:
+    """Writes the fits of `train.seeds`, in this order. Equal fits give equal bytes."""
     directory.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(directory / "seeds", ignore_errors=True)
     (directory / "seeds").mkdir()
-    fits[0].gem.save(directory / "model.pt")
+    fits[0].gem.save(directory / MODEL)
     first, *others = params.train.seeds
-    write_json(directory / "seeds" / "seeds.json", {"model.pt": first, "others": others})
-    for seed, finished in zip(others, fits[1:], strict=True):
-        finished.gem.save(directory / "seeds" / f"{seed}.pt")
-    history = pd.DataFrame(
-        {
-            "seed": seed,
-            "epoch": epoch.epoch,
-            **{name: value for name, value in epoch.metrics().items() if name != "train/seconds"},
-        }
-        for seed, finished in zip(params.train.seeds, fits, strict=True)
-        for epoch in finished.history
-    )
+    write_json(directory / "seeds" / "seeds.json", {MODEL: first, "others": others})
+    for seed, fit in zip(others, fits[1:], strict=True):
+        fit.gem.save(directory / "seeds" / f"{seed}.safetensors")
+    history = _history(params.train.seeds, fits)
     write_atomically(directory / "history.csv", history.to_csv(index=False).encode())
-    write_json(directory / "report.json", _report(fits))
+    write_json(directory / "report.json", _report(fits, params, data_sha256))
     learning_curves(history, directory / "figures" / "learning.png")
 
 
-def _report(fits: list[FitResult]) -> dict:
-    """The first seed's chosen epoch, and where several seeds were trained the spread of the choice score."""
-    first = fits[0]
+def _history(seeds: tuple[int, ...], fits: list[FitResult]) -> pd.DataFrame:
+    """A row per seed and epoch; without times, which would differ between equal fits."""
+    rows = []
+    for seed, fit in zip(seeds, fits, strict=True):
+        for epoch in fit.history:
+            rows.append({"seed": seed, "epoch": epoch.epoch} | epoch.metrics())
+    return pd.DataFrame(rows).drop(columns="train/seconds")
+
+
+def _report(fits: list[FitResult], params: Params, data_sha256: str) -> dict:
+    """The first seed's best epoch, what its scores depend on, and their range over seeds."""
+    fit = fits[0]
     report = {
-        "selection_split": first.selection_split,
-        "best_epoch": first.best.epoch,
-        "epochs": len(first.history),
+        "selection_split": fit.selection_split,
+        "data_sha256": data_sha256,
+        "observation": params.model.observation,
+        "predictive_draws": params.train.predictive_draws,
+        "best_epoch": fit.best.epoch,
+        "epochs": len(fit.history),
         "validation": {
-            name.removeprefix("best/"): value for name, value in best_metrics(first).items()
+            name.removeprefix("best/"): value for name, value in best_metrics(fit).items()
         },
-        "kl": {group: getattr(first.best, f"kl_{group}") for group in GROUPS},
+        "kl": {group: getattr(fit.best, f"kl_{group}") for group in GROUPS},
     }
-    scores = [finished.best.validation_predictive_log_likelihood for finished in fits]
+    scores = [fit.best.validation_predictive_log_likelihood for fit in fits]
     if len(fits) > 1 and None not in scores:
-        report["seeds"] = {
-            "predictive_log_likelihood": {
-                "lowest": min(scores),
-                "mean": sum(scores) / len(scores),
-                "highest": max(scores),
-            }
-        }
+        mean = sum(scores) / len(scores)
+        summary = {"lowest": min(scores), "mean": mean, "highest": max(scores)}
+        report["seeds"] = {"predictive_log_likelihood": summary}
     return report

@@ -1,97 +1,116 @@
-"""One fit per training seed: side by side in processes of their own where there are cores, one after another where not.
+"""One fit per training seed, in parallel processes where there are cores for them.
 
-Each fit has `train.threads` threads either way, so that where it ran does not change its bits.
+Each fit has `train.threads` threads either way, so the bits do not depend on where it ran.
 """
 
 import multiprocessing
 import os
+import pickle
 import signal
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing.managers import SyncManager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from queue import Empty, Queue
 
 import torch
 
 from pipeline.gem.common.config import Params
+from pipeline.gem.common.errors import GemError
 from pipeline.gem.common.processes import end_with_parent
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.training.checkpoint import Checkpoint
 from pipeline.gem.training.dataset import TrainingData
 from pipeline.gem.training.trainer import EpochMetrics, FitResult, fit
 
-_PATIENCE = 0.2  # seconds between two looks at whether a process has ended
+OnEpoch = Callable[[int, EpochMetrics], None]  # seed, epoch
 
 
 def fit_seeds(
     data: TrainingData,
     params: Params,
     folder: Path,
-    report: Callable[[int, EpochMetrics], None],
+    on_epoch: OnEpoch,
     checkpoints: Mapping[int, Checkpoint],
 ) -> list[FitResult]:
-    """The fits of `train.seeds` in their order; `report` sees (seed, epoch) as they come. DivergedError as in `fit`.
+    """The fits of `train.seeds`, in this order. DivergedError as in `fit`.
 
-    `data` is what `TrainingData.load` makes of the cohort in `folder`: other processes load it again. `checkpoints` by seed.
+    `data` is loaded from the cohort in `folder`; other processes load it again. `checkpoints` are
+    by seed. `on_epoch` receives the epochs of all seeds in the order in which they end.
     """
-    seeds, device = params.train.seeds, data.train.expression.device
-    processes = min(len(seeds), max(1, (os.cpu_count() or 1) // params.train.threads))
-    if processes == 1 or device.type != "cpu":
-        return [
-            fit(
-                data,
-                params,
-                seed,
-                lambda epoch, seed=seed: report(seed, epoch),
-                checkpoints.get(seed),
-            )
-            for seed in seeds
-        ]
+    seeds = params.train.seeds
+    limit = min(len(seeds), max(1, (os.cpu_count() or 1) // params.train.threads))
+    if limit > 1 and data.train.expression.device.type == "cpu":
+        jobs = [_Job(folder, params, seed, checkpoints.get(seed)) for seed in seeds]
+        return _fit_in_processes(jobs, limit, on_epoch)
+    return [
+        fit(
+            data,
+            params,
+            seed,
+            lambda epoch, seed=seed: on_epoch(seed, epoch),
+            checkpoints.get(seed),
+        )
+        for seed in seeds
+    ]
+
+
+@dataclass(frozen=True)
+class _Job:
+    folder: Path  # of the cohort
+    params: Params
+    seed: int
+    checkpoint: Checkpoint | None
+
+
+def _fit_in_processes(jobs: list[_Job], limit: int, on_epoch: OnEpoch) -> list[FitResult]:
+    """Runs at most `limit` fits at a time. All end with the first error, or stop signal, here."""
     context = multiprocessing.get_context("spawn")
-    manager = SyncManager(ctx=context)
-    manager.start(_as_helper)
-    with (
-        manager,
-        ProcessPoolExecutor(processes, mp_context=context, initializer=_as_helper) as pool,
-    ):
-        epochs = manager.Queue()
-        running = [
-            pool.submit(_fit_elsewhere, folder, params, seed, epochs, checkpoints.get(seed))
-            for seed in seeds
-        ]
-        try:
-            _relay(epochs, running, report)
-        except BaseException:
-            # A fit that cannot tell of its epoch ends: it is not waited for.
-            pool.shutdown(wait=False, cancel_futures=True)
-            manager.shutdown()
-            raise
-        return [one.result() for one in running]
+    queue, seeds, processes = list(jobs), {}, []
+    results: dict[int, FitResult] = {}
+    try:
+        while queue or seeds:
+            while queue and len(seeds) < limit:
+                job = queue.pop(0)
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_run_job, args=(job, sender), daemon=True)
+                process.start()
+                sender.close()  # so that the end of the process ends the connection
+                processes.append(process)
+                seeds[receiver] = job.seed
+            for receiver in wait(list(seeds)):
+                message = _receive(receiver, seeds[receiver])
+                if isinstance(message, EpochMetrics):
+                    on_epoch(seeds[receiver], message)
+                elif isinstance(message, FitResult):
+                    results[seeds.pop(receiver)] = message
+                else:
+                    raise message
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+    return [results[job.seed] for job in jobs]
 
 
-def _as_helper() -> None:
-    """Ctrl-C is for the parent to answer; and no fit goes on without it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _receive(receiver: Connection, seed: int) -> EpochMetrics | FitResult | GemError:
+    try:
+        return pickle.loads(receiver.recv_bytes())
+    except EOFError:
+        raise RuntimeError(f"the process that fits seed {seed} ended without a result") from None
+
+
+def _run_job(job: _Job, sender: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
     end_with_parent()
 
+    def send(message: object) -> None:
+        # Not `send`, which would share tensors through files of a process that ends.
+        sender.send_bytes(pickle.dumps(message))
 
-def _fit_elsewhere(
-    folder: Path, params: Params, seed: int, epochs: Queue, checkpoint: Checkpoint | None
-) -> FitResult:
-    data = TrainingData.load(Cohort(folder), torch.device("cpu"), params.model.counted)
-    return fit(data, params, seed, lambda epoch: epochs.put((seed, epoch)), checkpoint)
-
-
-def _relay(
-    epochs: Queue, running: list[Future], report: Callable[[int, EpochMetrics], None]
-) -> None:
-    """Reports until every process has ended, in the order in which epochs end."""
-    while True:
-        ended = all(one.done() for one in running)
-        try:
-            while True:
-                report(*epochs.get(timeout=0 if ended else _PATIENCE))
-        except Empty:
-            if ended:
-                return
+    try:
+        data = TrainingData.load(
+            Cohort(job.folder), torch.device("cpu"), job.params.model.uses_counts
+        )
+        send(fit(data, job.params, job.seed, send, job.checkpoint))
+    except GemError as error:
+        send(error)

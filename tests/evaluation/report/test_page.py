@@ -1,7 +1,6 @@
-"""The page: one valid file without a link to the outside, whose numbers are those of the tables and whose sentences claim no more."""
+"""The report: one valid HTML file, offline, with the numbers of the tables."""
 
 import html
-import json
 import re
 import shutil
 import subprocess
@@ -9,296 +8,257 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import pytest
-import torch
 
-from pipeline import evaluate as stage
 from pipeline.gem.data.cohort import Cohort
-from pipeline.gem.evaluation.comparison import nested
 from pipeline.gem.evaluation.error_decomposition import PARTS
 from pipeline.gem.evaluation.report import page
-from pipeline.gem.training.dataset import TrainingData
-from pipeline.gem.training.trainer import fit
+from pipeline.gem.evaluation.report.contents import ReportData, report_data
+from pipeline.gem.evaluation.run import TABLE_FILES, evaluate_models, write_tables
+from pipeline.gem.model.gem import TrainedGEM
 
+OUTPUT = Path("experiments/evaluation")
+REPORT = OUTPUT / "report.html"
 VOID = {"meta", "br", "img", "input", "hr", "link"}
+SEEDS = {"gem": [1, 2], "gem_tuned": [2]}
+
+
+class Report(NamedTuple):
+    folder: Path  # the working directory of the evaluation
+    data: ReportData
+    text: str
+
+    def table(self, name: str) -> pd.DataFrame:
+        return self.data.evaluation.tables[name]
 
 
 @pytest.fixture(scope="module")
-def models(cohort, params) -> dict:
-    data = TrainingData.load(cohort, torch.device("cpu"))
-    first, second = (fit(data, params, seed).gem for seed in (1, 2))
+def models(model_directory) -> dict[str, list[TrainedGEM]]:
+    first, second = TrainedGEM.load_seeds(model_directory)[0]
     return {"gem": [first, second], "gem_tuned": [second]}
 
 
-def evaluated(folder: Path, cohort: Cohort, models: dict, params) -> tuple[str, stage.Evaluation]:
-    """(the report, what it is made of) of a real evaluation in `folder`."""
+def write(folder: Path, cohort: Cohort, models: dict, params) -> Report:
+    """Evaluates with `folder` as working directory."""
+    seeds = {name: SEEDS[name][: len(gems)] for name, gems in models.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        seeds = {name: list(range(1, len(several) + 1)) for name, several in models.items()}
-        found = stage.evaluate(cohort, models, seeds, params)
-        stage.write_results(found, cohort, params)
-        return (folder / stage.REPORT).read_text(encoding="utf-8"), found
+        evaluation = evaluate_models(cohort, models, seeds, params.evaluate, OUTPUT)
+        write_tables(evaluation, OUTPUT)
+        data = report_data(evaluation, cohort, params, OUTPUT)
+        page.write_report(data, REPORT)
+    return Report(folder, data, (folder / REPORT).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def synthetic(cohort, models, params, tmp_path_factory) -> tuple[str, stage.Evaluation, Path]:
-    folder = tmp_path_factory.mktemp("synthetic")
-    return *evaluated(folder, cohort, models, params), folder
+def synthetic(cohort, models, params, tmp_path_factory) -> Report:
+    return write(tmp_path_factory.mktemp("synthetic"), cohort, models, params)
 
 
 @pytest.fixture(scope="module")
-def measured(cohort, models, params, tmp_path_factory) -> tuple[str, stage.Evaluation]:
-    """As of a real cohort: no truth, no controls, one model."""
+def measured(cohort, models, params, tmp_path_factory) -> Report:
+    """A cohort without known truth and without controls, one model with one seed."""
     folder = tmp_path_factory.mktemp("measured")
     shutil.copytree(cohort.folder, folder / "cohort")
     shutil.rmtree(folder / "cohort" / "truth")
     plain = Cohort(folder / "cohort")
     plain.declared = plain.declared.model_copy(update={"control": None})
-    return evaluated(folder, plain, {"gem": models["gem"][:1]}, params)
+    return write(folder, plain, {"gem": models["gem"][:1]}, params)
 
 
-class Page(HTMLParser):
-    """Tags in balance, ids, links, and the numbers of the score tables."""
+@pytest.fixture(params=["synthetic", "measured"])
+def report(request) -> Report:
+    return request.getfixturevalue(request.param)
+
+
+class Document(HTMLParser):
+    """Checks that tags are balanced; collects ids, links, and the scores of the tables."""
 
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
         self.open: list[str] = []
         self.ids: list[str] = []
         self.links: list[str] = []
-        self.images: list[dict] = []
         self.scores: dict[tuple[str, str, str, str], float | None] = {}
-        self.split = self.table = self.cell = None
+        self.table: tuple[str, str] = ("", "")
+        self.cell = None
         self.feed(text)
         self.close()
+        assert not self.open
 
-    def handle_starttag(self, tag, attributes):
-        given = dict(attributes)
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
         if tag not in VOID:
             self.open.append(tag)
-        self.ids += [given["id"]] if "id" in given else []
-        self.links += [given[name] for name in ("href", "src") if name in given]
-        if tag == "img":
-            self.images.append(given)
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.links += [attributes[name] for name in ("href", "src") if name in attributes]
         if tag == "table":
-            self.split, self.table = given.get("data-split"), given.get("class")
+            self.table = attributes.get("class"), attributes.get("data-split")
         if tag == "td":
-            self.cell = (
-                (self.table, self.split, given["data-predictor"], given["data-metric"])
-                if "data-metric" in given
-                else None
-            )
+            names = attributes.get("data-predictor"), attributes.get("data-metric")
+            self.cell = (*self.table, *names) if all(names) else None
             if self.cell:
                 self.scores[self.cell] = None
         if tag == "data" and self.cell:
-            self.scores[self.cell] = float(given["value"])
+            self.scores[self.cell] = float(attributes["value"])
 
-    def handle_startendtag(self, tag, attributes):
-        """SVG's own way to close: `<line/>`."""
+    def handle_startendtag(self, tag, attrs):
+        """`<line/>` in SVG."""
 
     def handle_endtag(self, tag):
-        assert tag not in VOID
-        assert self.open and self.open[-1] == tag, (
-            f"</{tag}> closes {self.open[-3:]} at {self.getpos()}"
-        )
+        assert self.open and self.open[-1] == tag, f"</{tag}> in {self.open[-3:]} {self.getpos()}"
         self.open.pop()
 
 
-@pytest.mark.parametrize("which", ["synthetic", "measured"])
-def test_the_page_is_one_valid_file_that_opens_offline(which, request):
-    text = request.getfixturevalue(which)[0]
-    document = Page(text)
-    assert text.startswith("<!DOCTYPE html>") and document.open == []
+def test_the_page_is_one_valid_file_that_opens_offline(report):
+    document = Document(report.text)
+    assert report.text.lstrip().startswith("<!DOCTYPE html>")
     assert len(document.ids) == len(set(document.ids))
-    assert all(link.startswith(("#", "data:image/png;base64,")) for link in document.links)
-    assert {link[1:] for link in document.links if link.startswith("#")} <= set(document.ids)
-    assert not re.findall(r"https?:|//cdn|@import|url\(", text)
-    assert "<script" not in text
-    assert all(len(image["alt"]) > 20 for image in document.images)
-    assert not re.findall(
-        r"\b(nan|NaN|None|inf)\b",
-        re.sub(r"<details>.*?</details>|data:image[^\"]*|<pre.*?</pre>", "", text, flags=re.DOTALL),
+    assert {link.removeprefix("#") for link in document.links} <= set(document.ids)
+    assert not re.findall(r"https?:|//cdn|@import|url\(|<script", report.text)
+    visible = re.sub(r"<details.*?</details>|<pre.*?</pre>", "", report.text, flags=re.DOTALL)
+    assert not re.findall(r"\b(nan|NaN|None|inf)\b", visible)
+    assert len(report.text) < 4_000_000
+
+
+def test_every_section_is_present(synthetic, measured):
+    sections = ["summary", "seeds", "calibration", "latents", "reproducibility", "predictors"]
+    splits = list(synthetic.table("scores")["split"].unique())
+    document = Document(synthetic.text)
+    assert {*sections, *splits, "error-decomposition"} <= set(document.ids)
+    assert synthetic.text.count('class="panel"') >= 2 * 2 * len(splits) + 9 * 2
+    without_truth = set(Document(measured.text).ids)
+    assert set(sections) <= without_truth and "error-decomposition" not in without_truth
+
+
+def test_scores_are_those_of_the_tables(report):
+    scores = report.table("scores").set_index(["split", "predictor", "metric"])["value"]
+    displayed = Document(report.text).scores
+    assert {key[1:] for key in displayed if key[0] == "all"} == set(scores.index)
+    assert {key[0] for key in displayed} == {"scores", "all"}
+    for (_, *key), value in displayed.items():
+        expected = scores[tuple(key)]
+        assert value == expected or (value is None and pd.isna(expected))
+
+
+def test_missing_scores_have_a_reason(synthetic):
+    scores = synthetic.table("scores")
+    reasons = scores.loc[scores["value"].isna(), "reason"].unique()
+    assert len(reasons) and all(reason in html.unescape(synthetic.text) for reason in reasons)
+
+
+def test_all_files_are_reproducible(synthetic, cohort, models, params, tmp_path):
+    again = write(tmp_path, cohort, models, params)
+    files = {
+        path.relative_to(synthetic.folder) for path in synthetic.folder.rglob("*") if path.is_file()
+    }
+    predictions = {f"{split}.parquet" for split in synthetic.table("scores")["split"]}
+    expected = {"report.html", "metrics.json", *TABLE_FILES.values(), *predictions}
+    assert {file.name for file in files} == expected
+    for file in files:
+        assert (synthetic.folder / file).read_bytes() == (again.folder / file).read_bytes()
+
+
+def test_the_page_depends_on_neither_git_nor_the_machine(synthetic, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("starts a process"))
+    monkeypatch.setattr("platform.node", lambda: pytest.fail("reads the machine"))
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    assert page.render(synthetic.data) == synthetic.text
+    assert "git" not in synthetic.text and "instruction set" in synthetic.text
+
+
+def test_the_code_for_recomputing_prints_the_scores(synthetic):
+    code = html.unescape(re.search(r'<pre id="recompute">(.*?)</pre>', synthetic.text, re.S)[1])
+    assert "pipeline" not in code and len(code.splitlines()) <= 14
+    command = [sys.executable, "-W", "error", "-c", code]
+    result = subprocess.run(
+        command, cwd=synthetic.folder, capture_output=True, text=True, check=True
     )
-    assert len(text) < 4_000_000
+    printed = {line.split()[0]: float(line.split()[-1]) for line in result.stdout.splitlines()}
+    rows = synthetic.table("scores").query("split == 'test_combination' and metric == 'mse'")
+    scores = rows.set_index("predictor")["value"]
+    assert printed == pytest.approx(scores[["ridge", "gem", "gem_tuned"]].to_dict(), rel=1e-5)
 
 
-@pytest.mark.parametrize("which", ["synthetic", "measured"])
-def test_its_numbers_are_those_of_the_tables(which, request):
-    text, found = request.getfixturevalue(which)[:2]
-    scores, shown = found.tables["scores"], Page(text).scores
-    every = {
-        ("all", *key)
-        for key in zip(scores["split"], scores["predictor"], scores["metric"], strict=True)
-    }
-    assert every == {key for key in shown if key[0] == "all"}
-    assert len(shown) > len(every)
-    known = scores.set_index(["split", "predictor", "metric"])["value"]
-    for (_, *key), value in shown.items():
-        if pd.isna(known[tuple(key)]):
-            assert value is None
-        else:
-            assert value == known[tuple(key)]
+def test_parameters_are_listed(synthetic, params):
+    text = html.unescape(synthetic.text)
+    sections = ("model", "train", "data", "splits", "evaluate", "synthesize")
+    for name, value in params.flat(*sections).items():
+        assert re.search(
+            rf'scope="row">{re.escape(name.split(".", 1)[1])}</th><td class="wrap">'
+            rf"{re.escape(str(value))}</td>",
+            text,
+        ), name
 
 
-def test_a_number_that_is_missing_says_why(synthetic):
-    text, found, _ = synthetic
-    reasons = found.tables["scores"].loc[found.tables["scores"]["value"].isna(), "reason"]
-    assert len(reasons)
-    for reason in reasons.unique():
-        assert reason in html.unescape(text)
-
-
-def test_the_same_evaluation_gives_the_same_bytes_whatever_lay_there(
-    synthetic, cohort, models, params, tmp_path
-):
-    text, found, folder = synthetic
-    (tmp_path / stage.OUTPUT / "figures").mkdir(parents=True)
-    (tmp_path / stage.OUTPUT / "figures" / "of_an_earlier_evaluation.png").write_bytes(b"")
-    again, _ = evaluated(tmp_path, cohort, models, params)
-    written = {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    assert written == {
-        path.relative_to(tmp_path).as_posix(): path.read_bytes()
-        for path in sorted(tmp_path.rglob("*"))
-        if path.is_file()
-    }
-    assert again == text
-    figures = {
-        "mse.png",
-        "skill.png",
-        "delta_pearson.png",
-        "discrimination.png",
-        "calibration.png",
-        "credibility.png",
-    }
-    predictions = {f"{split}.parquet" for split in found.tables["scores"]["split"]}
-    names = {
-        "report.html",
-        "metrics.json",
-        "credibility.csv",
-        *stage.FILE_OF.values(),
-        *figures,
-        *predictions,
-    }
-    assert names == {name.rsplit("/", 1)[1] for name in written}
-
-
-def test_the_code_that_is_shown_gives_the_number_that_is_shown(synthetic):
-    text, found, folder = synthetic
-    code = html.unescape(re.search(r'<pre id="recompute">(.*?)</pre>', text, flags=re.DOTALL)[1])
-    assert "pipeline" not in code and len(code.splitlines()) <= 13
-    said = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    scores = (
-        found.tables["scores"]
-        .query("split == 'test_combination' and metric == 'mse'")
-        .set_index("predictor")["value"]
-    )
-    printed = {line.split()[0]: float(line.split()[-1]) for line in said.splitlines()}
-    assert list(printed) == ["ridge", "gem", "gem_tuned"]
-    for name, value in printed.items():
-        assert value == pytest.approx(scores[name], rel=1e-5)
-
-
-def test_everything_that_the_issue_asks_for_is_on_the_page(synthetic, cohort, params):
-    text, found, _ = synthetic
-    document = Page(text)
-    splits = list(found.tables["scores"]["split"].unique())
-    assert {
-        "verdicts",
-        *splits,
-        "seeds",
-        "calibration",
-        "latents",
-        "regret",
-        "credibility",
-        "origin",
-    } <= set(document.ids)
-    assert html.escape(page.PROMISE) in text and "interrupted" not in text
-    assert cohort.train_validation_sha256[:32] in text and torch.__version__ in text
-    for name, value in params.flat("model", "train", "data", "splits", "synthesize").items():
-        assert (
-            name.split(".", 1)[1] in text
-            and html.escape(str(value)).replace("&#x27;", "&#39;") in text
-        )
-    assert text.count('class="panel"') >= 2 * 2 * len(splits) + 9 * 2
-    assert len(document.images) == 1
-
-
-def test_every_label_head_is_shown_beside_the_commonest_class_with_its_calibration_error(synthetic):
-    text, found, _ = synthetic
-    latents = found.tables["latents"].query("predictor == 'gem'")
-    table = text[text.index('aria-label="Label heads"') :]
-    table = table[: table.index("</table>")]
-    for row in latents[latents["measure"] == "accuracy"].itertuples():
-        error = latents.query("measure == 'calibration_error' and covariate == @row.covariate")[
-            "value"
-        ].item()
-        shown = re.search(
-            rf'scope="row">{row.covariate}</th><td class="name">gem</td>.*?</tr>',
+def test_label_heads_are_listed_with_chance_and_calibration_error(synthetic):
+    table = synthetic.text.split('aria-label="Label heads"')[1].split("</table>")[0]
+    heads = page.head_rows(synthetic.table("latents"))
+    assert len(heads) == len(set(heads)) > 2
+    for row in heads:
+        cells = [
+            page.number(row.accuracy),
+            page.number(row.chance),
+            page.number(row.calibration_error, "calibration"),
+        ]
+        assert re.search(
+            rf'scope="row">{row.head}</th><td class="name">{row.model}</td><td>{row.group}</td>'
+            + "".join(rf'<td class="n">{cell}</td>' for cell in cells),
             table,
-            flags=re.DOTALL,
-        )[0]
-        for value, metric in ((row.value, None), (row.chance, None), (error, "calibration")):
-            assert f'<td class="n">{page.number(value, metric)}</td>' in shown
+        )
 
 
-def test_without_truth_a_replicate_is_the_ceiling_and_what_needs_the_truth_is_left_out(measured):
-    text, found = measured
-    document = Page(text)
-    assert not {"regret", "credibility"} & set(document.ids)
-    assert document.images == []
-    assert "1 ideal" not in text
-    known = (
-        found.tables["scores"]
-        .query("predictor == 'gem' and metric == 'skill_replicate'")
-        .set_index("split")["value"]
-    )
-    for split, value in known.items():
-        place = re.search(
-            rf'<h2><a href="#{split}">{split}</a>.*?<p>(.*?)</p>', text, flags=re.DOTALL
+def test_probes_are_scaled_to_chance(synthetic):
+    latents = synthetic.table("latents")
+    table = latents[(latents["measure"] == "probe") & (latents["predictor"] == "gem")]
+    rows = page.probe_rows(latents)["gem"]
+    assert [row.covariate for row in rows] == list(dict.fromkeys(table["covariate"]))
+    for row in rows:
+        for group, probe in row.probes.items():
+            scaled = row.above_chance(group)
+            assert probe.chance + scaled * (1 - probe.chance) == pytest.approx(probe.value)
+
+
+def test_without_truth_the_skill_is_up_to_a_replicate(measured):
+    rows = measured.table("scores").query("predictor == 'gem' and metric == 'skill_replicate'")
+    assert "1 ideal" not in measured.text
+    for row in rows.itertuples():
+        summary = re.search(
+            rf'<h2><a href="#{row.split}">{row.split}</a>.*?</p>\s*<p>(.*?)</p>',
+            measured.text,
+            re.S,
         )[1]
-        assert ("cannot be given" in place) == pd.isna(value)
-        assert "replicate" in place
+        available = "a replicate of the experiment" in summary
+        assert available == pd.notna(row.value)
+        assert available != ("has no skill_replicate" in summary)
 
 
-def test_one_model_with_one_seed_is_compared_with_the_baselines_and_has_no_spread(measured):
-    text, found = measured
-    assert set(found.tables["comparisons"]["predictor"]) == {"gem"}
-    table = text[text.index('aria-label="Seeds"') : text.index('id="calibration"')]
-    assert "0." in table and " ± " not in table
+def test_one_seed_has_no_standard_deviation(synthetic, measured):
+    for report, expected in ((synthetic, True), (measured, False)):
+        table = report.text.split('aria-label="Training seeds"')[1].split("</table>")[0]
+        assert (" ± " in table) == expected
 
 
-def test_values_from_a_cohort_cannot_break_the_page(synthetic):
-    _, found, _ = synthetic
-    strange = replace(found.conditions[0], name='<script>alert("x")</script>')
-    contents = page.Contents(
-        found.tables,
-        found.seeds,
-        [strange],
-        [],
-        [],
-        {"summary": "<b>"},
-        {"commit": "a & b"},
-        {"model": {"x": "<i>"}},
-        "1 < 2",
-        None,
+def test_texts_from_a_cohort_are_escaped(synthetic):
+    attack = '<script>alert("x")</script>'
+    evaluation = synthetic.data.evaluation
+    changed = replace(
+        evaluation,
+        conditions=[replace(evaluation.conditions[0], name=attack)],
+        maps=[replace(map_, levels=(attack,)) for map_ in evaluation.maps],
     )
-    text = page.render(contents)
-    assert "<script" not in text and "<b>.</b>" not in text and Page(text).open == []
+    text = page.render(
+        ReportData(changed, attack, {"notes": attack}, {"model": {"x": attack}}, attack)
+    )
+    assert "<script" not in text and text.count("&lt;script") >= 6
+    Document(text)
 
 
 @pytest.mark.parametrize(
-    ("value", "metric", "shown"),
+    ("value", "metric", "text"),
     [
         (0.04512, "mse", "0.0451"),
         (-0.00001, "mse", "0.0000"),
@@ -308,25 +268,20 @@ def test_values_from_a_cohort_cannot_break_the_page(synthetic):
         (float("nan"), "skill", "–"),
     ],
 )
-def test_a_number_has_as_many_digits_as_a_reader_compares(value, metric, shown):
-    assert page.number(value, metric) == shown
+def test_numbers_have_the_digits_of_their_metric(value, metric, text):
+    assert page.number(value, metric) == text
 
 
-def test_the_largest_part_to_act_on_is_named():
-    said = page.regret_sentence(
-        "gem",
-        {"count noise": 0.02, "seeds": 0.001, "by study": 0.009, "by pair": 0.03, "chance": 0.0},
+def test_the_largest_reducible_part_of_the_error_is_named():
+    values = {
+        "count noise": 0.02,
+        "seeds": 0.001,
+        "by study": 0.009,
+        "by pair": 0.03,
+        "sampling error": 0.0,
+    }
+    assert page.error_sentence("gem", values) == (
+        "33 % of the mse of GEM (0.0600) is sampling error or irreducible with the same inputs. "
+        "Largest reducible part: by pair (0.0300, 50 %)."
     )
-    assert "mse of 0.0600, 33 % is chance or out of reach" in said
-    assert said.endswith("by pair (0.0300, 50 %).")
-
-
-def test_every_part_of_the_regret_comes_with_advice():
     assert tuple(page.ADVICE) == PARTS
-
-
-def test_metrics_json_is_the_table(synthetic):
-    _, found, folder = synthetic
-    assert json.loads((folder / stage.OUTPUT / "metrics.json").read_text()) == nested(
-        found.tables["scores"]
-    )

@@ -1,1 +1,4 @@
-"""evaluation/report."""
+"""The results of an evaluation for people: one HTML page, figures, the table on the console.
+
+Imports evaluation, model, data, common.
+"""

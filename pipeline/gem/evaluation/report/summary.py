@@ -1,276 +1,249 @@
-"""What the tables say, in sentences: better or worse only where the paired interval is clear of zero, and else nothing is claimed."""
+"""The tables of an evaluation in sentences, and what page, figures and console have in common.
+
+"Lower" and "higher" are claimed only if the paired 95 % interval excludes zero.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pandas as pd
 
-from pipeline.gem.evaluation.predictors import CEILINGS, FLOORS, MODELS, PREDICTORS
+from pipeline.gem.evaluation.comparison import BETTER, UNCLEAR, WORSE
+from pipeline.gem.evaluation.metrics import METRICS
+from pipeline.gem.evaluation.predictors import (
+    BASELINES,
+    MODELS,
+    PREDICTORS,
+    SKILL_BASELINE,
+    SKILL_CEILING,
+)
 
-BETTER, WORSE, UNCLEAR = "better", "worse", "no clear difference"
-# Who could be beaten by saying nothing of the sample, by a simple rule or fit, and by nobody.
-TRIVIAL = ("no_change", "training_mean", "perturbed_mean")
-ROLES = {
-    **dict.fromkeys(FLOORS, "baseline"),
-    **dict.fromkeys(TRIVIAL, "floor"),
-    **dict.fromkeys(MODELS, "model"),
-    **dict.fromkeys(("replicate", *CEILINGS), "ceiling"),
-}
-ORDER = (*FLOORS, *MODELS, "replicate", *CEILINGS)  # from floor to ceiling
-MEANING = {
-    "no_change": "the matched controls: no perturbation does anything",
-    "training_mean": "one profile for all: the mean of training",
-    "perturbed_mean": "the mean of all treated samples, or of all controls",
-    "matched_mean": "the same within the sample's context",
-    "additive": "matched control plus the mean effect of the treatment",
-    "additive_nearest": "matched control plus its effect in the most similar context",
-    "ridge": "ridge regression on one-hot metadata: the 0 of skill",
-    "bilinear": "ridge on principal components and features of the perturbation",
-    "gem": "GEM from metadata, default settings",
-    "gem_reference": "the same, technical and biological latents taken from one control sample",
-    "gem_tuned": "GEM from metadata, settings found by the search",
-    "gem_tuned_reference": "the same, from one control sample",
-    "replicate": "the other half of the same condition, measured: the ceiling of data whose truth is unknown",
-    "oracle_metadata": "the ideal prediction from metadata: the 1 of skill",
-    "oracle_reference": "the ideal prediction from metadata and a reference sample",
-    "oracle_omniscient": "every hidden cause known: count noise is what remains",
-}
-QUESTION = {
-    "test_random": "On new samples of known circumstances",
-    "test_combination": "On combinations never seen",
-    "test_perturbation": "On perturbations never seen",
-    "test_study": "On studies never seen",
+MAIN_METRICS = ("mse", "skill", "delta_pearson", "discrimination", "calibration")
+SPLIT_MEANING = {
+    "test_random": "New samples of conditions in training",
+    "test_combination": "Combinations of context and perturbation that are not in training",
+    "test_perturbation": "Perturbations that are not in training",
+    "test_study": "Studies that are not in training",
 }
 DIRECTION = {
     "lower": "lower is better",
     "higher": "higher is better",
-    "zero": "nearest to 0 is best",
-}  # of a metric
-_IDEAL = {"skill": "the ideal predictor", "skill_replicate": "a replicate of the experiment"}
-_HIGHER_IS_BETTER = {"mse": False, "delta_pearson": True}
+    "zero": "closest to 0 is best",
+}
+_OPPOSITE = {"lower": "higher", "higher": "lower"}
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What one split says of one model."""
+class SkillScale:
+    """The metric that is 0 for ridge and 1 for a ceiling."""
 
-    split: str
-    model: str
-    place: str  # between ridge and the ideal
-    against: str  # the baselines
-    tones: dict[
-        str, str
-    ]  # metric to better: than every baseline; worse: than one clearly; else no clear difference
+    metric: str
+    label: str  # of the ceiling, on an axis
+    ceiling: str  # in a sentence
 
-    @property
-    def tone(self) -> str:
-        """Over all metrics that are compared."""
-        return tone_of(self.tones.values())
 
-    @property
-    def sentence(self) -> str:
-        return f"{QUESTION.get(self.split, f'On {self.split}')}, {self.place}; {self.against}."
+_IDEAL = SkillScale("skill", "ideal", "the ideal predictor")
+_REPLICATE = SkillScale("skill_replicate", "replicate", "a replicate of the experiment")
+
+
+def skill_scale(scores: pd.DataFrame) -> SkillScale:
+    """Up to the ideal predictor, or to a replicate if the truth is not known."""
+    return _IDEAL if (scores["predictor"] == SKILL_CEILING).any() else _REPLICATE
+
+
+def main_metrics(scores: pd.DataFrame) -> list[str]:
+    """MAIN_METRICS with the skill that these scores have."""
+    skill = skill_scale(scores).metric
+    return [skill if metric == "skill" else metric for metric in MAIN_METRICS]
 
 
 def ordered(predictors: Iterable[str]) -> list[str]:
-    """From floor to ceiling."""
+    """Each predictor once, from floor to ceiling."""
     present = set(predictors)
-    return [name for name in ORDER if name in present] + sorted(present - set(PREDICTORS))
+    return [name for name in PREDICTORS if name in present]
 
 
-def verdict(split: str, model: str, scores: pd.DataFrame, comparisons: pd.DataFrame) -> Verdict:
-    """From the tables of an evaluation (any number of splits)."""
-    rows = comparisons[
-        (comparisons["split"] == split)
-        & (comparisons["predictor"] == model)
-        & comparisons["against"].isin(FLOORS)
-    ]
-    tones = {
-        metric: tone_of(those["verdict"]) for metric, those in rows.groupby("metric", sort=False)
-    }
-    return Verdict(split, model, _place(split, model, scores), _against(rows), tones)
+@dataclass(frozen=True)
+class ModelSummary:
+    """A model on one split."""
+
+    text: str
+    verdicts: dict[str, str]  # metric to its verdict over all baselines
+
+    @property
+    def verdict(self) -> str:
+        return overall_verdict(self.verdicts.values())
 
 
-def tone_of(verdicts: Iterable[str]) -> str:
-    """Better where all are, worse where any is."""
-    said = set(verdicts)
-    return WORSE if WORSE in said else BETTER if said == {BETTER} else UNCLEAR
+def overall_verdict(verdicts: Iterable[str]) -> str:
+    """BETTER if all are, WORSE if any is."""
+    distinct = set(verdicts)
+    if WORSE in distinct:
+        return WORSE
+    return BETTER if distinct == {BETTER} else UNCLEAR
 
 
-def axis_of(scores: pd.DataFrame) -> str:
-    """The metric that places predictors between ridge (0) and a ceiling (1): the ideal, or where no truth is known a replicate."""
-    return "skill" if (scores["predictor"] == "oracle_metadata").any() else "skill_replicate"
+def summarise_model(
+    split: str, model: str, scores: pd.DataFrame, comparisons: pd.DataFrame
+) -> ModelSummary:
+    """`scores` and `comparisons`: tables of an evaluation, of any number of splits."""
+    rows = _against(comparisons, split, model, BASELINES)
+    by_metric = {metric: group for metric, group in rows.groupby("metric", sort=False)}
+    sentences = [_skill_sentence(split, model, scores)]
+    sentences += [_baseline_sentence(metric, group) for metric, group in by_metric.items()]
+    if not by_metric:
+        sentences.append("There is no baseline to compare it with.")
+    verdicts = {metric: overall_verdict(group["verdict"]) for metric, group in by_metric.items()}
+    return ModelSummary(" ".join(sentences), verdicts)
 
 
-def _place(split: str, model: str, scores: pd.DataFrame) -> str:
-    metric = axis_of(scores[scores["split"] == split])
-    found = scores[
-        (scores["split"] == split) & (scores["predictor"] == model) & (scores["metric"] == metric)
-    ]
-    if found.empty or pd.isna(found["value"].iloc[0]):
-        reason = "it is not in the table" if found.empty else str(found["reason"].iloc[0])
-        return f"the place of {label(model)} between ridge and {_IDEAL[metric]} cannot be given ({reason})"
-    row = found.iloc[0]
-    gap = f"the gap between ridge and {_IDEAL[metric]}"
-    interval = (
-        "" if pd.isna(row["low"]) else f" ({percent(row['low'])} to {percent(row['high'])} %)"
-    )
-    if row["value"] >= 0:
-        unclear = pd.notna(row["low"]) and row["low"] <= 0
-        return f"{label(model)} closes {percent(row['value'])} %{interval} of {gap}" + (
-            ", which is not clearly more than nothing" if unclear else ""
-        )
-    unclear = pd.notna(row["high"]) and row["high"] >= 0
-    tail = ", which is not clearly less than nothing" if unclear else ""
-    bounds = (
-        "" if pd.isna(row["low"]) else f" ({percent(-row['high'])} to {percent(-row['low'])} %)"
-    )
-    return f"{label(model)} is farther from {_IDEAL[metric]} than ridge, by {percent(-row['value'])} %{bounds} of the gap between them{tail}"
+def _against(
+    comparisons: pd.DataFrame, split: str, model: str, others: Iterable[str]
+) -> pd.DataFrame:
+    own = (comparisons["split"] == split) & (comparisons["predictor"] == model)
+    return comparisons[own & comparisons["against"].isin(others)]
 
 
-def _against(rows: pd.DataFrame) -> str:
-    """Wins, losses and what is open, per metric; metrics of which the same is true share a clause."""
-    metrics = [metric for metric in _HIGHER_IS_BETTER if (rows["metric"] == metric).any()]
-    if not metrics:
-        return "there is no baseline to compare it with"
-    won = [
-        metric
-        for metric in metrics
-        if (rows.loc[rows["metric"] == metric, "verdict"] == BETTER).all()
-    ]
-    clauses = []
-    if won:
-        clauses.append(
-            f"it beats every baseline in {' and '.join(won)} (closest: {_closest(rows[rows['metric'] == won[0]])})"
-        )
-    clauses += [
-        _mixed(rows[rows["metric"] == metric], metric) for metric in metrics if metric not in won
-    ]
-    return "; ".join(clauses)
+def _skill_sentence(split: str, model: str, scores: pd.DataFrame) -> str:
+    scores = scores[scores["split"] == split]
+    scale, name = skill_scale(scores), PREDICTORS[model].label
+    rows = scores[(scores["predictor"] == model) & (scores["metric"] == scale.metric)]
+    row = next(rows.itertuples())
+    if pd.isna(row.value):
+        return f"{_capitalise(name)} has no {scale.metric} ({row.reason})."
+    sign, interval, note = (1 if row.value >= 0 else -1), "", ""
+    if pd.notna(row.low):
+        low, high = sorted((sign * row.low, sign * row.high))
+        interval = f" (95 % interval {percent(low)} to {percent(high)} %)"
+        if row.low <= 0 <= row.high:
+            note = f", no clear difference from {SKILL_BASELINE}"
+    share = f"{percent(sign * row.value)} %{interval}"
+    gap = f"the gap in mse between {SKILL_BASELINE} and {scale.ceiling}"
+    change = f"closes {share} of {gap}" if sign == 1 else f"widens {gap} by {share}"
+    return f"{_capitalise(name)} {change}{note}."
 
 
-def _mixed(rows: pd.DataFrame, metric: str) -> str:
-    of = {kind: rows[rows["verdict"] == kind] for kind in (BETTER, WORSE, UNCLEAR)}
+def _baseline_sentence(metric: str, rows: pd.DataFrame) -> str:
+    """ "It has a lower mse than 4 of 8 baselines, and no clear difference from ridge." """
+    better, worse, unclear = (rows[rows["verdict"] == kind] for kind in (BETTER, WORSE, UNCLEAR))
+    if len(unclear) == len(rows):
+        return f"It has no clear difference in {metric} from any of {_count(rows)}."
     parts = []
-    if len(of[BETTER]):
-        parts.append(f"beats {len(of[BETTER])} of {len(rows)} baselines")
-    if len(of[WORSE]):
-        worst = of[WORSE].sort_values("value").iloc[0]
-        others = "" if len(of[WORSE]) == 1 else f" and {len(of[WORSE]) - 1} more"
-        parts.append(f"loses to {worst['against']} ({change(worst)}){others}")
-    if len(of[UNCLEAR]):
-        parts.append(f"does not differ clearly from {listing(of[UNCLEAR]['against'])}")
-    return f"in {metric} it {listing(parts)}"
+    if len(better):
+        parts.append(f"a {_direction(metric, BETTER)} {metric} than {_count(better, rows)}")
+        if len(better) == len(rows):
+            closest = better.loc[better["value"].idxmin()]
+            over = f"{closest['number']} {plural(closest['of'], closest['number'])}"
+            parts[-1] += f" (smallest difference: {_difference_to(closest)}, over {over})"
+    if len(worse):
+        largest = _difference_to(worse.loc[worse["value"].idxmin()])
+        parts.append(
+            f"a {_direction(metric, WORSE)} {metric} than {_count(worse, rows)} "
+            f"(largest difference: {largest})"
+        )
+    if len(unclear):
+        parts.append(f"no clear difference from {listing(unclear['against'])}")
+    return f"It has {', and '.join(parts)}."
 
 
-def _closest(rows: pd.DataFrame) -> str:
-    row = rows.loc[rows["value"].idxmin()]
-    return (
-        f"{row['against']}, {amount(row)} over {row['number']} {plural(row['of'], row['number'])}"
-    )
+def _direction(metric: str, verdict: str) -> str:
+    """How a better or worse predictor's metric compares: lower or higher."""
+    better = METRICS[metric].direction
+    return better if verdict == BETTER else _OPPOSITE[better]
 
 
-def amount(row: pd.Series) -> str:
-    """ "mse lower by 0.013 to 0.025": the paired interval, from the side of the predictor."""
-    return f"{row['metric']} {change(row)}"
+def _count(rows: pd.DataFrame, of: pd.DataFrame | None = None) -> str:
+    """ "4 of 8 baselines"."""
+    number = len(rows) if of is None else len(of)
+    share = "" if of is None else f"{len(rows)} of "
+    return f"{share}{number} {plural('baseline', number)}"
 
 
-def change(row: pd.Series) -> str:
-    gained = row["value"] > 0
-    direction = "higher" if gained == _HIGHER_IS_BETTER[row["metric"]] else "lower"
+def _difference_to(row: pd.Series) -> str:
+    return f"{difference(row)} to {row['against']}"
+
+
+def difference(row: pd.Series) -> str:
+    """The paired 95 % interval of a difference without its sign: "0.013 to 0.025"."""
     if pd.isna(row["low"]):
-        return f"{direction} by {abs(row['value']):.3f}"
+        return f"{abs(row['value']):.3f}"
     low, high = sorted((abs(row["low"]), abs(row["high"])))
-    return f"{direction} by {_shortest(low, high)}"
+    # As many digits as separate the two from each other and from zero, at least three.
+    for digits in range(3, 7):
+        if round(low, digits) > 0 and round(low, digits) != round(high, digits):
+            return f"{low:.{digits}f} to {high:.{digits}f}"
+    return f"{low:.3f} to {high:.3f}"
 
 
-def _shortest(low: float, high: float) -> str:
-    """Two numbers with as many digits as tell them from each other and from zero, three at least."""
-    digits = next(
-        (
-            digits
-            for digits in range(3, 7)
-            if round(low, digits) > 0 and round(low, digits) != round(high, digits)
-        ),
-        3,
-    )
-    return f"{low:.{digits}f} to {high:.{digits}f}"
-
-
-def between_models(split: str, comparisons: pd.DataFrame) -> list[str]:
+def compare_models(split: str, comparisons: pd.DataFrame) -> list[str]:
     """A sentence per pair of models."""
     rows = comparisons[(comparisons["split"] == split) & comparisons["against"].isin(MODELS)]
-    said = []
-    for (name, other), pair in rows.groupby(["predictor", "against"], sort=False):
-        clear = pair[pair["verdict"] != UNCLEAR]
+    sentences = []
+    for (model, other), pair in rows.groupby(["predictor", "against"], sort=False):
+        names = PREDICTORS[model].label, PREDICTORS[other].label
+        clear, unclear = pair[pair["verdict"] != UNCLEAR], pair[pair["verdict"] == UNCLEAR]
         if clear.empty:
-            said.append(
-                f"{label(name)} and {label(other)} do not differ clearly in {listing(pair['metric'])}"
-            )
-        else:
-            open_ = pair.loc[pair["verdict"] == UNCLEAR, "metric"]
-            kinds = [
-                clear[clear["verdict"] == kind]
-                for kind in (BETTER, WORSE)
-                if (clear["verdict"] == kind).any()
-            ]
-            told = [
-                f"{those['verdict'].iloc[0]} ({listing(amount(row) for _, row in those.iterrows())})"
-                for those in kinds
-            ]
-            said.append(
-                f"{label(name)} is {listing(told)} than {label(other)}"
-                + (f"; {listing(open_)} does not differ clearly" if len(open_) else "")
-            )
-    return said
-
-
-def condensed(split: str, model: str, comparisons: pd.DataFrame) -> str:
-    """One line: "beats 8 of 8 baselines in mse; beats 7 of 8 baselines in delta_pearson (loses to bilinear)"."""
-    rows = comparisons[(comparisons["split"] == split) & (comparisons["predictor"] == model)]
-    said: dict[
-        tuple[str, str], list[str]
-    ] = {}  # (what, in which manner) to the metrics of which it is true
-    for metric, those in rows[rows["against"].isin(FLOORS)].groupby("metric", sort=False):
-        named = {
-            kind: listing(those.loc[those["verdict"] == kind, "against"])
-            for kind in (WORSE, UNCLEAR)
-        }
-        notes = [
-            f"{word} {named[kind]}"
-            for kind, word in ((WORSE, "loses to"), (UNCLEAR, "unclear:"))
-            if named[kind]
+            metrics = listing(pair["metric"])
+            sentences.append(f"No clear difference between {names[0]} and {names[1]} in {metrics}.")
+            continue
+        parts = [
+            f"a {_direction(row['metric'], row['verdict'])} {row['metric']} (by {difference(row)})"
+            for _, row in clear.iterrows()
         ]
-        won = (those["verdict"] == BETTER).sum()
-        said.setdefault(
-            (f"beats {won} of {len(those)} baselines", f" ({'; '.join(notes)})" if notes else ""),
-            [],
-        ).append(metric)
-    for row in rows[rows["against"].isin(MODELS)].itertuples():
-        if row.verdict != UNCLEAR:
-            said.setdefault((f"{row.verdict} than {row.against}", ""), []).append(row.metric)
-    return (
-        "; ".join(
-            f"{what} in {listing(metrics)}{intervention_columns}"
-            for (what, intervention_columns), metrics in said.items()
+        rest = f"; no clear difference in {listing(unclear['metric'])}" if len(unclear) else ""
+        sentences.append(f"{_capitalise(names[0])} has {listing(parts)} than {names[1]}{rest}.")
+    return sentences
+
+
+def summary_line(split: str, model: str, comparisons: pd.DataFrame) -> str:
+    """One line: "mse lower than 8 of 8 baselines; delta_pearson higher than 7 of 8 baselines
+    (lower than bilinear)"."""
+    parts = []
+    baselines = _against(comparisons, split, model, BASELINES)
+    for metric, rows in baselines.groupby("metric", sort=False):
+        notes = []
+        for verdict, words in (
+            (WORSE, f"{_direction(metric, WORSE)} than"),
+            (UNCLEAR, "no clear difference from"),
+        ):
+            names = rows.loc[rows["verdict"] == verdict, "against"]
+            notes += [f"{words} {listing(names)}"] if len(names) else []
+        better = _count(rows[rows["verdict"] == BETTER], rows)
+        note = f" ({'; '.join(notes)})" if notes else ""
+        parts.append(f"{metric} {_direction(metric, BETTER)} than {better}{note}")
+    models = _against(comparisons, split, model, MODELS)
+    for row in models[models["verdict"] != UNCLEAR].itertuples():
+        parts.append(f"{row.metric} {_direction(row.metric, row.verdict)} than {row.against}")
+    return "; ".join(parts) or "nothing to compare with"
+
+
+def headline(summaries: dict[str, ModelSummary], model: str) -> tuple[str, str]:
+    """(a model's result over all splits, what keeps it from being better). `summaries` by split."""
+    name = _capitalise(PREDICTORS[model].label)
+    by_verdict = {
+        verdict: [split for split, summary in summaries.items() if summary.verdict == verdict]
+        for verdict in (BETTER, WORSE, UNCLEAR)
+    }
+    notes = []
+    if by_verdict[WORSE]:
+        lost = dict.fromkeys(
+            metric
+            for summary in summaries.values()
+            for metric, verdict in summary.verdicts.items()
+            if verdict == WORSE
         )
-        or "nothing to compare with"
-    )
-
-
-def label(predictor: str) -> str:
-    """A model's name in a sentence."""
-    base = {"gem": "GEM", "gem_tuned": "tuned GEM"}
-    named = base.get(predictor.removesuffix("_reference"), predictor)
-    return (
-        f"{named} with a reference"
-        if predictor in MODELS and predictor.endswith("_reference")
-        else named
-    )
+        where = listing(by_verdict[WORSE])
+        notes.append(f"On {where}, a baseline is clearly better in {listing(lost, 'or')}.")
+    if by_verdict[UNCLEAR]:
+        where = listing(by_verdict[UNCLEAR])
+        notes.append(f"On {where}, no clear difference from at least one baseline.")
+    number, total = len(by_verdict[BETTER]), len(summaries)
+    where = f"{number} of {total} {plural('test split', total)}"
+    return f"{name} is clearly better than all baselines on {where}.", " ".join(notes)
 
 
 def percent(share: float) -> str:
-    return f"{100 * share:.0f}".replace("-", "−")
+    return str(round(100 * share)).replace("-", "−")
 
 
 def plural(word: str, number: int) -> str:
@@ -279,7 +252,11 @@ def plural(word: str, number: int) -> str:
     return "studies" if word == "study" else f"{word}s"
 
 
-def listing(words: Iterable[str]) -> str:
+def listing(words: Iterable[str], conjunction: str = "and") -> str:
     """ "a, b and c"."""
-    words = list(words)
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    *first, last = list(words) or [""]
+    return f"{', '.join(first)} {conjunction} {last}" if first else last
+
+
+def _capitalise(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -1,0 +1,115 @@
+"""The ideal predictors of a simulated cohort, from its known truth.
+
+N samples of a split, G genes. Expression is log-CPM.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pandas as pd
+
+from pipeline.gem.data.expression import log_cpm
+from pipeline.gem.evaluation.evaluation_split import (
+    NO_REFERENCE,
+    EvaluationSplit,
+    EvaluationSplits,
+    PredictedSplit,
+)
+from pipeline.gem.evaluation.metrics import rank_pit
+from pipeline.gem.simulation.generator import log_fractions
+from pipeline.gem.simulation.oracle import (
+    CHANGED_FOLD,
+    MetadataOracle,
+    OmniscientOracle,
+    ReferenceControls,
+    true_effects,
+)
+from pipeline.gem.simulation.truth import Truth
+
+_RANK_DRAWS = 9  # the rank of an observation among nine draws falls into one of ten bins
+
+
+class OraclePredictors:
+    """The oracles of the simulation as predictors of a test split."""
+
+    def __init__(self, splits: EvaluationSplits):
+        folder = splits.cohort.truth_folder
+        self.truth, self.seed = Truth.load(folder), splits.params.seed
+        self.genes = pd.Index(self.truth.gene_id).get_indexer(splits.cohort.genes)
+        self.hidden = pd.read_parquet(folder / "samples.parquet").set_index("sample_id")
+        self.studies = set(splits.train["study"].dropna())
+        perturbations = set(splits.train["perturbation"].dropna())
+        self.metadata = MetadataOracle(self.truth, self.studies, perturbations)
+        self.omniscient = OmniscientOracle(self.metadata.expectations)
+        self._latest: tuple[EvaluationSplit, PredictedSplit] | None = None  # of `from_metadata`
+
+    def by_name(self) -> dict[str, Callable[[EvaluationSplit], list[PredictedSplit]]]:
+        return {
+            "oracle_metadata": self.from_metadata,
+            "oracle_reference": self.from_reference,
+            "oracle_omniscient": self.from_truth,
+        }
+
+    def true_change(self, split: EvaluationSplit) -> tuple[np.ndarray, np.ndarray]:
+        """((N, G) bool whether the perturbation changes a gene by a fifth or more, (N, G) log
+        fold change)."""
+        change = true_effects(self.truth, split.samples)[:, self.genes]
+        return np.abs(change) >= np.log(CHANGED_FOLD), change
+
+    def from_metadata(self, split: EvaluationSplit) -> list[PredictedSplit]:
+        predicted = self._predict(split, self.metadata, split.samples, split.totals)
+        self._latest = (split, predicted)
+        return [predicted]
+
+    def from_reference(self, split: EvaluationSplit) -> list[PredictedSplit]:
+        references = split.reference_samples
+        if references is None:
+            return [PredictedSplit(None, reason=NO_REFERENCE)]
+        same_split = self._latest is not None and self._latest[0] is split
+        if same_split and split.samples["study"].isin(self.studies).all():
+            # A reference adds nothing for a study of the training split: the same prediction.
+            return [replace(self._latest[1], uses_study_controls=True)]
+        return [
+            self._predict(
+                split,
+                self.metadata,
+                split.samples,
+                split.totals,
+                ReferenceControls(references, *self._strata_and_donors(references)),
+                uses_study_controls=True,
+            )
+        ]
+
+    def from_truth(self, split: EvaluationSplit) -> list[PredictedSplit]:
+        fractions = log_fractions(
+            self.truth, split.samples, *self._strata_and_donors(split.samples)
+        )
+        return [
+            self._predict(split, self.omniscient, fractions, split.totals, uses_study_controls=True)
+        ]
+
+    def _strata_and_donors(self, samples: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        hidden = self.hidden.loc[samples["sample_id"]]
+        return hidden["stratum"].to_numpy(), hidden["donor"].to_numpy()
+
+    def _predict(
+        self,
+        split: EvaluationSplit,
+        oracle: MetadataOracle | OmniscientOracle,
+        *inputs,
+        uses_study_controls: bool = False,
+    ) -> PredictedSplit:
+        """`inputs`: the arguments of the oracle's `predict` and `draw`."""
+        values = oracle.predict(*inputs)
+        rng = np.random.default_rng(self.seed)
+        draw = partial(oracle.draw, *inputs, rng=rng)
+        first = draw()
+        draws = (first if number == 0 else draw() for number in range(_RANK_DRAWS))
+        observed = split.counts.astype(np.int64)
+        pit = rank_pit(observed, (counts[:, self.genes] for counts in draws), rng)
+        one_draw = log_cpm(first, first.sum(axis=1))[:, self.genes]
+        return PredictedSplit(
+            values[:, self.genes], one_draw, pit, uses_study_controls=uses_study_controls
+        )

@@ -1,0 +1,219 @@
+"""One call of a search: runs trials, confirms the best, writes the results, refits the winner."""
+
+import logging
+import time
+from contextlib import nullcontext
+
+from optuna.trial import FrozenTrial
+
+from pipeline.gem.common import provenance
+from pipeline.gem.common.config import Params
+from pipeline.gem.common.errors import InputError, StoppedError
+from pipeline.gem.common.files import sha256_of
+from pipeline.gem.common.processes import StopSignal
+from pipeline.gem.common.progress import duration
+from pipeline.gem.data.cohort import Cohort
+from pipeline.gem.search.confirmation import Confirmation, Decision
+from pipeline.gem.search.objective import ObjectiveFunction, log10_params
+from pipeline.gem.search.results import log_results, write_results
+from pipeline.gem.search.search import PARENT_RUN, Search
+from pipeline.gem.search.search_config import EXPERIMENTS, SearchConfig
+from pipeline.gem.search.trial_queue import RunningTrial, failure_reason
+from pipeline.gem.search.workers import Workers, prepare_to_fork
+from pipeline.gem.tracking import mlflow_client, runs
+from pipeline.gem.tracking.runs import Run
+from pipeline.gem.tracking.training_run import COHORT, FIT_SECTIONS, TrainingJob, log_settings
+from pipeline.gem.training.dataset import TrainingData
+from pipeline.gem.training.trainer import choose_device
+
+logger = logging.getLogger(__name__)
+
+
+class SearchSession:
+    """Loads the cohort once, for this process and the workers that it forks."""
+
+    def __init__(self, name: str, config: SearchConfig, params: Params, workers: int):
+        self.name, self.config, self.workers = name, config, workers
+        self.folder = EXPERIMENTS / name
+        if workers > 1:
+            prepare_to_fork()
+        # The searched keys have the values of the baseline, so a promotion starts no new search.
+        params = params.override(config.baseline_values)
+        device = choose_device(params.train)
+        if workers > 1 and device.type != "cpu":
+            raise InputError(
+                "params.yaml: train.device: several workers share the processor cores of one "
+                "machine; set cpu, or run without WORKERS"
+            )
+        self.cohort = Cohort(COHORT)
+        self.data = TrainingData.load(self.cohort, device, _uses_counts(config, params))
+        self.params = self.data.resolve_latent_sizes(params)
+        self.data_sha256 = self.cohort.train_validation_sha256
+        self.digest = provenance.data_digest(str(COHORT), self.data_sha256)
+        self.trials = config.trials or params.tune.trials
+
+    def run(self, stop: StopSignal) -> None:
+        """Runs the search to its budget and writes the results.
+
+        Raises:
+            StoppedError: told to stop; the next call continues.
+            DivergedError: no trial, or no candidate, is usable.
+        """
+        # Nothing is opened before the workers are forked.
+        workers = Workers(self.workers, self._work) if self.workers > 1 else None
+        with workers or nullcontext():
+            search = self._open()
+            self._print_status(search)
+            parent = self._parent_run(search)
+            with Run.resume(parent, killed_by=(StoppedError,)) as run:
+                if workers:
+                    workers.wait(stop)
+                else:
+                    self._run_trials(search, parent, stop)
+                self._finish(search, run, stop)
+
+    def _work(self, stop: StopSignal) -> None:
+        """The search in a worker process."""
+        search = self._open()
+        self._run_trials(search, self._parent_run(search), stop)
+
+    def _open(self) -> Search:
+        mlflow_client.connect(self.params.tracking.experiment)
+        return Search(self.name, self.config, self.params, self.data_sha256, runs.mark_killed)
+
+    def _parent_run(self, search: Search) -> str:
+        def create() -> str:
+            with Run.open(self.name, "tune") as run:
+                run.log_dataset("cohort", self.digest, "training")
+                for key, space in self.config.space.items():
+                    run.log_params({f"search.{key}": space.model_dump(exclude={"type"})})
+            return run.id
+
+        return search.shared_run(PARENT_RUN, runs.exists, create)
+
+    def _info(self, message: str) -> None:
+        logger.info("search %s: %s", self.name, message)
+
+    def _print_status(self, search: Search) -> None:
+        budget, address = search.budget(self.trials), search.storage.address
+        self._info(self.config.description)
+        if search.replaces_another:
+            self._info(f"definition, parameters or cohort changed: new search {search.name}")
+        if budget < self.trials:
+            self._info(f"the space has only {budget} points")
+        self._info(f"{len(search.finished)} of {budget} trials finished, in {address}")
+
+    def _run_trials(self, search: Search, parent_run: str, stop: StopSignal) -> None:
+        if self.data.validation is None:
+            self._info("no validation split: using the baseline")
+            return
+        # A worker has one thread. The winner is fitted later, with the threads of params.yaml.
+        params = self.params.override({"train.threads": 1}) if self.workers > 1 else self.params
+        objective = ObjectiveFunction(
+            self.name, self.config, params, self.data, self.digest, parent_run, stop
+        )
+        limit = self.config.time_limit
+        deadline = None if limit is None else time.monotonic() + 60 * limit
+        printer = TrialPrinter(search, search.budget(self.trials))
+        search.run(self.trials, objective.evaluate, stop, printer.print_trial, deadline)
+        if not search.finished:
+            return
+        search.require_usable()
+        confirmation = self._confirmation(search)
+
+        def confirm(pair: RunningTrial) -> float | list[float]:
+            values = confirmation.values(pair.values["trial"])
+            return objective.confirm(pair, values, confirmation.epochs)
+
+        confirmation.run(confirm, stop, printer.print_confirmation)
+
+    def _confirmation(self, search: Search) -> Confirmation:
+        config = self.config.confirmation(search.budget(self.trials))
+        return Confirmation(search, config, self.params.train.epochs)
+
+    def _finish(self, search: Search, run: Run, stop: StopSignal) -> None:
+        """Writes the results and the model of the winner, and logs them to the parent run."""
+        confirmation = decision = None
+        if self.data.validation is not None:
+            self._check_time_limit(search)
+            search.require_usable()
+            confirmation = self._confirmation(search)
+            decision = confirmation.decide()
+            self._info(f"winner: {decision.summary}")
+        write_results(self.folder, search, confirmation, decision)
+        log_results(run, self.folder, search, decision)
+        self._refit(search, decision, run.id, stop)
+
+    def _check_time_limit(self, search: Search) -> None:
+        finished, budget = len(search.finished), search.budget(self.trials)
+        limit = self.config.time_limit
+        if not finished:
+            raise StoppedError(f"no trial finished within the time limit of {limit:g} minutes")
+        if finished < budget:
+            self._info(
+                f"time limit of {limit:g} minutes reached after {finished} of {budget} trials; "
+                f"to continue: python -m pipeline.tune --search {self.name}"
+            )
+
+    def _refit(
+        self, search: Search, decision: Decision | None, parent_run: str, stop: StopSignal
+    ) -> None:
+        values = decision.values if decision else self.config.baseline_values
+        params = self.params.override(values)
+        name = f"{self.name} winner"
+
+        def create() -> str:
+            with Run.open(name, "tune", parent=parent_run) as run:
+                log_settings(run, params, self.cohort)
+                run.log_params(log10_params(self.config, values))
+            return run.id
+
+        # Every machine fits the winner into its own folder. MLflow has one run of it.
+        key = sha256_of(params.flat(*FIT_SECTIONS), len(search.finished))[:12]
+        shared = search.shared_run(f"winner_{key}", runs.exists, create)
+        label = f"search {name}"
+        job = TrainingJob(self.folder, label, self.cohort, self.data, params, reuse_finished=True)
+        with Run.resume(shared, killed_by=(StoppedError,)) as run:
+            job.train(run, stop)
+
+
+def _uses_counts(config: SearchConfig, params: Params) -> bool:
+    """Whether any trial has an observation model of counts."""
+    space = config.space.get("model.observation")
+    names = space.choices if space else [params.model.observation]
+    return any(params.override({"model.observation": name}).model.uses_counts for name in names)
+
+
+class TrialPrinter:
+    """Logs a line per finished trial: its value, the best so far, the time left."""
+
+    def __init__(self, search: Search, budget: int):
+        self.search, self.budget = search, budget
+        self.started, self.finished_before = time.monotonic(), len(search.finished)
+
+    def print_trial(self, trial: FrozenTrial) -> None:
+        finished, ranked = len(self.search.finished), self.search.ranked()
+        best = "none complete"
+        if ranked:
+            best = f"best {_numbers(ranked[0].values)} (trial {ranked[0].number})"
+        seconds = (time.monotonic() - self.started) / max(1, finished - self.finished_before)
+        left = duration(seconds * max(self.budget - finished, 0))
+        state, epochs = trial.state.name.lower(), self.search.epochs_of(trial)
+        result = f"trial {trial.number} {state} after {epochs} epochs{_result(trial)}"
+        progress = f"{finished} of {self.budget}, {left} left"
+        logger.info("%s: %s; %s; %s", self.search.label, result, best, progress)
+
+    def print_confirmation(self, pair: FrozenTrial) -> None:
+        result = f"confirmed with seed {pair.params['seed']}{_result(pair)}"
+        logger.info("%s: trial %d %s", self.search.label, pair.params["trial"], result)
+
+
+def _result(trial: FrozenTrial) -> str:
+    if trial.values:
+        return f", {_numbers(trial.values)}"
+    reason = failure_reason(trial)
+    return f" ({reason})" if reason else ""
+
+
+def _numbers(values: list[float]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)

@@ -1,0 +1,41 @@
+"""The oracles as predictors, against counts drawn from the truth of the cohort."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pipeline.gem.data.expression import log_cpm
+from pipeline.gem.simulation.generator import Truth, draw_counts, log_fractions
+
+
+def test_the_omniscient_oracle_is_the_mean_over_new_counts(evaluation, rng):
+    split, predictions = evaluation.by_split["test_random"]
+    folder = evaluation.cohort.truth_folder
+    truth = Truth.load(folder)
+    hidden = pd.read_parquet(folder / "samples.parquet").set_index("sample_id")
+    hidden = hidden.loc[split.samples["sample_id"]]
+    fractions = log_fractions(
+        truth, split.samples, hidden["stratum"].to_numpy(), hidden["donor"].to_numpy()
+    )
+    draws = []
+    for _ in range(300):
+        counts = draw_counts(fractions, split.totals.astype(float), truth.dispersion, rng)
+        draws.append(log_cpm(counts, counts.sum(axis=1)))
+    genes = pd.Index(truth.gene_id).get_indexer(evaluation.cohort.genes)
+    expected = np.mean(draws, axis=0)[:, genes]
+    assert np.abs(predictions["oracle_omniscient"][0].values - expected).mean() < 0.01
+
+
+@pytest.mark.parametrize("name", ["oracle_metadata", "oracle_reference", "oracle_omniscient"])
+def test_transforms_of_the_observed_counts_are_uniform(evaluation, name):
+    predictions = [by_name[name][0] for _, by_name in evaluation.by_split.values()]
+    pit = np.concatenate([predicted.pit.ravel() for predicted in predictions])
+    assert pit.mean() == pytest.approx(0.5, abs=0.02)
+    assert pit.std() == pytest.approx(np.sqrt(1 / 12), abs=0.02)
+
+
+def test_the_true_change_is_zero_for_controls_and_marks_a_fifth_or_more(evaluation):
+    split = evaluation.by_split["test_study"][0]
+    changed, change = evaluation.predictors.true_change(split)
+    assert not change[~split.treated].any() and changed[split.treated].any()
+    np.testing.assert_array_equal(changed, np.abs(change) >= np.log(1.2))

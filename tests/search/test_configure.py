@@ -1,0 +1,173 @@
+"""The verb configure writes valid values and nothing else."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.settings import ROOT
+
+from pipeline import configure
+from pipeline.gem.common import yaml_file
+from pipeline.gem.common.config import flatten, read_params
+from pipeline.gem.common.errors import GemError, InputError
+
+BEST = Path("experiments/latent_kl/best.yaml")
+CAPACITY = Path("experiments/searches/capacity.yaml")
+PARAMS = Path("params.yaml")
+
+
+@pytest.fixture(autouse=True)
+def _repository(tmp_path, monkeypatch):
+    """A working directory with the committed params.yaml and searches."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / PARAMS, PARAMS)
+    shutil.copytree(ROOT / "experiments" / "searches", "experiments/searches")
+    BEST.parent.mkdir()
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """A function: runs the verb with arguments and returns its output."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["configure", *arguments])
+        configure.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_valid_repository_has_no_output(call):
+    assert call() == ""
+
+
+def test_set_changes_the_values_keeps_comments_and_prints_the_difference(call):
+    before = PARAMS.read_text()
+    output = call("--set", "tune.trials=40", "--set", "train.learning_rate=1e-3")
+    after = PARAMS.read_text()
+    expected = re.sub(r"trials: \d+", "trials: 40", before)
+    assert after == re.sub(r"learning_rate: \S+", "learning_rate: 0.001", expected)
+    pairs = zip(before.splitlines(), after.splitlines(), strict=True)
+    changes = [line for old, new in pairs if old != new for line in (f"-{old}", f"+{new}")]
+    assert re.findall(r"^[-+](?!-- |\+\+ ).*", output, re.M) == changes
+
+
+def test_set_to_the_current_value_writes_nothing(call):
+    time = PARAMS.stat().st_mtime_ns
+    assert call("--set", "tune.trials=4") == "params.yaml: no change\n"
+    assert PARAMS.stat().st_mtime_ns == time
+
+
+@pytest.mark.parametrize(
+    ("assignments", "expected"),
+    [
+        (["tune.trials=0"], "tune.trials"),
+        (["tune.trials=many"], "tune.trials"),
+        (["tune.trials=4.5"], "tune.trials"),
+        (["tune.trials="], "tune.trials"),
+        (["tune.trial=4"], "did you mean tune.trials?"),
+        (["tune=4"], "tune is unknown"),
+        (["tune.trials.more=4"], "did you mean tune.trials?"),
+        (["tune.trials"], "expected KEY=VALUE"),
+        (["=4"], "unknown"),
+        (["train.learning_rate=.inf"], "train.learning_rate"),
+        (["model.latent.technical=[4]"], "model.latent.technical"),
+        (["model.dropout={a: 1}"], "model.dropout"),
+        (["splits.seed=\x07"], "splits.seed"),
+        (["synthesize.perturbations_per_study=81"], "(81) is more than perturbations (80)"),
+        (["tune.trials=40", "train.epochs=0"], "train.epochs"),
+    ],
+)
+def test_set_refuses_invalid_values_and_leaves_the_file(call, assignments, expected):
+    before = PARAMS.read_bytes()
+    with pytest.raises(GemError, match=re.escape(expected)) as caught:
+        call(*(f"--set={assignment}" for assignment in assignments))
+    assert all("\n" not in problem for problem in caught.value.problems)
+    assert PARAMS.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("data.control.value", "not treated", "not treated"),
+        ("data.control.value", "DMSO, 0.1%", "DMSO, 0.1%"),
+        ("data.layer", "raw", "raw"),
+        ("data.layer", "'1e3'", "1e3"),
+        ("data.date_column", "null", None),
+        ("model.additive_technical", "false", False),
+        ("train.seeds", "[1, 2]", [1, 2]),
+    ],
+)
+def test_a_value_that_was_set_reads_back(call, name, text, value):
+    call("--set", f"{name}={text}")
+    assert read_params(PARAMS).flat()[name] == value
+
+
+def test_the_budget_is_set_in_the_search_if_that_has_one(call):
+    search, params = CAPACITY.read_text(), PARAMS.read_text()
+    output = call("--budget", "capacity=80")
+    assert "-trials: 40" in output and "+trials: 80" in output
+    assert CAPACITY.read_text() == search.replace("trials: 40", "trials: 80")
+    assert PARAMS.read_text() == params
+    assert "+  trials: 7" in call("--budget", "latent_kl=7")
+    assert read_params(PARAMS).tune.trials == 7
+
+
+@pytest.mark.parametrize("budget", ["capacity=0", "capacity=many", "capacity", "latent_kl=0"])
+def test_an_invalid_budget_is_refused(call, budget):
+    with pytest.raises(InputError):
+        call("--budget", budget)
+
+
+def test_promote_changes_exactly_the_searched_keys(call):
+    best = {
+        "model": {"latent": {"technical": 5, "biological": 33, "perturbation": 64}},
+        "train": {"kl_weight": {"technical": 1e-2, "biological": 0.5, "perturbation": 4.0}},
+    }
+    BEST.write_text(yaml_file.dump(best))
+    before = read_params(PARAMS).flat()
+    output = call("--promote", "latent_kl")
+    assert read_params(PARAMS).flat() == before | flatten(best)
+    assert sum(line.startswith("+ ") for line in output.splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("best", "expected"),
+    [
+        (None, "best.yaml: no such file; `make tune SEARCH=latent_kl` writes it"),
+        ("train: {epochs: 1}\n", "best.yaml:1: train.epochs is not a key of the search"),
+    ],
+)
+def test_promote_refuses_a_missing_result_and_keys_that_were_not_searched(call, best, expected):
+    if best:
+        BEST.write_text(best)
+    before = PARAMS.read_bytes()
+    with pytest.raises(InputError, match=re.escape(expected)):
+        call("--promote", "latent_kl")
+    assert PARAMS.read_bytes() == before
+
+
+def test_problems_of_searches_and_a_missing_source_are_reported_together(call):
+    CAPACITY.write_text(CAPACITY.read_text().replace("low: 0.0,", "low: -1.0,"))
+    text = PARAMS.read_text()
+    PARAMS.write_text(text.replace("source: data/synthetic ", "source: elsewhere.h5ad "))
+    with pytest.raises(InputError) as caught:
+        call()
+    search, source = caught.value.problems
+    assert search.startswith("experiments/searches/capacity.yaml:")
+    assert "data.source: elsewhere.h5ad does not exist" in source
+
+
+def test_bad_input_exits_with_code_2_and_one_line():
+    process = subprocess.run(
+        [sys.executable, "-m", "pipeline.configure", "--set", "tune.trials=x"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2 and not process.stdout
+    assert re.fullmatch(r"error: params.yaml:.*\n", process.stderr)

@@ -1,0 +1,87 @@
+"""The metrics of a trial, each against its definition."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.gem.common.errors import DivergedError, InputError
+from pipeline.gem.model.network import Gaussian
+from pipeline.gem.search.objective import latent_leakage, selection_metrics
+from pipeline.gem.search.search_config import DIRECTIONS
+from pipeline.gem.training.dataset import TrainingData
+from pipeline.gem.training.trainer import FitResult, fit
+
+
+@pytest.fixture(scope="module")
+def data(cohort) -> TrainingData:
+    return TrainingData.load(cohort, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def result(data, params) -> FitResult:
+    return fit(data, params, 1)
+
+
+def test_every_metric_is_finite_and_deterministic(result, data):
+    metrics = selection_metrics(result, data, tuple(DIRECTIONS))
+    assert list(metrics) == list(DIRECTIONS) and np.isfinite(list(metrics.values())).all()
+    assert selection_metrics(result, data, tuple(DIRECTIONS)) == metrics
+    assert metrics["predictive_log_likelihood"] == result.best.validation_predictive_log_likelihood
+    assert 0 <= metrics["latent_leakage"] <= 1
+
+
+def test_the_reconstruction_exceeds_the_evidence_lower_bound_by_the_kl_divergence(result, data):
+    names = ("reconstruction_log_likelihood", "evidence_lower_bound")
+    reconstruction, bound = selection_metrics(result, data, names).values()
+    posterior = result.gem.posterior(data.validation.expression.numpy())
+    prior = result.gem.network.joint_prior(data.validation.metadata, data.validation.index)
+    variance_ratio = (posterior.log_variance - prior.log_variance).exp()
+    distance = (posterior.mean - prior.mean) ** 2 / prior.log_variance.exp()
+    kl = 0.5 * (variance_ratio + distance - 1 - variance_ratio.log()).sum(dim=1).mean()
+    # One posterior draw per sample.
+    assert reconstruction - bound == pytest.approx(float(kl.detach()), abs=3.0)
+
+
+def test_latents_that_encode_the_label_of_another_group_leak_and_noise_does_not(
+    result, data, monkeypatch
+):
+    """One biological label with two levels. Of the two other groups, the technical one encodes it,
+    then neither. The latents replace the posterior means."""
+    samples = len(data.validation.expression)
+    label = torch.arange(samples) % 2
+    metadata = {
+        group: torch.zeros_like(rows[:1]).repeat(samples, 1)
+        for group, rows in data.validation.metadata.items()
+    }
+    assert data.encoder.groups["biological"][0].size >= 2
+    metadata["biological"][torch.arange(samples), label] = 1.0
+    index = dict.fromkeys(metadata, torch.arange(samples))
+    labelled = replace(data, validation=replace(data.validation, metadata=metadata, index=index))
+    network = result.gem.network
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(samples, sum(network.sizes.values()), generator=generator)
+    encoding = noise.clone()
+    encoding[:, network.slices()["technical"].start] = 10.0 * label
+
+    def leakage(means: torch.Tensor) -> float:
+        gaussian = Gaussian(means, torch.zeros_like(means))
+        monkeypatch.setattr(type(result.gem), "posterior", lambda self, expression: gaussian)
+        return latent_leakage(result, labelled)
+
+    assert leakage(encoding) == pytest.approx(0.5 + leakage(noise) / 2, abs=0.15)
+    assert leakage(noise) < 0.2
+
+
+def test_latent_leakage_needs_labels(result, data):
+    metadata = {group: torch.zeros_like(rows) for group, rows in data.validation.metadata.items()}
+    unlabelled = replace(data, validation=replace(data.validation, metadata=metadata))
+    with pytest.raises(InputError, match="latent_leakage cannot be computed"):
+        latent_leakage(result, unlabelled)
+
+
+def test_a_metric_that_is_not_finite_fails_the_trial(result, data):
+    broken = replace(result, best=replace(result.best, validation_mse=float("inf")))
+    with pytest.raises(DivergedError, match="mse of the selection split is not finite"):
+        selection_metrics(broken, data, ("mse",))

@@ -1,0 +1,71 @@
+"""Training samples as tensors: encoding, references, spread of studies, latent sizes."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.gem.data.splits import TRAIN
+from pipeline.gem.training.dataset import EncodedSplit, study_spread
+
+
+def test_every_sample_points_at_its_own_metadata_row(cohort, data):
+    encoded = EncodedSplit.load(cohort, TRAIN, data.encoder, torch.device("cpu"))
+    for group, matrix in data.encoder.encode(cohort.rows([TRAIN])).items():
+        assert len(encoded.metadata[group]) < len(matrix)
+        assert np.array_equal(encoded.metadata[group][encoded.index[group]].numpy(), matrix)
+
+
+def test_model_selection_uses_the_validation_split_of_combinations(data):
+    assert data.selection_split == "validation_combination"
+
+
+def test_references_are_controls_of_the_same_study_and_context(cohort, data, generator):
+    samples = cohort.rows([TRAIN]).reset_index(drop=True)
+    rows = data.references.draw(torch.arange(len(samples)), generator).numpy()
+    references = samples.iloc[rows].reset_index(drop=True)
+
+    def location(table):
+        return table["study"] + table["tissue"] + table["cell_type"]
+
+    controls = samples["perturbation"] == "control"
+    has_control = location(samples).isin(location(samples)[controls])
+    assert has_control.mean() > 0.9
+    assert (references["perturbation"][has_control] == "control").all()
+    assert location(references)[has_control].equals(location(samples)[has_control])
+    assert (rows[~has_control] == np.flatnonzero(~has_control)).all()
+
+
+def test_study_spread_is_the_deviation_of_control_means_of_studies_within_a_context(cohort):
+    samples, expression = cohort.rows([TRAIN]), cohort.expression([TRAIN])
+    control = (samples["perturbation"] == "control").to_numpy()
+    squares, freedom = np.zeros(expression.shape[1]), 0
+    contexts = samples["tissue"] + samples["cell_type"]
+    for context in set(contexts[control]):
+        inside = control & (contexts == context).to_numpy()
+        means = np.array(
+            [
+                expression[inside & (samples["study"] == study).to_numpy()].mean(axis=0)
+                for study in set(samples["study"][inside])
+            ]
+        )
+        squares += ((means - means.mean(axis=0)) ** 2).sum(axis=0)
+        freedom += len(means) - 1
+    spread = study_spread(samples, expression, cohort.declared)
+    np.testing.assert_allclose(spread, np.sqrt(squares / freedom), rtol=1e-4)
+    without_study = cohort.declared.model_copy(update={"study_column": None})
+    assert (study_spread(samples, expression, without_study) == 0).all()
+
+
+@pytest.mark.parametrize(("columns", "size"), [(0, 64), (47, 64), (65, 65), (300, 300), (513, 512)])
+def test_unset_technical_latents_become_the_number_of_technical_columns_within_bounds(
+    data, params, columns, size
+):
+    encoder = SimpleNamespace(sizes={"technical": columns, "biological": 900, "perturbation": 900})
+    other = replace(data, encoder=encoder)
+    resolved = other.resolve_latent_sizes(params.override({"model.latent.technical": None}))
+    assert resolved.model.latent.technical == size
+    assert resolved.model.latent.biological == params.model.latent.biological
+    assert other.resolve_latent_sizes(params) is params, "a set number stays"

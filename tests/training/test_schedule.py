@@ -1,0 +1,58 @@
+"""Batches, epochs and regularisation by cohort size; learning rate and KL weight by step."""
+
+import math
+
+import pytest
+
+from pipeline.gem.training.schedule import TrainingSchedule, kl_warmup, one_cycle
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "epochs", "patience"),
+    [
+        (9600, 64, 30, 10),
+        (1280, 64, 30, 10),
+        (640, 32, 30, 10),
+        (160, 8, 30, 10),
+        (68, 8, 67, 23),
+        (8, 8, 600, 200),
+        (1, 8, 600, 200),
+    ],
+)
+def test_small_cohorts_get_smaller_batches_then_more_epochs_up_to_min_steps(
+    params, samples, batch_size, epochs, patience
+):
+    settings = {"epochs": 30, "min_steps": 600, "patience": 10, "batch_size": 64}
+    train = params.train.model_copy(update=settings)
+    schedule = TrainingSchedule.of(samples, train)
+    expected = batch_size, epochs, patience
+    assert (schedule.batch_size, schedule.epochs, schedule.patience) == expected
+    assert schedule.epochs * math.ceil(samples / schedule.batch_size) >= 600
+    unchanged = TrainingSchedule.of(samples, train.model_copy(update={"min_steps": 0}))
+    assert (unchanged.batch_size, unchanged.epochs, unchanged.patience) == (64, 30, 10)
+
+
+def test_regularisation_grows_in_proportion_to_missing_samples(params):
+    dropout = {"technical": 0.0, "biological": 0.3, "perturbation": 0.02}
+    settings = {"small_cohort": 3000, "weight_decay": 0.2, "metadata_dropout": dropout}
+    train = params.override({f"train.{name}": value for name, value in settings.items()}).train
+    for samples, scarcity in ((9600, 1), (3000, 1), (1000, 3), (100, 30)):
+        schedule = TrainingSchedule.of(samples, train)
+        assert schedule.weight_decay == pytest.approx(0.2 * scarcity)
+        expected = dropout | {"perturbation": min(0.02 * scarcity, 0.15)}
+        assert schedule.metadata_dropout == pytest.approx(expected)
+    unchanged = train.model_copy(update={"small_cohort": 0})
+    assert TrainingSchedule.of(100, unchanged).weight_decay == 0.2
+
+
+def test_kl_warmup_rises_linearly_to_one():
+    assert [kl_warmup(step, 100, 0.2) for step in (0, 10, 20, 99)] == [0, 0.5, 1, 1]
+    assert kl_warmup(0, 100, 0) == 1
+
+
+def test_one_cycle_starts_low_peaks_once_and_ends_at_zero():
+    rates = [one_cycle(step, 1000) for step in range(1001)]
+    assert rates[0] == pytest.approx(0.04)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates.index(max(rates)) == 250
+    assert rates[-1] == pytest.approx(0.0)

@@ -91,8 +91,9 @@ else
 endif
 
 dashboard: check  ## open Optuna's dashboard of all searches on 127.0.0.1
+	@mkdir -p .gem
 	optuna-dashboard --host 127.0.0.1 --port $(DASHBOARD_PORT) \
-		"$${OPTUNA_STORAGE:-sqlite:///.gem/optuna.db}"
+		"$(subst postgresql://,postgresql+psycopg://,$(or $(OPTUNA_STORAGE),sqlite:///.gem/optuna.db))"
 
 promote: check  ## write the winner of SEARCH into params.yaml and show the difference
 	python -m pipeline.configure --promote $(SEARCH)

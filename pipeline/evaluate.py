@@ -36,10 +36,9 @@ from pipeline.gem.evaluation.run import (
     write_tables,
 )
 from pipeline.gem.model.gem import TrainedGEM
+from pipeline.gem.model.model_file import MODEL_FILE
 from pipeline.gem.tracking import mlflow_client, runs
-from pipeline.gem.tracking.runs import MODEL_TAG, PREDICTOR_TAG, Run
-from pipeline.gem.tracking.training_run import COHORT, log_settings
-from pipeline.gem.training.model_directory import MODEL
+from pipeline.gem.tracking.runs import COHORT, MODEL_TAG, PREDICTOR_TAG, Run, log_settings
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +113,7 @@ def log_model_scores(
     name: str, directory: Path, params: Params, scores: pd.DataFrame, cohort: Cohort
 ) -> None:
     """Adds the scores of a model to the run that trained it."""
-    model_sha256 = sha256(directory / MODEL)
+    model_sha256 = sha256(directory / MODEL_FILE)
     try:
         run_id = runs.find_model_run(model_sha256, name, "train" if name == "gem" else "tune")
     except mlflow_client.ServerDownError:

@@ -17,6 +17,7 @@ from pipeline.gem.common.errors import InputError, exit_with
 from pipeline.gem.common.files import sha256
 from pipeline.gem.common.progress import Progress
 from pipeline.gem.model.gem import TrainedGEM
+from pipeline.gem.model.model_file import MODEL_FILE
 from pipeline.gem.prediction.output_files import SUFFIXES, write_blocks
 from pipeline.gem.prediction.predictor import MODES, Predictor, Request, reconstruct
 from pipeline.gem.prediction.query_table import QueryFile, known_labels
@@ -128,7 +129,7 @@ def provenance_of(
     options: argparse.Namespace, request: Request, gem: TrainedGEM
 ) -> dict[str, object]:
     """The origin of the numbers, for the output file."""
-    model = options.model / "model.safetensors" if options.model.is_dir() else options.model
+    model = options.model / MODEL_FILE if options.model.is_dir() else options.model
     control_column, control = gem.training_support.control or ("", "")
     return {
         "model_sha256": sha256(model),

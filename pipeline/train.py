@@ -15,8 +15,8 @@ from pipeline.gem.common.errors import StoppedError, exit_with
 from pipeline.gem.common.processes import StopSignal, end_with_parent, exclusive
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.tracking import mlflow_client
-from pipeline.gem.tracking.runs import Run
-from pipeline.gem.tracking.training_run import COHORT, TrainingJob, log_settings
+from pipeline.gem.tracking.runs import COHORT, Run, log_settings
+from pipeline.gem.tracking.training_run import TrainingJob
 from pipeline.gem.training.dataset import TrainingData
 from pipeline.gem.training.trainer import choose_device
 

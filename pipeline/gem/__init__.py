@@ -1,7 +1,7 @@
 """Rooms of the shared model code. `from pipeline.gem import GEM` is the trained model.
 
-    model = GEM.load("experiments/default")
-    table = model.predict(frame)
+model = GEM.load("experiments/default")
+table = model.predict(frame)
 """
 
 __all__ = ["GEM"]

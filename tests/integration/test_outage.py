@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import mlflow
 import pandas as pd
 import pytest
-from support.processes import TrackingServer, until
-from support.repository import Repository
+from support.processes import TrackingServer, is_alive, until
+from support.repository import Repository, Stage
 from support.settings import TINY
 
 from pipeline.gem.common.files import sha256
@@ -58,13 +58,18 @@ def steps(server: TrackingServer, run, metric: str) -> list[int]:
     return sorted(point.step for point in history)
 
 
+def wait_for(text: str, repository: Repository, module: str, stage: Stage) -> None:
+    until(lambda: text in repository.log(module) or not is_alive(stage.pid))
+    assert text in repository.log(module), repository.log(module)
+
+
 def warnings_in(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("warning: ")]
 
 
 def test_a_server_killed_during_a_training_costs_neither_the_model_nor_its_run(server, repository):
     stage = repository.start("pipeline.train", **impatient(server))
-    until(lambda: "epoch   2/" in repository.log("pipeline.train"))
+    wait_for("epoch   2/", repository, "pipeline.train", stage)
     server.kill()
     assert stage.wait(timeout=900) == 0, repository.log("pipeline.train")
     output = repository.log("pipeline.train")
@@ -106,7 +111,7 @@ def test_a_server_killed_during_a_training_costs_neither_the_model_nor_its_run(s
 def test_a_server_that_hangs_during_a_search_costs_no_trial(server, repository):
     before = {run.info.run_id for run in runs_of(server)}
     stage = repository.start("pipeline.tune", "--search", "latent_kl", **impatient(server))
-    until(lambda: "trial 0 " in repository.log("pipeline.tune"))
+    wait_for("trial 0 ", repository, "pipeline.tune", stage)
     server.send(signal.SIGSTOP)
     try:
         assert stage.wait(timeout=900) == 0, repository.log("pipeline.tune")

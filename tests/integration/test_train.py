@@ -47,7 +47,8 @@ def hashes(repository: Repository) -> dict[str, str]:
 def start(repository: Repository) -> Stage:
     """A training after its second epoch."""
     stage = repository.start("pipeline.train")
-    until(lambda: "epoch   2/" in repository.log("pipeline.train"))
+    until(lambda: "epoch   2/" in repository.log("pipeline.train") or not is_alive(stage.pid))
+    assert is_alive(stage.pid), repository.log("pipeline.train")
     return stage
 
 

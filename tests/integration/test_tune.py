@@ -81,7 +81,8 @@ def test_after_its_time_limit_a_search_uses_the_finished_trials_and_a_second_cal
 
 def test_after_a_promotion_the_stage_trains_nothing_and_writes_the_same_results(repository):
     """DVC deletes the outputs before the run. They are written again from the storage."""
-    repository.stage("pipeline.configure", "--set", "train.threads=2")  # a worker has one
+    # The winner is fitted with two threads; a worker has one.
+    repository.stage("pipeline.configure", "--set=train.threads=2", "--set=train.epochs=2")
     define(repository, trials=2, minutes=10)
     tune(repository, "--workers", "2")
     folder = repository.folder / "experiments" / "short"

@@ -91,7 +91,7 @@ class TrainedGEM:
         """From a model directory or a model file. InputError if the file is absent, IntegrityError
         if it is damaged or no model file."""
         path = Path(path)
-        path = path / "model.safetensors" if path.is_dir() else path
+        path = path / model_file.MODEL_FILE if path.is_dir() else path
         description, tensors = model_file.unpack(path)
         arguments = (
             np.array(description.genes),
@@ -131,7 +131,7 @@ class TrainedGEM:
             models.append(cls.load(path))
             models[-1].require_genes(models[0].genes, f"{path}: ")
             models[-1].require_vocabulary(models[0].metadata, f"{path}: ")
-        return models, [seeds["model.safetensors"], *seeds["others"]]
+        return models, [seeds[model_file.MODEL_FILE], *seeds["others"]]
 
     def require_genes(self, genes: np.ndarray, prefix: str = "") -> None:
         """IntegrityError with the difference if `genes` are not this model's, in its order."""

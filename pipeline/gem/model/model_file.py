@@ -26,6 +26,7 @@ from pipeline.gem.data.features import FeatureTable
 from pipeline.gem.model.query import TargetGenes
 from pipeline.gem.model.training_support import TrainingSupport
 
+MODEL_FILE = "model.safetensors"  # of a model directory
 FORMAT_VERSION = 5
 MAX_DESCRIPTION_BYTES = 2**25
 _KEY = "gem"  # of the description among the header's metadata

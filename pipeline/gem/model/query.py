@@ -59,11 +59,14 @@ def decode(network: Network, inputs: DecoderInput, latents: Tensor) -> Tensor:
     return add_offsets(network.decode(latents), inputs)
 
 
-def add_offsets(decoded: Tensor, inputs: DecoderInput) -> Tensor:
-    """Adds to decoded values (N, G), in place, the effect on the target gene and the reference's
-    residual, which do not depend on the latents."""
-    samples = (inputs.target_gene >= 0).nonzero().squeeze(1)
-    decoded[samples, inputs.target_gene[samples]] += inputs.target_effect[samples]
+def add_offsets(
+    decoded: Tensor, inputs: DecoderInput, rows: slice | Tensor = slice(None)
+) -> Tensor:
+    """Adds to decoded values (B, G) of B rows, in place, the effect on the target gene and the
+    reference's residual, which do not depend on the latents."""
+    target_gene = inputs.target_gene[rows]
+    samples = (target_gene >= 0).nonzero().squeeze(1)
+    decoded[samples, target_gene[samples]] += inputs.target_effect[rows][samples]
     if inputs.reference_residual is not None:
-        decoded.add_(inputs.reference_residual)
+        decoded.add_(inputs.reference_residual[rows])
     return decoded

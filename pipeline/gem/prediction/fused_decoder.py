@@ -16,7 +16,7 @@ K nonlinear features, U distinct rows of a group's metadata, T rows of the table
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.gem.common.config import GROUPS
 from pipeline.gem.model.network import Network
@@ -31,8 +31,9 @@ class FusedDecoder:
 
     @torch.no_grad()
     def __init__(self, network: Network):
-        *self.hidden_layers, last = network.decoder
-        first, *blocks, self.norm = self.hidden_layers
+        *hidden_layers, last = network.decoder
+        first, *blocks, self.norm = hidden_layers
+        self.hidden = nn.Sequential(*hidden_layers)
         self.network, self.bias = network, last.bias  # (G,)
         self.sizes = [network.sizes[group] for group in GROUPS]
         # A network that is narrower than its inputs is itself the smaller product.
@@ -70,10 +71,7 @@ class FusedDecoder:
         """(B, K) hidden units unless they are fused, and strengths of the interaction programs."""
         network, features = self.network, [latents[:, :0]]
         if not self.fused:
-            hidden = latents[:, network.mlp_start :]
-            for layer in self.hidden_layers:
-                hidden = layer(hidden)
-            features.append(hidden)
+            features.append(self.hidden(latents[:, network.mlp_start :]))
         if network.interaction is not None:
             _, biological, perturbation = latents.split(self.sizes, dim=1)
             features.append(network.interaction.strength(biological, perturbation))
@@ -87,20 +85,20 @@ class FusedDecoder:
 class MeanDecoder:
     """Decodes rows of one query at the mean of their latents.
 
-    `table` (T, G) holds the terms that are linear in the latents of a group, for each distinct row
-    of its metadata. It is None if too few rows repeat, if it would be too large, without a linear
-    decoder, and if the latents depend on a reference.
+    `table` (T, G) holds the linear terms of each distinct row of metadata. It is None if too few
+    rows repeat, if it would be too large, without a linear decoder, and with a reference.
     """
 
     @torch.no_grad()
     def __init__(self, decoder: FusedDecoder, query: DecoderInput):
-        self.decoder, self.table, index = decoder, None, query.metadata_index
+        self.decoder, self.network, self.query, self.table = decoder, decoder.network, query, None
+        index = query.metadata_index
         if index is None or not len(decoder.linear_weight):
             return
         groups, sizes = range(len(GROUPS)), decoder.sizes
         terms = list(zip(groups, decoder.linear_weight.split(sizes), strict=True))
         if decoder.fused:
-            first = int(decoder.network.mlp_start > 0)
+            first = int(self.network.mlp_start > 0)
             weights = decoder.mlp_weight[:-1].split(sizes[first:])
             terms += zip(groups[first:], weights, strict=True)
         latents = query.latents.mean.split(sizes, dim=1)
@@ -115,22 +113,22 @@ class MeanDecoder:
         if decoder.fused:
             tables[len(groups)] += decoder.mlp_weight[-1]
         self.table = torch.cat(tables)
-        self.groups = [group for group, _ in terms]  # (P,) linear terms, then those of the MLP
-        self.starts = lengths.cumsum(0) - lengths  # (P,)
+        # (N, P) row in the table of each term: linear terms, then those of the MLP.
+        self.position = index[:, [group for group, _ in terms]] + lengths.cumsum(0) - lengths
 
     @torch.no_grad()
-    def decode(self, inputs: DecoderInput) -> Tensor:
-        """(B, G) decoded for B rows of the query, with their offsets."""
-        decoder, latents = self.decoder, inputs.latents.mean
+    def decode(self, rows: Tensor) -> Tensor:
+        """(B, G) decoded for the rows (B,) of the query, with their offsets."""
+        decoder, latents = self.decoder, self.query.latents.mean.index_select(0, rows)
         if self.table is None:
-            return add_offsets(decoder.decode(latents), inputs)
-        position = inputs.metadata_index[:, self.groups] + self.starts  # (B, P)
+            return add_offsets(decoder.decode(latents), self.query, rows)
+        position = self.position.index_select(0, rows)
         scales = latents.new_ones(position.shape)
         if decoder.fused:
             scales[:, len(GROUPS) :] = decoder.scale(latents)
         decoded = F.embedding_bag(position, self.table, mode="sum", per_sample_weights=scales)
         decoded.addmm_(decoder.nonlinear_features(latents), decoder.nonlinear_weight)
-        return add_offsets(decoded, inputs)
+        return add_offsets(decoded, self.query, rows)
 
 
 def _distinct_rows(latents: Tensor, index: Tensor) -> Tensor:

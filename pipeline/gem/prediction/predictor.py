@@ -172,13 +172,13 @@ class Predictor:
             if draws > 1:
                 columns = columns.append_column("draw", pa.array(draw + 1))
             if mean:
-                counts, interval = self._means(mean_decoders, model_inputs, index)
+                counts, interval = self._means(mean_decoders, index)
             else:
                 counts, interval = self._draw_rows(model_inputs, index), {}
             yield PredictedBlock(first_row + row, columns, counts, latents, interval)
 
     def _means(
-        self, decoders: list[MeanDecoder], model_inputs: list[DecoderInput], index: np.ndarray
+        self, decoders: list[MeanDecoder], index: np.ndarray
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """((n, G) counts, their interval) of the distinct rows `index` (n,), each decoded once."""
         rows, position = np.unique(index, return_inverse=True)
@@ -188,10 +188,11 @@ class Predictor:
         bounds = ("low", "high") if self.request.interval else ()
         interval = {name: np.empty_like(counts) for name in bounds}
         for part in _slices(*counts.shape):
-            part_inputs = [self._rows(inputs, rows[part]) for inputs in model_inputs]
-            fractions = list(map(_mean_fractions, self.models, decoders, part_inputs))
+            part_rows = torch.from_numpy(rows[part]).to(self.generator.device)
+            fractions = [_mean_fractions(decoder, part_rows) for decoder in decoders]
             counts[part] = whole_counts(_ensemble_mean(fractions), self.request.total_count)
             if interval:
+                part_inputs = [decoder.query.rows(part_rows) for decoder in decoders]
                 interval["low"][part], interval["high"][part] = self._interval(part_inputs)
         return counts[position], {name: values[position] for name, values in interval.items()}
 
@@ -233,9 +234,9 @@ class Predictor:
         return {group: means[index, columns] for group, columns in slices.items()}
 
 
-def _mean_fractions(model: TrainedGEM, decoder: MeanDecoder, inputs: DecoderInput) -> Tensor:
-    """(N, G) fractions of the genes, decoded at the mean of the latents."""
-    return model.network.observation.fractions(decoder.decode(inputs))
+def _mean_fractions(decoder: MeanDecoder, rows: Tensor) -> Tensor:
+    """(N, G) fractions of the genes of N rows, decoded at the mean of the latents."""
+    return decoder.network.observation.fractions(decoder.decode(rows))
 
 
 def whole_counts(fractions: Tensor, total: int) -> np.ndarray:

@@ -20,8 +20,7 @@ from pipeline.gem.model.latent_probe import linear_probe
 from pipeline.gem.search.search import record_epochs, with_epochs
 from pipeline.gem.search.search_config import EPOCH_METRICS, SearchConfig, Values
 from pipeline.gem.search.trial_queue import RUN, RunningTrial
-from pipeline.gem.tracking.runs import Run
-from pipeline.gem.tracking.training_run import FIT_SECTIONS
+from pipeline.gem.tracking.runs import FIT_SECTIONS, Run
 from pipeline.gem.training.dataset import TrainingData
 from pipeline.gem.training.trainer import EpochMetrics, FitResult, fit
 from pipeline.gem.training.validation import posterior_terms

@@ -21,8 +21,8 @@ from pipeline.gem.search.search_config import EXPERIMENTS, SearchConfig
 from pipeline.gem.search.trial_queue import RunningTrial, failure_reason
 from pipeline.gem.search.workers import Workers, prepare_to_fork
 from pipeline.gem.tracking import mlflow_client, runs
-from pipeline.gem.tracking.runs import Run
-from pipeline.gem.tracking.training_run import COHORT, FIT_SECTIONS, TrainingJob, log_settings
+from pipeline.gem.tracking.runs import COHORT, FIT_SECTIONS, Run, log_settings
+from pipeline.gem.tracking.training_run import TrainingJob
 from pipeline.gem.training.dataset import TrainingData
 from pipeline.gem.training.trainer import choose_device
 
@@ -105,7 +105,7 @@ class SearchSession:
 
     def _run_trials(self, search: Search, parent_run: str, stop: StopSignal) -> None:
         if self.data.validation is None:
-            self._info("no validation split: using the baseline")
+            self._info("no validation split: skipping the search, using the baseline")
             return
         # A worker has one thread. The winner is fitted later, with the threads of params.yaml.
         params = self.params.override({"train.threads": 1}) if self.workers > 1 else self.params

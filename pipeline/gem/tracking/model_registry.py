@@ -20,6 +20,7 @@ from pipeline.gem.common.code_version import ROOT, import_closure, requirements
 from pipeline.gem.common.errors import InputError
 from pipeline.gem.common.files import sha256, sha256_of
 from pipeline.gem.model.gem import TrainedGEM
+from pipeline.gem.model.model_file import MODEL_FILE
 from pipeline.gem.prediction import mlflow_model
 from pipeline.gem.tracking import mlflow_client
 from pipeline.gem.tracking.mlflow_client import ServerDownError
@@ -27,7 +28,7 @@ from pipeline.gem.tracking.runs import MODEL_TAG, find_model_run
 
 log = logging.getLogger(__name__)
 
-MODEL, REPORT = "model.safetensors", "report.json"  # files of a model directory
+REPORT = "report.json"  # of a model directory
 NAME, CHAMPION = "gem", "champion"
 DEFAULT = "default"  # the model directory that decides which scores are comparable
 CODE_TAG = "code.sha256"  # of the prediction code and the packages that it needs
@@ -58,7 +59,7 @@ def register_models(folder: Path) -> dict[str, dict[str, object]]:
     files = import_closure(mlflow_model.__name__)
     code = {file: sha256(ROOT / file) for file in files}
     code_sha256 = sha256_of(requirements(files), code)
-    directories = [path.parent for path in folder.glob(f"*/{MODEL}")]
+    directories = [path.parent for path in folder.glob(f"*/{MODEL_FILE}")]
     directories.sort(key=lambda path: (path.name != DEFAULT, path.name))
     tags = {path: _tags(path) | {CODE_TAG: code_sha256} for path in directories}
     done = False
@@ -75,7 +76,7 @@ def _tags(directory: Path) -> dict[str, str]:
     try:
         report = json.loads(path.read_bytes())
         tags = {
-            MODEL_TAG: sha256(directory / MODEL),
+            MODEL_TAG: sha256(directory / MODEL_FILE),
             "label": directory.name,
             "data.sha256": report["data_sha256"],
             "model.observation": report["observation"],
@@ -192,7 +193,7 @@ def _add_version(directory: Path, tags: Mapping[str, str], files: list[str]) -> 
     model = client.create_logged_model(mlflow_client.experiment_id(), NAME, source_run_id=run_id)
     if run_id:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-    with _package(directory / MODEL, files) as package:
+    with _package(directory / MODEL_FILE, files) as package:
         client.log_model_artifacts(model.model_id, str(package))
     client.finalize_logged_model(model.model_id, "READY")
     uri = f"models:/{model.model_id}"

@@ -12,12 +12,16 @@ from pathlib import Path
 
 import psutil
 
+from pipeline.gem.common import provenance
+from pipeline.gem.common.config import Params
 from pipeline.gem.common.errors import GemError
-from pipeline.gem.common.provenance import code_tags
+from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.tracking import mlflow_client
 from pipeline.gem.tracking.mlflow_client import ServerDownError
 from pipeline.gem.tracking.offline_buffer import BufferedRun, RunStart, RunUpdate, new_run_key
 
+COHORT = Path("data/cohort")
+FIT_SECTIONS = ("model", "train")  # of params.yaml: they describe a fit
 MODEL_TAG, STAGE_TAG, PREDICTOR_TAG = "model.sha256", "stage", "predictor"
 _DVC_VARIABLES = ("DVC_STAGE", "DVC_EXP_NAME")
 _MAX_PARAMETER = 6000  # characters; MLflow cuts longer parameters silently
@@ -115,7 +119,7 @@ def _log_to(run: str, update: RunUpdate) -> None:
 
 def _start_tags(stage: str) -> dict[str, str]:
     """The stage, the code, and MLflow's own tags for its columns user, source and version."""
-    code = code_tags()
+    code = provenance.code_tags()
     tags = {
         STAGE_TAG: stage,
         "mlflow.user": psutil.Process().username(),
@@ -186,3 +190,10 @@ def find_model_run(model_sha256: str, predictor: str, stage: str) -> str | None:
     trained = [run for run in unscored if run.data.tags.get(STAGE_TAG) == stage]
     matches = scored + trained
     return matches[0].info.run_id if matches else None
+
+
+def log_settings(run: Run, params: Params, cohort: Cohort) -> None:
+    """Logs the flat parameters of a fit and the hash of its data."""
+    run.log_params(params.flat(*FIT_SECTIONS))
+    digest = provenance.data_digest(str(COHORT), cohort.train_validation_sha256)
+    run.log_dataset("cohort", digest, "training")

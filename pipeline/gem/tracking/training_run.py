@@ -5,30 +5,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.gem.common import provenance
 from pipeline.gem.common.config import Params
 from pipeline.gem.common.files import sha256
 from pipeline.gem.common.processes import StopSignal
 from pipeline.gem.common.progress import duration
 from pipeline.gem.data.cohort import Cohort
+from pipeline.gem.model.model_file import MODEL_FILE
 from pipeline.gem.tracking.runs import MODEL_TAG, Run
 from pipeline.gem.training.checkpoint import Checkpoint
 from pipeline.gem.training.dataset import TrainingData
-from pipeline.gem.training.model_directory import MODEL, best_metrics, write_model_directory
+from pipeline.gem.training.model_directory import best_metrics, write_model_directory
 from pipeline.gem.training.multi_seed import fit_seeds
 from pipeline.gem.training.trainer import EpochMetrics
 
 log = logging.getLogger(__name__)
-
-COHORT = Path("data/cohort")
-FIT_SECTIONS = ("model", "train")  # of params.yaml: they describe a fit
-
-
-def log_settings(run: Run, params: Params, cohort: Cohort) -> None:
-    """Logs the flat parameters of a fit and the hash of its data."""
-    run.log_params(params.flat(*FIT_SECTIONS))
-    digest = provenance.data_digest(str(COHORT), cohort.train_validation_sha256)
-    run.log_dataset("cohort", digest, "training")
 
 
 @dataclass(frozen=True)
@@ -63,7 +53,7 @@ class TrainingJob:
         )
         for checkpoint in checkpoints.values():
             checkpoint.finish()
-        best, model = fits[0].best, self.directory / MODEL
+        best, model = fits[0].best, self.directory / MODEL_FILE
         split = self.data.selection_split or "none"
         run.set_tags({MODEL_TAG: sha256(model), "selection_split": split})
         run.log_metrics(best_metrics(fits[0]))

@@ -7,10 +7,9 @@ import pandas as pd
 
 from pipeline.gem.common.config import GROUPS, Params
 from pipeline.gem.common.files import write_atomically, write_json
+from pipeline.gem.model.model_file import MODEL_FILE
 from pipeline.gem.training.learning_curves import learning_curves
 from pipeline.gem.training.trainer import FitResult
-
-MODEL = "model.safetensors"  # of the first seed
 
 
 def best_metrics(fit: FitResult) -> dict[str, float]:
@@ -29,9 +28,9 @@ def write_model_directory(
     directory.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(directory / "seeds", ignore_errors=True)
     (directory / "seeds").mkdir()
-    fits[0].gem.save(directory / MODEL)
+    fits[0].gem.save(directory / MODEL_FILE)
     first, *others = params.train.seeds
-    write_json(directory / "seeds" / "seeds.json", {MODEL: first, "others": others})
+    write_json(directory / "seeds" / "seeds.json", {MODEL_FILE: first, "others": others})
     for seed, fit in zip(others, fits[1:], strict=True):
         fit.gem.save(directory / "seeds" / f"{seed}.safetensors")
     history = _history(params.train.seeds, fits)

@@ -16,7 +16,8 @@ from support.settings import ROOT, TINY
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").rglob("*.md")),
+    # The commands of the research log change what every stage depends on: last.
+    *sorted((ROOT / "docs").rglob("*.md"), key=lambda page: (page.stem == "research", page)),
     ROOT / "experiments" / "README.md",
     ROOT / "data" / "tables" / "README.md",
 ]

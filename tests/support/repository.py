@@ -20,11 +20,12 @@ from support.settings import ROOT
 
 FOLDERS = ("pipeline", "experiments/searches", "data/tables")
 FILES = ("params.yaml", "dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", "requirements.lock")
-# Changes of the committed search, whatever its values: smaller sizes, fewer epochs.
+# Changes of the committed searches: fewer epochs everywhere, smaller sizes in latent_kl.
+TINY_EPOCHS = ((r"\nepochs: \d+", "\nepochs: 3"),)
 TINY_SEARCH = (
+    *TINY_EPOCHS,
     (r"type: integer, low: \d+, high: \d+", "type: integer, low: 2, high: 16"),
     (r"latent: \{.*\}", "latent: {technical: 4, biological: 4, perturbation: 4}"),
-    (r"\nepochs: \d+", "\nepochs: 3"),
     (r"min_epochs: \d+", "min_epochs: 1"),
 )
 STORES = ("MLFLOW_", "OPTUNA_", "DVC_", "GIT_")  # variables of the caller that stages must not see
@@ -42,12 +43,12 @@ class Repository:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
         yaml_file.edit(folder / "params.yaml", changes)
-        search = folder / "experiments" / "searches" / "latent_kl.yaml"
-        text = search.read_text()
-        for pattern, replacement in TINY_SEARCH:
-            text, number = re.subn(pattern, replacement, text)
-            assert number, f"{pattern} is not in {search.name}"
-        search.write_text(text)
+        for path in (folder / "experiments" / "searches").glob("*.yaml"):
+            text = path.read_text()
+            for pattern, value in TINY_SEARCH if path.stem == "latent_kl" else TINY_EPOCHS:
+                text, number = re.subn(pattern, value, text)
+                assert number, f"{pattern} is not in {path.name}"
+            path.write_text(text)
         self.git("init", "--quiet")
         self.commit("start")
 

@@ -212,8 +212,9 @@ def test_the_signature_has_optional_columns_and_the_parameters_of_prediction(def
     assert required == ["extrapolated", *gem.genes]
 
 
-def test_the_input_example_is_a_valid_query(default):
+def test_the_input_example_is_a_valid_query(default, monkeypatch):
     register_models(EXPERIMENTS)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which MLflow adds the packed code
     folder = mlflow.artifacts.download_artifacts(f"models:/{NAME}@{CHAMPION}")
     example = mlflow.models.Model.load(folder).load_input_example(folder)
     predictions = mlflow.pyfunc.load_model(folder).predict(example)

@@ -170,7 +170,7 @@ def distinct_rows(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.arange(min(rows, 1)), np.zeros(rows, dtype=np.int64)
     bits = np.ascontiguousarray(matrix + 0)  # -0 becomes 0
     if bits.dtype.kind == "f":
-        bits = bits.astype(np.float32).view(np.uint32)
+        bits = bits.astype(np.float32, copy=False).view(np.uint32)
     factors = np.random.default_rng(0).integers(1, 2**63, columns, dtype=np.uint64) | np.uint64(1)
     hashes = bits.astype(np.uint64) @ factors
     _, first, index = np.unique(hashes, return_index=True, return_inverse=True)

@@ -102,7 +102,7 @@ class MeanDecoder:
             weights = decoder.mlp_weight[:-1].split(sizes[first:])
             terms += zip(groups[first:], weights, strict=True)
         latents = query.latents.mean.split(sizes, dim=1)
-        latents = [_distinct_rows(latents[group], index[:, group]) for group in groups]
+        latents = [latents[group][_positions(index[:, group])] for group in groups]  # (U, L_g)
         lengths = torch.tensor([len(latents[group]) for group, _ in terms], device=index.device)
         rows = int(lengths.sum())
         if rows * _MIN_REPEATS > len(index) or rows * len(decoder.bias) > _MAX_TABLE_VALUES:
@@ -131,8 +131,8 @@ class MeanDecoder:
         return add_offsets(decoded, self.query, rows)
 
 
-def _distinct_rows(latents: Tensor, index: Tensor) -> Tensor:
-    """(U, L_g) of latents (N, L_g) that are the same wherever `index` (N,) is."""
-    distinct = latents.new_empty(int(index.max()) + 1, latents.shape[1])
-    distinct[index] = latents
-    return distinct
+def _positions(index: Tensor) -> Tensor:
+    """(U,) a position of each of the values 0 to U - 1 in `index` (N,)."""
+    positions = index.new_empty(int(index.max()) + 1)
+    positions[index] = torch.arange(len(index), device=index.device)
+    return positions

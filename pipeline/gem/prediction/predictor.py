@@ -213,7 +213,8 @@ class Predictor:
         for number, inputs in enumerate(model_inputs):
             own = np.flatnonzero(model == number)
             for part in _slices(len(own), len(self.genes)):
-                counts[own[part]] = self._draw(number, self._rows(inputs, index[own[part]]))
+                rows = torch.from_numpy(index[own[part]]).to(device)
+                counts[own[part]] = self._draw(number, inputs.rows(rows))
         return counts
 
     def _draw(self, number: int, inputs: DecoderInput) -> np.ndarray:
@@ -225,9 +226,6 @@ class Predictor:
         decoded = add_offsets(self.decoders[number].decode(latents), inputs)
         draws = observation.draw_counts(decoded, library, inputs.source, self.generator)
         return draws.astype(np.int32)
-
-    def _rows(self, inputs: DecoderInput, rows: np.ndarray) -> DecoderInput:
-        return inputs.rows(torch.from_numpy(rows).to(self.generator.device))
 
     def _latents(self, inputs: DecoderInput, index: np.ndarray) -> dict[str, np.ndarray]:
         means, slices = inputs.latents.mean.cpu().numpy(), self.models[0].network.slices()

@@ -17,7 +17,16 @@ from pipeline.gem.preparation.prepare import write_cohort
 
 # The longest integration tests, longest first. One process runs a whole file (`--dist loadfile`),
 # so a long file that starts last would keep the other processes waiting.
-LONGEST = ("pipeline", "workers", "tune", "outage", "real_data", "registration", "sealed", "train")
+LONGEST = (
+    "pipeline",
+    "documentation",
+    "workers",
+    "tune",
+    "outage",
+    "real_data",
+    "registration",
+    "sealed",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -148,9 +157,7 @@ def model_directory(cohort, params, shared_folder) -> Path:
         changed = params.override({"train.seeds": [1, 2], "train.epochs": 8})
         data = TrainingData.load(cohort, torch.device("cpu"))
         results = [fit(data, changed, seed) for seed in changed.train.seeds]
-        write_model_directory(
-            folder / "default", results, changed, cohort.train_validation_sha256
-        )
+        write_model_directory(folder / "default", results, changed, cohort.train_validation_sha256)
 
     return shared_folder("experiments", fill) / "default"
 

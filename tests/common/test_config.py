@@ -318,6 +318,7 @@ run(["prepare"], "without parameters")
 """
 
 
+@pytest.mark.integration
 def test_every_stage_checks_the_parameters_before_it_reads_or_writes(tmp_path):
     # The folder holds nothing else: a stage that looked at its data first would report that.
     (tmp_path / "params.yaml").write_text(re.sub(r"  epochs: \d+ ", "  epochs: 0 ", TEXT))

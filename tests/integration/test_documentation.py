@@ -38,6 +38,10 @@ TEXT_COMMANDS = {
 SMALLER = {"TRIALS=40": "TRIALS=4", "TRIALS=12": "TRIALS=2", "WORKERS=8": "WORKERS=2"}
 
 
+# Commands of make and dvc that an earlier page has run.
+PASSED: set[str] = set()
+
+
 @dataclass(frozen=True)
 class Block:
     page: Path
@@ -138,7 +142,7 @@ def script(block: Block) -> str:
         text = text.replace(words, smaller)
     for line in text.splitlines():
         command = line.split(" #")[0].strip()
-        if command in NOT_RUN or command.startswith("python -m pytest"):
+        if command in NOT_RUN or command in PASSED or command.startswith("python -m pytest"):
             continue
         server = next((name for name in SERVERS if command.startswith(name)), None)
         if server:
@@ -180,6 +184,8 @@ def run(block: Block, folder: Path) -> None:
             # Servers that the block started share its session.
             subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
     assert process.returncode == 0, f"{block}\n{output[-3000:]}"
+    commands = {line.split(" #")[0].strip() for line in block.text.splitlines()}
+    PASSED.update(command for command in commands if command.startswith(("make", "dvc")))
 
 
 def prepare_inputs(page: Path, folder: Path) -> None:

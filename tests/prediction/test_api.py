@@ -56,6 +56,7 @@ def test_reconstruct_gives_whole_counts_per_sample(gem, reference):
     assert (counts.sum(axis=1) == 5000).all()
 
 
+@pytest.mark.integration
 def test_the_package_imports_torch_only_with_the_model():
     code = (
         "import sys, pipeline.gem; assert 'torch' not in sys.modules; "

@@ -7,6 +7,7 @@ import pytest
 from benchmarks.prediction import compare, peak_memory, random_model_and_query
 
 
+@pytest.mark.integration
 def test_prediction_is_not_slower_than_a_simple_loop_and_has_its_numbers(tmp_path):
     gem, query = random_model_and_query(8000, 1000, 256)
     seconds, shares = compare(gem, query, 2, tmp_path)
@@ -17,6 +18,7 @@ def test_prediction_is_not_slower_than_a_simple_loop_and_has_its_numbers(tmp_pat
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux has the peak of memory")
+@pytest.mark.integration
 def test_memory_does_not_grow_with_the_rows_of_a_query(tmp_path):
     """In small blocks; the counts of the additional rows alone are 76 MiB."""
     gem, query = random_model_and_query(26_000, 1000, 16)

@@ -120,6 +120,7 @@ def test_options_that_do_not_go_together_are_refused(run_predict, options, messa
         run_predict(*options)
 
 
+@pytest.mark.integration
 def test_an_invalid_query_exits_with_2_and_leaves_no_file(tmp_path, model_directory, query):
     bad = query.head(4).astype(object)
     bad.loc[2, "tissue"], bad.loc[1, "perturbation_dose"] = "tissue_11", "3 parsecs"

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from support.settings import ROOT
 
 CODE = """
@@ -25,6 +26,7 @@ with StopSignal() as stop, Workers(2, work) as workers:
 """
 
 
+@pytest.mark.integration
 def test_the_memory_of_the_parent_is_not_copied(tmp_path):
     path = tmp_path / "sizes"
     subprocess.run([sys.executable, "-c", CODE, str(path)], cwd=ROOT, check=True, timeout=60)

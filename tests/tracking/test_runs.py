@@ -24,6 +24,7 @@ def test_the_default_store_has_mlflows_own_name(tmp_path, monkeypatch):
     assert client.get_run(run.id).info.run_name == "default"
 
 
+@pytest.mark.integration
 def test_the_environment_selects_another_store(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
     mlflow_client.connect("gem")
@@ -130,6 +131,7 @@ def test_machines_that_create_the_experiment_at_the_same_moment_share_it(monkeyp
     assert mlflow.get_run(run.id).info.experiment_id == theirs
 
 
+@pytest.mark.integration
 def test_two_processes_may_create_the_store_at_once(tmp_path):
     fresh = tmp_path / "fresh"
     fresh.mkdir()

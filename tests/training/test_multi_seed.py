@@ -12,6 +12,7 @@ def two_cores(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
 
 
+@pytest.mark.integration
 def test_parallel_fits_are_equal_to_sequential_ones(two_cores, data, params, cohort):
     changed = params.override({"train.seeds": [1, 2], "train.epochs": 2})
     epochs: list[tuple[int, int]] = []
@@ -25,6 +26,7 @@ def test_parallel_fits_are_equal_to_sequential_ones(two_cores, data, params, coh
     assert sorted(epochs) == [(1, 1), (1, 2), (2, 1), (2, 2)]
 
 
+@pytest.mark.integration
 def test_divergence_in_a_process_is_raised_here(two_cores, data, params, cohort):
     changed = {"train.seeds": [1, 2], "train.learning_rate": 1e30, "train.gradient_clip": 1e30}
     with pytest.raises(DivergedError, match="training diverged at step"):

@@ -13,7 +13,7 @@ def test_prediction_is_not_slower_than_a_simple_loop_and_has_its_numbers(tmp_pat
     seconds, shares = compare(gem, query, 2, tmp_path)
     simple, predictor = seconds["by processor time"].values()
     ratios = [slow / fast for slow, fast in zip(simple, predictor, strict=True)]
-    assert max(ratios) > 1.2  # 1.6 on an idle machine
+    assert max(ratios) > 1.2  # 1.4 to 1.6 on a busy machine
     assert sum(shares.values()) == pytest.approx(1)
 
 

@@ -19,9 +19,9 @@ from pipeline.gem.preparation.prepare import write_cohort
 # so a long file that starts last would keep the other processes waiting.
 LONGEST = (
     "pipeline",
-    "documentation",
     "workers",
     "tune",
+    "documentation",
     "outage",
     "real_data",
     "registration",

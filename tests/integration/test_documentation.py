@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.processes import free_port
 from support.repository import Repository
-from support.settings import ROOT, TINY
+from support.settings import ROOT
 
 PAGES = [
     ROOT / "README.md",
@@ -115,23 +114,8 @@ def test_the_readme_names_every_make_target_that_exists():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """A project after `make`: every stage has run on a tiny cohort."""
-    project = Repository(tmp_path_factory.mktemp("documentation") / "project", TINY)
-    for part in ("Makefile", "pyproject.toml", "benchmarks", "tests", "docs"):
-        source = ROOT / part
-        if source.is_dir():
-            shutil.copytree(
-                source, project.folder / part, ignore=shutil.ignore_patterns("__pycache__")
-            )
-        else:
-            shutil.copy(source, project.folder / part)
-    (project.folder / ".venv").symlink_to(Path(sys.prefix))
-    # `make` must find the environment newer than the lock file.
-    os.utime(project.folder / "requirements.lock", (0, 0))
-    project.commit("documentation")
-    project.dvc("repro")
-    return project.folder
+def project(finished, tmp_path_factory) -> Path:
+    return Repository.copy_of(finished, tmp_path_factory.mktemp("documentation") / "project").folder
 
 
 def script(block: Block) -> str:
@@ -200,8 +184,8 @@ def prepare_inputs(page: Path, folder: Path) -> None:
     [page for page in RUNNABLE if page not in TUTORIALS],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
-def test_the_commands_and_code_of_a_page_run_in_order(page, finished):
-    prepare_inputs(page, finished)
+def test_the_commands_and_code_of_a_page_run_in_order(page, project):
+    prepare_inputs(page, project)
     for block in blocks(page):
         if block.language in ("bash", "python"):
-            run(block, finished)
+            run(block, project)

@@ -52,6 +52,14 @@ class Repository:
         self.git("init", "--quiet")
         self.commit("start")
 
+    @classmethod
+    def copy_of(cls, source: Path, folder: Path) -> "Repository":
+        """A copy of a repository. Artifacts of MLflow stay where `source` wrote them."""
+        shutil.copytree(source, folder, symlinks=True)
+        repository = cls.__new__(cls)
+        repository.folder = folder
+        return repository
+
     def environment(self, store: str | None) -> dict[str, str]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(STORES)}
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -63,7 +63,7 @@ test: environment .venv-cell-eval/installed  ## all tests, in TESTERS processes
 	python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: environment  ## unit tests only; one file: .venv/bin/python -m pytest tests/model/test_network.py
-	python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder -m "not integration"
+	python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder -m "not integration and not slow"
 
 lint: environment  ## check style and format of the code
 	ruff check .

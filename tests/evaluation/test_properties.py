@@ -149,6 +149,7 @@ def test_a_model_repeated_as_another_seed_changes_only_the_table_of_seeds(evalua
     np.testing.assert_array_equal(by_seed[1], by_seed[2])
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_deterministic(evaluation):
     split = evaluation.splits.split("test_random")
     again = evaluation.result("test_random", evaluation.predictors(split), split)

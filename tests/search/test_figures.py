@@ -38,6 +38,7 @@ def evaluate_and_prune(trial) -> float:
     return score(trial.values)
 
 
+@pytest.mark.slow
 def test_a_search_with_pruned_trials_is_drawn(params, tmp_path):
     search = run(open_search(params), 12, evaluate_and_prune)
     assert search.counts()["pruned"]

@@ -6,6 +6,8 @@ from collections import Counter
 import pytest
 from support.searches import KL, NO_PRUNER, open_search, points, run, score, search_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", ["tpe", "random", "grid", "qmc"])
 def test_a_finite_space_is_exhausted_without_a_repeated_point(params, name):

@@ -34,6 +34,7 @@ def test_the_same_seed_gives_the_same_search(params, tmp_path, monkeypatch):
     assert proposed_points("first") == proposed_points("second")
 
 
+@pytest.mark.slow
 def test_startup_trials_do_not_depend_on_interruptions(params, tmp_path, monkeypatch):
     uninterrupted = points(run(open_search(params), 3))
     (tmp_path / "interrupted").mkdir()

@@ -15,6 +15,8 @@ from pipeline.gem.model.network import Gaussian
 from pipeline.gem.model.objective import objective_terms
 from pipeline.gem.training.trainer import fit
 
+pytestmark = pytest.mark.slow
+
 
 def normal(prior: Gaussian) -> Normal:
     return Normal(prior.mean, (0.5 * prior.log_variance).exp())

@@ -54,6 +54,7 @@ def test_prediction_from_metadata_halves_the_error_of_the_training_mean(result, 
 
 
 @pytest.mark.parametrize("observation", ["negative_binomial", "multinomial"])
+@pytest.mark.slow
 def test_a_model_of_counts_halves_the_error_of_the_training_mean(cohort, params, observation):
     data = TrainingData.load(cohort, CPU, with_counts=True)
     result = fit(data, params.override(SHORT | {"model.observation": observation}), seed=1)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from support.generation import expected_log_cpm
 
@@ -52,6 +53,7 @@ def test_a_short_fit_learns_that_knock_down_lowers_and_over_expression_raises(da
             assert (sign * effect[kind == name]).mean() > 0.3
 
 
+@pytest.mark.slow
 def test_a_reference_of_an_unseen_study_lowers_the_error(data, params, cohort):
     gem = fit(data, params.override({"train.epochs": 30, "train.learning_rate": 5e-3}), seed=1).gem
     samples, expression = cohort.rows(["validation_study"]), cohort.expression(["validation_study"])

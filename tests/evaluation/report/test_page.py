@@ -150,6 +150,7 @@ def test_missing_scores_have_a_reason(synthetic):
     assert len(reasons) and all(reason in html.unescape(synthetic.text) for reason in reasons)
 
 
+@pytest.mark.slow
 def test_all_files_are_reproducible(synthetic, cohort, models, params, tmp_path):
     again = write(tmp_path, cohort, models, params)
     files = {

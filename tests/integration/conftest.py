@@ -1,11 +1,13 @@
-"""The finished project that several integration tests start from."""
+"""The finished project and the MLflow server that several integration tests start from."""
 
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.processes import TrackingServer
 from support.repository import Repository
 from support.settings import ROOT, TINY
 
@@ -28,3 +30,13 @@ def finished(shared_folder) -> Path:
         project.dvc("repro")
 
     return shared_folder("finished", fill) / "project"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, migrated_store) -> Iterator[TrackingServer]:
+    """A real MLflow server with an empty store."""
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(migrated_store, folder / "mlflow.db")
+    server = TrackingServer(folder).start()
+    yield server
+    server.kill()

@@ -143,7 +143,8 @@ def script(block: Block) -> str:
     return "\n".join(lines)
 
 
-def run(block: Block, folder: Path) -> None:
+def run(block: Block, folder: Path) -> tuple[int, str]:
+    """Exit code and output of a block."""
     environment = {
         k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "OPTUNA", "DVC"))
     }
@@ -167,9 +168,9 @@ def run(block: Block, folder: Path) -> None:
         finally:
             # Servers that the block started share its session.
             subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
-    assert process.returncode == 0, f"{block}\n{output[-3000:]}"
     commands = {line.split(" #")[0].strip() for line in block.text.splitlines()}
     PASSED.update(command for command in commands if command.startswith(("make", "dvc")))
+    return process.returncode, output
 
 
 def prepare_inputs(page: Path, folder: Path) -> None:
@@ -188,4 +189,5 @@ def test_the_commands_and_code_of_a_page_run_in_order(page, project):
     prepare_inputs(page, project)
     for block in blocks(page):
         if block.language in ("bash", "python"):
-            run(block, project)
+            code, output = run(block, project)
+            assert code == 0, f"{block}\n{output[-3000:]}"

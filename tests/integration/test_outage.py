@@ -4,7 +4,6 @@ logged twice. tests/tracking/test_offline_buffer.py has the cases in detail."""
 import json
 import shutil
 import signal
-from collections.abc import Iterator
 
 import mlflow
 import pandas as pd
@@ -16,15 +15,6 @@ from support.settings import TINY
 from pipeline.gem.common.files import sha256
 
 EPOCHS, TRIALS = 20, 3
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, migrated_store) -> Iterator[TrackingServer]:
-    folder = tmp_path_factory.mktemp("server")
-    shutil.copy(migrated_store, folder / "mlflow.db")
-    server = TrackingServer(folder).start()
-    yield server
-    server.kill()
 
 
 @pytest.fixture(scope="module")

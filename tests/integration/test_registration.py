@@ -58,15 +58,6 @@ def test_a_change_of_the_prediction_code_makes_a_new_version_the_champion(
     assert packed.read_bytes() == original + b"\nCHANGED = True\n"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, migrated_store) -> Iterator[TrackingServer]:
-    folder = tmp_path_factory.mktemp("server")
-    shutil.copy(migrated_store, folder / "mlflow.db")
-    server = TrackingServer(folder).start()
-    yield server
-    server.kill()
-
-
 def outside(server: TrackingServer) -> dict[str, str]:
     """An environment without this repository."""
     return {

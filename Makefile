@@ -6,6 +6,7 @@ SEARCH ?= latent_kl
 TRIALS ?=
 WORKERS ?= 1
 TESTERS ?= 2
+TIMES ?= 20
 PORT ?= 5000
 DASHBOARD_PORT ?= 8080
 UI = http://127.0.0.1:$(PORT)/\#/experiments/1/runs
@@ -19,7 +20,7 @@ export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
 # The stage reads the number of processes of a search here, because DVC's command line is fixed.
 export GEM_WORKERS = $(WORKERS)
 
-.PHONY: all help environment check repro results test test-fast lint format benchmark realism tune \
+.PHONY: all help environment check repro results test test-fast faults lint format benchmark realism tune \
 	dashboard promote ui clean lock
 .DEFAULT_GOAL := all
 
@@ -28,6 +29,7 @@ all: repro results  ## set up, run every stage that is out of date, show the res
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo "variables: SEARCH=$(SEARCH) TRIALS=$(TRIALS) WORKERS=$(WORKERS) TESTERS=$(TESTERS)" \
+		"TIMES=$(TIMES)" \
 		"PORT=$(PORT) TORCH=$(TORCH) PIP_ARGS=$(PIP_ARGS)"
 
 environment: .venv/installed  ## create .venv: torch on its own line, everything else pinned with hashes
@@ -64,6 +66,9 @@ test: environment .venv-cell-eval/installed  ## all tests, in TESTERS processes
 
 test-fast: environment  ## unit tests only; one file: .venv/bin/python -m pytest tests/model/test_network.py
 	python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder -m "not integration and not slow"
+
+faults: environment  ## the tests of faults and attacks, each fault TIMES times, with figures
+	python -m pytest tests/faults -n $(TESTERS) --dist loadfile --times $(TIMES)
 
 lint: environment  ## check style and format of the code
 	ruff check .

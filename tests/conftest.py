@@ -1,6 +1,8 @@
 """Fixtures of all tests: a tiny cohort and a tiny model, made by the code of the real stages."""
 
 import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import filelock
 import numpy as np
 import pytest
 import torch
+from support.processes import TrackingServer
+from support.repository import Repository
 from support.settings import ROOT, TINY, at_source
 
 from pipeline.gem.common.config import Covariates, Data, Latent, Model, Params, read_params
@@ -29,8 +33,29 @@ LONGEST = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--times", type=int, default=2, help="repetitions of each fault in tests/faults"
+    )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the figures that the tests of faults measured."""
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    for report in reports:
+        for name, text in report.user_properties:
+            if name == "figure":
+                terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {text}")
+
+
+@pytest.fixture
+def times(request) -> int:
+    """How often a test of faults repeats its fault; `make faults TIMES=20`."""
+    return request.config.getoption("--times")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks everything under tests/integration, and puts the longest files first."""
+    """Marks everything under tests/integration and tests/faults; the longest files come first."""
 
     def position(item: pytest.Item) -> int:
         name = item.path.stem.removeprefix("test_")
@@ -39,7 +64,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     for item in items:
-        if item.path.parent.name == "integration":
+        if item.path.parent.name in ("integration", "faults"):
             item.add_marker(pytest.mark.integration)
     items.sort(key=position)
 
@@ -171,3 +196,33 @@ def migrated_store(shared_folder) -> Path:
         mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
 
     return shared_folder("store", fill) / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def finished(shared_folder) -> Path:
+    """A project after `make`: all stages have run on a tiny cohort. Copy it before a change."""
+
+    def fill(folder: Path) -> None:
+        project = Repository(folder / "project", TINY)
+        for part in ("docs", "benchmarks", "tests"):
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / part, project.folder / part, ignore=ignored)
+        for part in ("Makefile", "pyproject.toml"):
+            shutil.copy(ROOT / part, project.folder / part)
+        (project.folder / ".venv").symlink_to(Path(sys.prefix))
+        # `make` must find the environment newer than the lock file.
+        os.utime(project.folder / "requirements.lock", (0, 0))
+        project.commit("documentation and tests")
+        project.dvc("repro")
+
+    return shared_folder("finished", fill) / "project"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, migrated_store) -> Iterator[TrackingServer]:
+    """A real MLflow server with an empty store."""
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(migrated_store, folder / "mlflow.db")
+    server = TrackingServer(folder).start()
+    yield server
+    server.kill()

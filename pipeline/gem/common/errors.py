@@ -8,7 +8,7 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable
 
-from pipeline.gem.common.logs import set_handler
+from pipeline.gem.common.logs import set_handler, without_passwords
 
 
 class GemError(Exception):
@@ -69,5 +69,5 @@ def exit_with(main: Callable[[], None], quiet: tuple[type[GemError], ...] = ()) 
         main()
     except GemError as error:
         for problem in () if isinstance(error, quiet) else error.problems:
-            print(f"{error.label}: {problem}", file=sys.stderr)
+            print(without_passwords(f"{error.label}: {problem}"), file=sys.stderr)
         sys.exit(error.exit_code)

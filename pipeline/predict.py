@@ -6,8 +6,6 @@ Run     python -m pipeline.predict --model experiments/default --query QUERY.csv
 """
 
 import argparse
-import signal
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -25,8 +23,6 @@ from pipeline.gem.prediction.reference_samples import ReferenceFile
 
 
 def main() -> None:
-    # As an exception, so that temporary files are removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options = parse_arguments()
     request = Request(**{field.name: getattr(options, field.name) for field in fields(Request)})
     check_files(options)

@@ -6,6 +6,7 @@ Writes  data/cohort/: samples, genes, splits and their sizes, counts by role, em
 Run     python -m pipeline.prepare
 """
 
+import logging
 import time
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from pipeline.gem.common.progress import duration
 from pipeline.gem.data.sources import open_source
 from pipeline.gem.preparation.prepare import write_cohort
 
+log = logging.getLogger(__name__)
+
 OUTPUT = Path("data/cohort")
 
 
@@ -25,9 +28,9 @@ def main() -> None:
     started = time.monotonic()
     manifest = write_cohort(open_source(params.data), params.data, params.splits, OUTPUT)
     for note in manifest["notes"]:
-        print(f"prepare: {note}")
+        log.info("prepare: %s", note)
     size = f"{manifest['samples']:,} samples x {manifest['genes']:,} genes"
-    print(f"prepare: {size} in {OUTPUT}, {duration(time.monotonic() - started)}")
+    log.info("prepare: %s in %s, %s", size, OUTPUT, duration(time.monotonic() - started))
     print(pd.read_csv(OUTPUT / "sizes.csv").to_string(index=False))
 
 

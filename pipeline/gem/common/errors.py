@@ -1,25 +1,34 @@
 """Errors for users: one line each on standard error and an exit code, without a traceback.
 
-Exit codes: 0 done, 2 invalid input, 3 diverged or no usable trial, 4 damaged file, 75 stopped and
-resumable.
+Exit codes: 0 done, 2 invalid input or a failure of the machine (disk, memory, permission), 3
+diverged or no usable trial, 4 damaged file, 75 stopped and resumable; 1 is a bug, with its
+traceback.
 """
 
 import difflib
+import select
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import TextIO
 
-from pipeline.gem.common.logs import set_handler, without_passwords
+from pipeline.gem.common.logs import mute, printable, set_handler, without_passwords
+from pipeline.gem.common.machine_errors import machine_problem
+
+_VALUE_LENGTH = 60  # characters of a value in a message
 
 
 class GemError(Exception):
-    """Problems that the user can solve; `problems` has one line for each."""
+    """Problems that the user can solve; `problems` has one printable line for each."""
 
     exit_code = 2
     label = "error"
 
     def __init__(self, *problems: str):
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = tuple(map(printable, problems))
+        super().__init__("\n".join(self.problems))
 
 
 class InputError(GemError):
@@ -50,24 +59,62 @@ def did_you_mean(word: object, known: Iterable[object]) -> str:
     names = [str(name) for name in known]
     close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
     if close:
-        return f"; did you mean {close[0]}?"
-    listed = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    return f"; known: {listed}" if names else ""
+        return f"; did you mean {printable(close[0], _VALUE_LENGTH)}?"
+    return f"; known: {examples(names, 12)}" if names else ""
 
 
 def examples(values: Iterable[object], limit: int = 5) -> str:
     """The first of `values`, for a message."""
     values = list(values)
-    text = ", ".join(map(str, values[:limit]))
+    text = ", ".join(printable(value, _VALUE_LENGTH) for value in values[:limit])
     return text if len(values) <= limit else f"{text}, ... ({len(values)} in all)"
 
 
 def exit_with(main: Callable[[], None], quiet: tuple[type[GemError], ...] = ()) -> None:
-    """Runs a command; a GemError becomes an exit code and, unless `quiet`, lines on stderr."""
+    """Runs a command; a failure becomes an exit code and lines on stderr.
+
+    A GemError (unless `quiet`), a signal and a failure of the machine are lines without a
+    traceback. Another exception is a bug and keeps its traceback.
+    """
     set_handler()
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
+        print(end="", flush=True)
     except GemError as error:
-        for problem in () if isinstance(error, quiet) else error.problems:
-            print(without_passwords(f"{error.label}: {problem}"), file=sys.stderr)
-        sys.exit(error.exit_code)
+        _exit(error, silent=isinstance(error, quiet))
+    except KeyboardInterrupt as error:
+        _exit(StoppedError(f"by {str(error) or 'SIGINT'}; run the same command again"))
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
+            mute(sys.stdout)
+            sys.exit(128 + signal.SIGPIPE)
+        if problem := machine_problem(error):
+            _exit(InputError(problem))
+        print(without_passwords(traceback.format_exc()), end="", file=sys.stderr)
+        print("error: a bug of this program; report it with the lines above", file=sys.stderr)
+        sys.exit(1)
+
+
+def _terminate(*_) -> None:
+    """SIGTERM as an exception, so that temporary files are removed."""
+    raise KeyboardInterrupt("SIGTERM")
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    """Whether a stream is a pipe whose reader, such as `head`, has ended."""
+    poll = select.poll()
+    poll.register(stream, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _exit(error: GemError, silent: bool = False) -> None:
+    try:
+        print(end="", flush=True)
+    except OSError:  # otherwise Python would try again at its end, with a message and a code
+        mute(sys.stdout)
+    with suppress(OSError):
+        for problem in () if silent else error.problems:
+            print(f"{error.label}: {problem}", file=sys.stderr)
+    sys.exit(error.exit_code)

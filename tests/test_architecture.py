@@ -36,7 +36,7 @@ LIBRARIES = {
     "ruamel": ("common/yaml_file",),
     "yaml": (),  # its YAML 1.1 differs from that of DVC; tests read results with it
     "anndata": ("data", "prediction"),
-    "safetensors": ("model/model_file",),
+    "safetensors": ("model/tensor_file",),
     "matplotlib": (
         "common/plotting",
         "training/learning_curves",

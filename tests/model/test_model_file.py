@@ -1,6 +1,7 @@
 """Model files: the same model after loading, and refusal of damaged and hostile files."""
 
 import json
+import os
 import pickle
 import struct
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from pipeline.gem.common.errors import InputError, IntegrityError
 from pipeline.gem.common.files import sha256_of
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.data.features import FeatureTable
-from pipeline.gem.model import model_file
+from pipeline.gem.model import model_file, tensor_file
 from pipeline.gem.model.gem import TrainedGEM
 
 Content = tuple[dict, dict[str, torch.Tensor]]  # description, tensors
@@ -34,25 +35,14 @@ def gem(model_directory) -> TrainedGEM:
 def content(model_directory) -> Content:
     path = model_directory / "model.safetensors"
     with safetensors.safe_open(path, "pt") as file:
-        description = json.loads(file.metadata()["gem"])
+        description = json.loads(file.metadata()["gem"])["content"]
     return description, safetensors.torch.load_file(path)
 
 
 def write(path: Path, description: dict, tensors: dict[str, torch.Tensor]) -> None:
     """A model file with a correct checksum."""
-    description = description | {"sha256": ""}
-    checksum = hash_of(description, tensors)
-    text = compact(description | {"sha256": checksum})
-    safetensors.torch.save_file(tensors, path, {"gem": text})
-
-
-def compact(description: dict) -> str:
-    return json.dumps(description, separators=(",", ":"), ensure_ascii=False)
-
-
-def hash_of(description: dict, tensors: dict[str, torch.Tensor]) -> str:
-    numeric = {name: tensor.float() for name, tensor in tensors.items()}
-    return model_file._checksum(compact(description), numeric)
+    text = json.dumps(description, separators=(",", ":"), ensure_ascii=False)
+    path.write_bytes(tensor_file.pack(text, tensors, "write less"))
 
 
 def assert_refused(path: Path, message: str) -> None:
@@ -143,10 +133,10 @@ def test_an_absent_model_is_bad_input(tmp_path):
         TrainedGEM.load(tmp_path / "model.safetensors")
 
 
-def test_a_description_above_the_size_limit_is_neither_written_nor_read(gem, tmp_path, monkeypatch):
+def test_a_header_above_the_size_limit_is_neither_written_nor_read(gem, tmp_path, monkeypatch):
     gem.save(tmp_path / "model.safetensors")
-    monkeypatch.setattr(model_file, "MAX_DESCRIPTION_BYTES", 100)
-    assert_refused(tmp_path / "model.safetensors", "more than 100 bytes")
+    monkeypatch.setattr(tensor_file, "MAX_HEADER_BYTES", 100)
+    assert_refused(tmp_path / "model.safetensors", "more than 100")
     with pytest.raises(InputError, match="more than 100"):
         gem.to_bytes()
 
@@ -189,6 +179,7 @@ FILES = {
     "a huge shape": header({"a": entry(0, 8, (2**40, 2**40))}, bytes(8)),
     "an unknown type": header({"a": entry(0, 8, dtype="F99\n\x1b[31m")}, bytes(8)),
     "no description": header({"a": entry(0, 8)}, bytes(8)),
+    "a million empty tensors": header({f"{n}": entry(0, 0, (0,)) for n in range(70_000)}),
     "another description": header({"__metadata__": {"format": "pt"}, "a": entry(0, 8)}, bytes(8)),
 }
 
@@ -210,7 +201,40 @@ def test_a_pickle_is_refused_and_its_code_does_not_run(tmp_path, writer):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("share", [0.001, 0.01, 0.5, 0.9, 0.999])
+def make_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+OTHER_NODES = {
+    "folder": Path.mkdir,
+    "pipe": make_fifo,
+    "endless device": lambda path: path.symlink_to("/dev/zero"),
+    "link to itself": lambda path: path.symlink_to(path),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_NODES)
+def test_what_is_no_regular_file_is_refused_without_reading(tmp_path, kind):
+    OTHER_NODES[kind](tmp_path / "model.safetensors")
+    with pytest.raises(IntegrityError, match="not a GEM model file"):
+        TrainedGEM.load(tmp_path)
+
+
+SEEDS = ['{"first": 1, "others": ["../../x"]}', '{"first": 1}', "{" * 9, "[" * 10**5, "", b"\xff"]
+
+
+@pytest.mark.parametrize("text", SEEDS)
+def test_a_damaged_list_of_seeds_is_refused(gem, tmp_path, text):
+    gem.save(tmp_path / "model.safetensors")
+    path = tmp_path / "seeds" / "seeds.json"
+    path.parent.mkdir()
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(IntegrityError, match="not a list of seeds") as caught:
+        TrainedGEM.load_seeds(tmp_path)
+    assert len(caught.value.problems) == 1 and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("share", [0.001, 0.01, *np.arange(1, 8) / 8, 0.999])
 def test_a_truncated_file_is_refused(gem, tmp_path, share):
     whole = gem.to_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: int(share * len(whole))])
@@ -225,14 +249,13 @@ def test_a_flipped_bit_is_refused(gem, tmp_path, part):
     places["description"] = content.index(gem.genes[0].encode())
     content[places[part]] ^= 1
     (tmp_path / "model.safetensors").write_bytes(content)
-    message = "gene_list_sha256" if part == "description" else "does not match its checksum"
-    assert_refused(tmp_path / "model.safetensors", message)
+    assert_refused(tmp_path / "model.safetensors", "does not match its checksum")
 
 
 # --- hostile files ---
 
 Change = Callable[[dict, dict[str, torch.Tensor]], object]
-WEIGHT, FEATURES = "network.linear_decoder.weight", "features.perturbation"
+WEIGHT, FEATURES = "network.linear_decoder.weight", "features.9"
 
 
 def with_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
@@ -253,6 +276,14 @@ def first_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def metadata_with(**values: object) -> Change:
     return lambda description, _: description["metadata"]["perturbation"][0].update(values)
+
+
+def with_levels(change: Callable[[list[str]], list[str]]) -> Change:
+    def apply(description: dict, _: dict) -> None:
+        state = description["metadata"]["biological"][1]
+        state["levels"] = change(state["levels"])
+
+    return apply
 
 
 TOO_WIDE = {"technical": 4096, "biological": 4096, "perturbation": 4096}
@@ -280,12 +311,38 @@ HOSTILE: dict[str, tuple[Change, str]] = {
         lambda _, tensors: tensors.update({"network.other": tensors.pop(WEIGHT)}),
         r"1 missing \(linear_decoder.weight\); 1 unknown \(other\)",
     ),
+    "blocks without weights": (with_model(blocks=10**6), "blocks for 62 tensors"),
+    "prior blocks without weights": (with_model(prior_blocks=10**6), "blocks for 62 tensors"),
+    "features without labels": (
+        lambda description, tensors: (
+            metadata_with(feature_labels=[])(description, tensors),
+            tensors.update({FEATURES: torch.zeros(0, 10**12)}),
+        ),
+        "feature_labels: Tuple should have at least 1 item",
+    ),
+    "a level twice": (with_levels(lambda levels: [*levels, levels[-1]]), "repeated or not sorted"),
+    "levels swapped": (with_levels(lambda levels: levels[::-1]), "repeated or not sorted"),
+    "a level short": (with_levels(lambda levels: levels[:-1]), "on unknown levels"),
+    "features of a label twice": (
+        lambda d, _: d["metadata"]["perturbation"][0].update(
+            feature_labels=["x", "x", *d["metadata"]["perturbation"][0]["feature_labels"][2:]]
+        ),
+        "features of x occur twice",
+    ),
+    "a covariate twice": (metadata_with(name="tissue"), "the covariate tissue occurs twice"),
+    "a dependency on unknown levels": (
+        lambda d, _: d["metadata"]["dependencies"].append(
+            {"determinant": "cell_type", "determined": "tissue", "levels": {"a\nb": "c"}}
+        ),
+        "dependency of cell_type, tissue on unknown levels",
+    ),
+    "an extreme temperature": (with_key("temperatures", {"tissue": 1e-320}), "temperatures.tissue"),
     "wider network": (with_model(hidden=33), "weights do not fit"),
     "network above memory": (with_model(hidden=10**12), "weights do not fit"),
     "interactions above memory": (with_model(interactions=10**12), "weights do not fit"),
     "latents above memory": (with_model(latent=TOO_WIDE), "weights do not fit"),
     "unknown model parameter": (with_model(hidden="many"), "model.hidden"),
-    "other version": (with_key("format_version", 4), "format_version: Input should be 5"),
+    "other version": (with_key("format_version", 4), "format_version: Input should be 6"),
     "no genes": (with_key("genes", []), "genes"),
     "numbers as genes": (with_key("genes", [1, 2]), "genes"),
     "text as genes": (with_key("genes", "abc"), "genes"),
@@ -306,7 +363,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     ),
     "unknown dependency": (
         lambda d, _: d["metadata"]["dependencies"].append(DEPENDENCY),
-        "unknown covariates tissue and nothing",
+        "unknown covariates tissue, nothing",
     ),
     "number as study": (with_key("hidden_study", 3), "hidden_study"),
     "missing key": (lambda d, _: d.pop("model"), "model: Field required"),

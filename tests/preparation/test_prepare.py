@@ -75,7 +75,7 @@ def test_the_cohort_does_not_depend_on_the_location_of_its_source(prepare, sourc
     moved = prepare(source)
     assert moved.manifest == cohort.manifest
     assert moved.train_validation_sha256 == cohort.train_validation_sha256
-    assert moved.declared.covariates.embeddings() == {"perturbation": TABLE.as_posix()}
+    assert moved.declared.covariates.embeddings() == {"perturbation": "embeddings/0.parquet"}
     assert moved.declared.target_gene == "targets.parquet"
 
 
@@ -161,7 +161,7 @@ def copy(cohort, tmp_path) -> Path:
     return Path(shutil.copytree(cohort.folder, tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("name", ["embeddings/perturbation.parquet", "targets.parquet"])
+@pytest.mark.parametrize("name", ["embeddings/0.parquet", "targets.parquet"])
 def test_a_changed_table_of_the_cohort_is_refused(copy, name):
     edit(copy / name, lambda table: table.iloc[::-1])
     with pytest.raises(IntegrityError, match=f"{name}: ") as caught:
@@ -169,7 +169,9 @@ def test_a_changed_table_of_the_cohort_is_refused(copy, name):
     assert caught.value.exit_code == 4
 
 
-@pytest.mark.parametrize("name", [TABLE.as_posix(), "targets.parquet", "samples.parquet", None])
+@pytest.mark.parametrize(
+    "name", ["embeddings/0.parquet", "targets.parquet", "samples.parquet", None]
+)
 def test_a_table_missing_from_the_manifest_or_outside_the_cohort_is_refused(copy, name):
     manifest = json.loads((copy / "manifest.json").read_text())
     if name:

@@ -1,8 +1,8 @@
 """Interrupted fits resume to the bits of an uninterrupted one, after any epoch."""
 
 import os
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -97,13 +97,24 @@ def test_a_damaged_checkpoint_counts_as_none_with_a_warning(
     assert checkpoint.epochs() == 0
     result = fit(data, changed, 1, checkpoint=checkpoint)
     assert result.gem.to_bytes() == uninterrupted.gem.to_bytes()
-    assert f"{checkpoint.path}: cannot be read" in caplog.text
+    assert f"{checkpoint.path}: not in the format" in caplog.text
 
 
-def test_only_tensors_and_plain_values_are_loaded(tmp_path, caplog):
-    checkpoint = Checkpoint(tmp_path / "hostile.pt")
-    torch.save({"history": np.array([object()], dtype=object)}, checkpoint.path)
-    assert checkpoint.load() is None and "cannot be read" in caplog.text
+class Trap:
+    """Pickles to a call that creates a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_is_no_checkpoint_and_its_code_does_not_run(tmp_path, caplog):
+    checkpoint = Checkpoint(tmp_path / "hostile.safetensors")
+    torch.save({"history": Trap(tmp_path / "ran")}, checkpoint.path)
+    assert checkpoint.load() is None and "not in the format" in caplog.text
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_finished_fit_is_reported_again_but_not_trained(
@@ -123,18 +134,18 @@ def test_a_finished_fit_is_reported_again_but_not_trained(
 
 
 def test_only_the_newest_finished_fits_are_kept(tmp_path):
-    checkpoints = [Checkpoint(tmp_path / f"{number}.pt") for number in range(11)]
+    checkpoints = [Checkpoint(tmp_path / f"{number}.safetensors") for number in range(11)]
 
     def kept() -> list[int]:
         return [number for number, one in enumerate(checkpoints) if one.load() is not None]
 
     for age, checkpoint in enumerate(checkpoints[:10]):
-        checkpoint.save({"a": torch.ones(2)})
+        checkpoint.save([], {"a": torch.ones(2)})
         checkpoint.finish()
         os.utime(checkpoint.finished_path, (1000 + age, 1000 + age))
     checkpoints[0].finish()  # deleted before
     assert kept() == list(range(2, 10))
     checkpoints[2].finish()  # used again
-    checkpoints[10].save({"a": torch.ones(2)})
+    checkpoints[10].save([], {"a": torch.ones(2)})
     checkpoints[10].finish()
     assert kept() == [2, *range(4, 11)]

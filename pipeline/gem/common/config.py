@@ -3,7 +3,6 @@
 `read_params` reports every unknown key, missing key, wrong type and value out of range at once.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,7 +31,6 @@ Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 SEARCH_NAME = r"^[A-Za-z0-9_]+$"  # a search names a file and a folder
-FILE_NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
 
 
 class Frozen(BaseModel):
@@ -119,12 +117,6 @@ class Covariates(Frozen):
         duplicates = sorted({name for name in names if names.count(name) > 1})
         if duplicates:
             raise ValueError(f"{', '.join(duplicates)} is declared in more than one group")
-        invalid = [name for name in self.embeddings() if not re.fullmatch(FILE_NAME, name)]
-        if invalid:
-            raise ValueError(
-                f"{', '.join(invalid)}: the name of an embedding is also a file name; "
-                "use letters, digits, _, - and ."
-            )
         return self
 
     def embeddings(self) -> dict[str, str]:

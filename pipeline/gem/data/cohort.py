@@ -5,7 +5,7 @@ genes.parquet     gene_id of the kept genes, in the order of the counts
 splits.parquet    sample_id, split
 sizes.csv         a row per split: samples, studies, contexts, perturbations, pairs, controls
 targets.parquet   perturbation, gene_id of its target gene; empty if unknown
-embeddings/       a table of features per embedding covariate
+embeddings/       a table of features per embedding covariate, by its position
 counts/           train-*.parquet, validation-*.parquet, test-*.parquet (never read in training)
 truth/            parameters of the simulator, for a synthetic cohort
 manifest.json     format version, declarations, integer type by role, checksums; written last
@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, ValidationError
 
-from pipeline.gem.common.config import FILE_NAME, Data, Frozen
+from pipeline.gem.common.config import Covariates, Data, Frozen
 from pipeline.gem.common.errors import InputError, IntegrityError, examples
 from pipeline.gem.common.files import sha256, sha256_of
 from pipeline.gem.data.expression import log_cpm
@@ -30,7 +30,7 @@ from pipeline.gem.data.labels import label_texts
 from pipeline.gem.data.shards import read_shard
 from pipeline.gem.data.splits import role_of
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # Keys of params.yaml: data that later stages read.
 DECLARED = (
     "covariates",
@@ -55,12 +55,14 @@ _REBUILD = "run `dvc repro --force prepare`"
 
 Role = Literal["train", "validation", "test"]
 _TablePath = Annotated[
-    str, Field(pattern=rf"^(samples|genes|splits|targets|embeddings/{FILE_NAME})\.parquet$")
+    str, Field(pattern=r"^(samples|genes|splits|targets|embeddings/[0-9]+)\.parquet$")
 ]
 
 
-def embedding_file(name: str) -> str:
-    return f"embeddings/{name}.parquet"
+def embedding_files(covariates: Covariates) -> dict[str, str]:
+    """Path within the cohort by embedding covariate: by position, as any text may name a column."""
+    names = covariates.embeddings()
+    return {name: f"embeddings/{position}.parquet" for position, name in enumerate(names)}
 
 
 class Shard(Frozen):
@@ -95,10 +97,12 @@ class Cohort:
         self._verify_tables()
         self.samples = pd.read_parquet(self.folder / "samples.parquet")
         self.samples["split"] = pd.read_parquet(self.folder / "splits.parquet")["split"].to_numpy()
-        self.genes = pd.read_parquet(self.folder / "genes.parquet")["gene_id"].to_numpy(dtype=str)
+        self.genes = pd.read_parquet(self.folder / "genes.parquet")["gene_id"].to_numpy(
+            dtype=object
+        )
         self.features = {
-            name: FeatureTable.read(self.folder / embedding_file(name))
-            for name in self.declared.covariates.embeddings()
+            name: FeatureTable.read(self.folder / file)
+            for name, file in embedding_files(self.declared.covariates).items()
         }
         self.targets = pd.read_parquet(self.folder / TARGETS).set_index("perturbation")["gene_id"]
 
@@ -132,7 +136,7 @@ class Cohort:
             "genes.parquet",
             "splits.parquet",
             TARGETS,
-            *map(embedding_file, self.declared.covariates.embeddings()),
+            *embedding_files(self.declared.covariates).values(),
         }
         listed = set(self.manifest["tables"])
         if listed != expected:

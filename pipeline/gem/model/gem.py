@@ -3,7 +3,6 @@
 N samples, R references, G genes, L latents. Expression is log-CPM.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -94,7 +93,7 @@ class TrainedGEM:
         path = path / model_file.MODEL_FILE if path.is_dir() else path
         description, tensors = model_file.unpack(path)
         arguments = (
-            np.array(description.genes),
+            np.array(description.genes, dtype=object),
             description.metadata.to_encoder(tensors),
             description.targets,
             description.model,
@@ -123,15 +122,13 @@ class TrainedGEM:
         IntegrityError if their genes or covariates differ."""
         listing = Path(directory) / "seeds" / "seeds.json"
         models = [cls.load(directory)]
-        if not listing.exists():
-            raise InputError(f"{listing}: absent; `dvc repro` trains the models and writes it")
-        seeds = json.loads(listing.read_text())
-        for seed in seeds["others"]:
-            path = listing.parent / f"{int(seed)}.safetensors"
+        first, *others = model_file.read_seeds(listing)
+        for seed in others:
+            path = listing.parent / f"{seed}.safetensors"
             models.append(cls.load(path))
             models[-1].require_genes(models[0].genes, f"{path}: ")
             models[-1].require_vocabulary(models[0].metadata, f"{path}: ")
-        return models, [seeds[model_file.MODEL_FILE], *seeds["others"]]
+        return models, [first, *others]
 
     def require_genes(self, genes: np.ndarray, prefix: str = "") -> None:
         """IntegrityError with the difference if `genes` are not this model's, in its order."""

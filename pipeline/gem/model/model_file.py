@@ -1,35 +1,35 @@
-"""The format of model.safetensors: tensors, and their description as JSON in the header.
+"""The content of model.safetensors: the tensors of a model, and its description as JSON.
 
-Files are validated before use. A damaged or hostile file is refused in one line; it runs no code,
-and no network is allocated that its tensors do not fill.
+A file is validated before use: no network is allocated that its tensors do not fill. Tensors are
+named by the position of what they belong to, as any text may name a covariate.
 
-G genes, U labels with features, E features.
+U labels with features, E features.
 """
 
-import hashlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from pipeline.gem.common.config import GROUPS, Covariate, Frozen, Model, Positive
+from pipeline.gem.common.config import GROUPS, Covariate, Frozen, Model, Positive, Seed
 from pipeline.gem.common.errors import InputError, IntegrityError, examples
 from pipeline.gem.common.files import sha256_of
 from pipeline.gem.data.covariates import CovariateEncoder, FunctionalDependency
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.data.features import FeatureTable
+from pipeline.gem.model import tensor_file
+from pipeline.gem.model.calibration import TEMPERATURE_RANGE
 from pipeline.gem.model.query import TargetGenes
 from pipeline.gem.model.training_support import TrainingSupport
 
 MODEL_FILE = "model.safetensors"  # of a model directory
-FORMAT_VERSION = 5
-MAX_DESCRIPTION_BYTES = 2**25
-_KEY = "gem"  # of the description among the header's metadata
+FORMAT_VERSION = 6
+_TRAIN_AGAIN = "train the model again"
 _WEIGHTS, _FEATURES = "network.", "features."  # prefixes of tensor names
 
 
@@ -39,7 +39,8 @@ class CovariateState(Frozen):
     levels: tuple[str, ...]
     mean: float
     deviation: Positive
-    feature_labels: tuple[str, ...] | None  # their values are the tensor features.<name> (U, E)
+    # Their values are the tensor features.<position of the covariate> (U, E).
+    feature_labels: Annotated[tuple[str, ...], Field(min_length=1)] | None
 
     @classmethod
     def from_encoder(cls, encoder: CovariateEncoder) -> "CovariateState":
@@ -47,11 +48,9 @@ class CovariateState(Frozen):
         labels = encoder.features and encoder.features.labels
         return cls(**{name: getattr(encoder, name) for name in names}, feature_labels=labels)
 
-    def to_encoder(self, tensors: Mapping[str, Tensor]) -> CovariateEncoder:
-        features = None
-        if self.feature_labels is not None:
-            values = tensors[_FEATURES + self.name].numpy()
-            features = FeatureTable(self.feature_labels, values)
+    def to_encoder(self, values: Tensor | None) -> CovariateEncoder:
+        """`values` (U, E) are the features of an embedding."""
+        features = None if values is None else FeatureTable(self.feature_labels, values.numpy())
         learned = self.levels, self.mean, self.deviation
         return CovariateEncoder(self.name, self.covariate, *learned, features)
 
@@ -71,9 +70,12 @@ class MetadataState(Frozen):
         return cls(**groups, dependencies=tuple(encoder.dependencies))
 
     def to_encoder(self, tensors: Mapping[str, Tensor]) -> MetadataEncoder:
-        groups = {
-            group: [state.to_encoder(tensors) for state in getattr(self, group)] for group in GROUPS
-        }
+        encoders = [
+            state.to_encoder(tensors.get(f"{_FEATURES}{position}"))
+            for position, state in enumerate(self.covariates())
+        ]
+        remaining = iter(encoders)
+        groups = {group: list(islice(remaining, len(getattr(self, group)))) for group in GROUPS}
         return MetadataEncoder(groups, list(self.dependencies))
 
     def covariates(self) -> list[CovariateState]:
@@ -83,8 +85,7 @@ class MetadataState(Frozen):
 class ModelDescription(Frozen):
     """A trained model without its tensors; its fields are the keys of the JSON."""
 
-    format_version: Literal[5] = FORMAT_VERSION
-    sha256: str = ""  # of the other keys and the tensors
+    format_version: Literal[6] = FORMAT_VERSION
     genes: Annotated[tuple[str, ...], Field(min_length=1)]
     gene_list_sha256: str
     metadata: MetadataState
@@ -92,65 +93,71 @@ class ModelDescription(Frozen):
     model: Model
     hidden_study: str | None
     training_support: TrainingSupport
-    temperatures: dict[str, Positive]
+    temperatures: dict[
+        str, Annotated[float, Field(ge=TEMPERATURE_RANGE[0], le=TEMPERATURE_RANGE[1])]
+    ]
+
+
+class Seeds(Frozen):
+    """seeds/seeds.json: the training seeds of model.safetensors and of seeds/<seed>.safetensors."""
+
+    first: Seed
+    others: tuple[Seed, ...]
+
+
+def read_seeds(path: Path) -> list[int]:
+    """The training seeds of a model directory, the first first. InputError if the file is absent,
+    IntegrityError if it is damaged."""
+    try:
+        tensor_file.require_regular(path)
+        seeds = Seeds.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: absent; `dvc repro` trains the models and writes it") from None
+    except (ValueError, OSError) as error:
+        problem = next(iter(str(error).splitlines()), "")
+        raise refusal(path, f"not a list of seeds ({problem})") from None
+    return [seeds.first, *seeds.others]
 
 
 def pack(description: ModelDescription, tensors: Mapping[str, Tensor]) -> bytes:
     """The content of a model file; the same for the same model. InputError if the description is
-    larger than MAX_DESCRIPTION_BYTES."""
-    checksum = _checksum(description.model_dump_json(), tensors)
-    text = description.model_copy(update={"sha256": checksum}).model_dump_json()
-    if len(text.encode()) > MAX_DESCRIPTION_BYTES:
-        raise InputError(
-            f"the model's genes and metadata levels take {len(text.encode()):,} bytes, more than "
-            f"{MAX_DESCRIPTION_BYTES:,}; declare fewer covariates with many levels"
-        )
-    return save(dict(tensors), {_KEY: text})
+    too large for the format."""
+    advice = "declare fewer covariates with many levels"
+    return tensor_file.pack(description.model_dump_json(), tensors, advice)
 
 
 def unpack(path: Path) -> tuple[ModelDescription, dict[str, Tensor]]:
     """The description and the tensors of a model file. InputError if the file is absent,
     IntegrityError if it is damaged or no model file."""
-    if not path.exists():
-        raise InputError(f"{path}: absent; `dvc repro` trains it")
     try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(_KEY, "")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise refusal(path, f"not a GEM model file ({error})") from None
-    if not text:
-        raise refusal(path, f"not a GEM model file (no {_KEY!r} in its metadata)")
-    if len(text) > MAX_DESCRIPTION_BYTES:
-        raise refusal(path, f"its description has more than {MAX_DESCRIPTION_BYTES:,} bytes")
-    try:
+        text, tensors = tensor_file.unpack(path)
         description = ModelDescription.model_validate_json(text)
+    except FileNotFoundError:
+        raise InputError(f"{path}: absent; `dvc repro` trains it") from None
     except ValidationError as error:
-        problem = error.errors()[0]
+        problem = error.errors(include_url=False, include_input=False)[0]
         raise refusal(path, f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    except (ValueError, OSError) as error:
+        raise refusal(path, f"not a GEM model file: {error}") from None
     problems = [*_tensor_problems(tensors), *_inconsistencies(description, tensors)]
     if problems:
         raise refusal(path, *problems)
-    if _checksum(text.replace(description.sha256, "", 1), tensors) != description.sha256:
-        raise refusal(path, "damaged: its content does not match its checksum")
     return description, tensors
 
 
 def refusal(path: Path, *problems: str) -> IntegrityError:
-    """The error for a file with these problems: one printable line for each."""
-    lines = ("".join(c if c.isprintable() else "?" for c in problem[:500]) for problem in problems)
-    return IntegrityError(*(f"{path}: {line}; train the model again" for line in lines))
+    """The error for a model file with these problems: one printable line for each."""
+    return tensor_file.refusal(path, *problems, advice=_TRAIN_AGAIN)
 
 
 def named_tensors(weights: Mapping[str, Tensor], encoder: MetadataEncoder) -> dict[str, Tensor]:
     """Weights of the network and features of the covariates, by their names in the file."""
     features = {
-        _FEATURES + field.name: torch.from_numpy(field.features.values)
-        for field in encoder.fields
+        f"{_FEATURES}{position}": torch.from_numpy(field.features.values)
+        for position, field in enumerate(encoder.fields)
         if field.features
     }
-    weights = {_WEIGHTS + name: weight.detach().cpu() for name, weight in weights.items()}
-    return {name: tensor.contiguous() for name, tensor in (weights | features).items()}
+    return {_WEIGHTS + name: weight for name, weight in weights.items()} | features
 
 
 def network_weights(
@@ -176,15 +183,6 @@ def network_weights(
     return weights
 
 
-def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a description without checksum, and of the names and values of tensors."""
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].numpy())
-    return digest.hexdigest()
-
-
 def _tensor_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     problems = []
     for name, tensor in tensors.items():
@@ -200,36 +198,63 @@ def _tensor_problems(tensors: Mapping[str, Tensor]) -> list[str]:
 def _inconsistencies(description: ModelDescription, tensors: Mapping[str, Tensor]) -> list[str]:
     """Contradictions between parts that are valid one by one."""
     genes, problems = description.genes, []
-    if len(set(genes)) < len(genes):
-        problems.append("genes: a name occurs twice")
+    if twice := _repeated(genes):
+        problems.append(f"genes: {twice} occurs twice")
     if sha256_of(genes) != description.gene_list_sha256:
         problems.append("gene_list_sha256: not the hash of the genes")
     targets = description.targets.genes
     if outside := [name for name, gene in targets.items() if not 0 <= gene < len(genes)]:
         problems.append(f"targets: {examples(outside)} target none of the {len(genes)} genes")
+    # Each block of the network has tensors of its own: more blocks than tensors cannot be built.
+    model = description.model
+    if model.blocks + model.prior_blocks > len(tensors):
+        problems.append(
+            f"model: {model.blocks} and {model.prior_blocks} blocks for {len(tensors)} tensors"
+        )
     covariates = description.metadata.covariates()
+    problems += [f"metadata: {text}" for text in _covariate_problems(covariates)]
     problems += [f"metadata: {text}" for text in _feature_problems(covariates, tensors)]
-    names = {covariate.name for covariate in covariates}
+    levels = {covariate.name: set(covariate.levels) for covariate in covariates}
     for dependency in description.metadata.dependencies:
-        if not {dependency.determinant, dependency.determined} <= names:
-            problems.append(
-                "metadata: a dependency between unknown covariates "
-                f"{dependency.determinant} and {dependency.determined}"
-            )
+        ends = dependency.determinant, dependency.determined
+        if not set(ends) <= levels.keys():
+            problems.append(f"metadata: a dependency between unknown covariates {examples(ends)}")
+        elif not (
+            dependency.levels.keys() <= levels[ends[0]]
+            and set(dependency.levels.values()) <= levels[ends[1]]
+        ):
+            problems.append(f"metadata: a dependency of {examples(ends)} on unknown levels")
     support = description.training_support
     if any(len(combination) != len(support.columns) for combination in support.combinations):
         problems.append(f"training_support: combinations not of {len(support.columns)} values")
     return problems
 
 
+def _covariate_problems(covariates: list[CovariateState]) -> list[str]:
+    twice = _repeated(covariate.name for covariate in covariates)
+    problems = [f"the covariate {twice} occurs twice"] if twice else []
+    for covariate in covariates:
+        # The order of levels gives the columns of the encoding their meaning: training sorts them.
+        if list(covariate.levels) != sorted(set(covariate.levels)):
+            problems.append(f"{covariate.name}: levels that are repeated or not sorted")
+        if twice := _repeated(covariate.feature_labels or ()):
+            problems.append(f"{covariate.name}: features of {twice} occur twice")
+    return problems
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    """The first name that occurs more than once."""
+    return next((name for name, number in Counter(names).items() if number > 1), None)
+
+
 def _feature_problems(covariates: list[CovariateState], tensors: Mapping[str, Tensor]) -> list[str]:
     problems, expected = [], set()
-    for covariate in covariates:
+    for position, covariate in enumerate(covariates):
         if covariate.feature_labels is None:
             if covariate.covariate.kind == "embedding":
                 problems.append(f"{covariate.name}: an embedding without features")
             continue
-        name = _FEATURES + covariate.name
+        name = f"{_FEATURES}{position}"
         expected.add(name)
         if name not in tensors:
             problems.append(f"{covariate.name}: no tensor {name}")

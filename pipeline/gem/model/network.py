@@ -150,11 +150,9 @@ class Network(nn.Module):
         # Logit of the share of a reference's residual that is kept: intercept and slope per gene.
         self.residual_gate = nn.Parameter(torch.tensor([[-2.0], [0.0]]).expand(2, genes).clone())
         self.head_groups = {name: group for name, (group, _) in heads.items()}
-        self.heads = nn.ModuleDict(
-            {
-                name: nn.Linear(self.sizes[group], classes)
-                for name, (group, classes) in heads.items()
-            }
+        # By position: any text may name a covariate, but not every text may name a module.
+        self.heads = nn.ModuleList(
+            nn.Linear(self.sizes[group], classes) for group, classes in heads.values()
         )
 
     def initialise(self, expression: Tensor) -> None:
@@ -227,8 +225,8 @@ class Network(nn.Module):
         """Logits (B, K) per head from latents (B, L)."""
         slices = self.slices()
         return {
-            name: head(latents[:, slices[self.head_groups[name]]])
-            for name, head in self.heads.items()
+            name: head(latents[:, slices[group]])
+            for (name, group), head in zip(self.head_groups.items(), self.heads, strict=True)
         }
 
     def condition(

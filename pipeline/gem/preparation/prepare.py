@@ -13,7 +13,7 @@ from pipeline.gem.common.config import Data, Splits
 from pipeline.gem.common.errors import InputError, did_you_mean, examples
 from pipeline.gem.common.files import sha256, sha256_of, write_json
 from pipeline.gem.data.cleaning import clean_samples
-from pipeline.gem.data.cohort import DECLARED, FORMAT_VERSION, TARGETS, embedding_file
+from pipeline.gem.data.cohort import DECLARED, FORMAT_VERSION, TARGETS, embedding_files
 from pipeline.gem.data.features import FeatureTable
 from pipeline.gem.data.labels import label_texts, list_cell_problems, split_labels
 from pipeline.gem.data.sources import Source, check_unique
@@ -59,7 +59,7 @@ def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> di
         source, data.source, genes, roles, params.seed, folder / "counts"
     )
     samples, split, gene_table = samples[kept], split[kept], source.genes[genes]
-    tables = _write_tables(samples, gene_table, split, annotations, folder)
+    tables = _write_tables(samples, gene_table, split, annotations, data, folder)
     split_sizes(samples, split, data).to_csv(folder / "sizes.csv", index=False)
     _copy_truth(Path(data.source) / "truth", folder / "truth")
     manifest = {
@@ -178,10 +178,10 @@ def _target_genes(targets: pd.DataFrame, samples: pd.DataFrame, data: Data) -> s
 def _declarations(data: Data) -> dict:
     """The column declarations of params.yaml, with the cohort's own copies of the tables."""
     declared = data.model_dump(mode="json", include=set(DECLARED))
+    files = embedding_files(data.covariates)
     for covariates in declared["covariates"].values():
-        for name, covariate in covariates.items():
-            if covariate["kind"] == "embedding":
-                covariate["table"] = embedding_file(name)
+        for name in covariates.keys() & files:
+            covariates[name]["table"] = files[name]
     return declared | {"target_gene": TARGETS if data.target_gene else None}
 
 
@@ -200,6 +200,7 @@ def _write_tables(
     genes: pd.DataFrame,
     split: pd.Series,
     annotations: Annotations,
+    data: Data,
     folder: Path,
 ) -> list[str]:
     """Writes the tables of the cohort; returns their paths within it."""
@@ -211,9 +212,10 @@ def _write_tables(
     }
     for name, table in tables.items():
         table.to_parquet(folder / name, index=False)
-    for name, table in annotations.features.items():
-        table.write(folder / embedding_file(name))
-    return [*tables, *map(embedding_file, annotations.features)]
+    files = embedding_files(data.covariates)
+    for name, file in files.items():
+        annotations.features[name].write(folder / file)
+    return [*tables, *files.values()]
 
 
 def _copy_truth(source: Path, target: Path) -> None:

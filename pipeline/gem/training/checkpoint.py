@@ -3,24 +3,25 @@
 Finished fits are kept too: a search whose winner was trained before does not train it again.
 """
 
-import io
+import json
 import logging
-import pickle
-import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipeline.gem.common.code_version import ROOT, import_closure
 from pipeline.gem.common.config import Params
 from pipeline.gem.common.files import atomic_replacement, sha256, sha256_of
+from pipeline.gem.model import tensor_file
 
 log = logging.getLogger(__name__)
 
 FOLDER = Path(".gem/checkpoints")  # outside the outputs, which DVC deletes before a stage runs
 _MAX_FINISHED = 8  # finished fits that are kept, newest first
-_UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError)
+_SUFFIX, _FINISHED = ".safetensors", ".finished.safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,40 +38,42 @@ class Checkpoint:
         files = import_closure("pipeline.gem.training.trainer")
         code = {file: sha256(ROOT / file) for file in files}
         name = sha256_of(settings, data_sha256, seed, code, torch.__version__)[:16]
-        return cls(folder / f"{name}.pt")
+        return cls(folder / f"{name}{_SUFFIX}")
 
     @property
     def finished_path(self) -> Path:
         """Where the last state is once the fit is finished."""
-        return self.path.with_suffix(".finished.pt")
+        return self.path.with_suffix(_FINISHED)
 
-    def save(self, state: dict) -> None:
-        """Replaces the saved state: tensors and plain values only."""
+    def save(self, history: list[dict], tensors: Mapping[str, Tensor]) -> None:
+        """Replaces the saved state: the metrics of the epochs, and tensors by name."""
+        # With the name: a file that was renamed holds the state of another fit.
+        text = json.dumps({"fit": self.path.stem, "history": history})
         with atomic_replacement(self.path) as temporary:
-            torch.save(state, temporary)
+            temporary.write_bytes(tensor_file.pack(text, tensors, "train fewer epochs"))
 
-    def load(self) -> dict | None:
-        """The saved state; None without one. An unreadable file counts as none, with a warning."""
+    def load(self) -> tuple[list[dict], dict[str, Tensor]] | None:
+        """The saved state; None without one. A damaged file counts as none, with a warning."""
+        path = self.path if self.path.exists() else self.finished_path
         try:
-            return self._read()
-        except _UNREADABLE as error:
-            reason = next(iter(str(error).splitlines()), "")
-            log.warning("%s: cannot be read (%s); the fit starts again", self.path, reason)
+            return self._read(path)
+        except FileNotFoundError:
+            return None
+        except (ValueError, OSError, RecursionError) as error:
+            log.warning("%s", tensor_file.refusal(path, str(error), advice="the fit starts again"))
             return None
 
     def epochs(self) -> int:
         """Number of epochs in the saved state."""
-        try:
-            state = self._read()
-        except _UNREADABLE:
-            return 0
-        return len(state["history"]) if state else 0
+        state = self.load()
+        return len(state[0]) if state else 0
 
-    def _read(self) -> dict | None:
-        for path in (self.path, self.finished_path):
-            if path.exists():
-                return torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
-        return None
+    def _read(self, path: Path) -> tuple[list[dict], dict[str, Tensor]]:
+        text, tensors = tensor_file.unpack(path)
+        saved = json.loads(text)
+        if not isinstance(saved, dict) or saved.get("fit") != self.path.stem:
+            raise ValueError("the checkpoint of another fit")
+        return saved.get("history"), tensors
 
     def finish(self) -> None:
         """Marks the fit as finished; only the newest finished fits are kept."""
@@ -78,7 +81,7 @@ class Checkpoint:
             self.path.replace(self.finished_path)
         elif self.finished_path.exists():
             self.finished_path.touch()
-        finished = list(self.path.parent.glob("*.finished.pt"))
+        finished = list(self.path.parent.glob(f"*{_FINISHED}"))
         finished.sort(key=lambda path: path.stat().st_mtime, reverse=True)
         for outdated in finished[_MAX_FINISHED:]:
             outdated.unlink(missing_ok=True)

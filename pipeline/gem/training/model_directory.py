@@ -7,7 +7,7 @@ import pandas as pd
 
 from pipeline.gem.common.config import GROUPS, Params
 from pipeline.gem.common.files import write_atomically, write_json
-from pipeline.gem.model.model_file import MODEL_FILE
+from pipeline.gem.model.model_file import MODEL_FILE, Seeds
 from pipeline.gem.training.learning_curves import learning_curves
 from pipeline.gem.training.trainer import FitResult
 
@@ -30,7 +30,8 @@ def write_model_directory(
     (directory / "seeds").mkdir()
     fits[0].gem.save(directory / MODEL_FILE)
     first, *others = params.train.seeds
-    write_json(directory / "seeds" / "seeds.json", {MODEL_FILE: first, "others": others})
+    seeds = Seeds(first=first, others=tuple(others)).model_dump(mode="json")
+    write_json(directory / "seeds" / "seeds.json", seeds)
     for seed, fit in zip(others, fits[1:], strict=True):
         fit.gem.save(directory / "seeds" / f"{seed}.safetensors")
     history = _history(params.train.seeds, fits)

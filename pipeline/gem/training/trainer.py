@@ -5,6 +5,7 @@ N samples, B batch, G genes, D columns. Losses are in nats per sample.
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from pipeline.gem.common.config import GROUPS, Params, Train
 from pipeline.gem.common.errors import DivergedError, InputError
+from pipeline.gem.model import tensor_file
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.network import Network
 from pipeline.gem.model.objective import Batch, objective, objective_terms
@@ -130,20 +132,21 @@ class TrainingState:
     """The epochs of a fit so far, and the weights of the best one."""
 
     history: list[EpochMetrics] = field(default_factory=list)
-    best: EpochMetrics | None = None
-    best_weights: dict[str, Tensor] | None = None
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def best(self) -> EpochMetrics | None:
+        """The first of the epochs with the best validation score; without one, the last epoch."""
+        scores = {epoch.epoch: epoch.validation_predictive_log_likelihood for epoch in self.history}
+        if not scores or None in scores.values():
+            return self.history[-1] if self.history else None
+        return max(self.history, key=lambda epoch: scores[epoch.epoch])
 
     def add(self, epoch: EpochMetrics, network: Network) -> None:
         self.history.append(epoch)
-        score = epoch.validation_predictive_log_likelihood
-        # Without a validation split the last epoch is the best.
-        if (
-            self.best is None
-            or score is None
-            or score > self.best.validation_predictive_log_likelihood
-        ):
+        if self.best is epoch:
             weights = network.state_dict().items()
-            self.best, self.best_weights = epoch, {name: value.clone() for name, value in weights}
+            self.best_weights = {name: value.clone() for name, value in weights}
 
     def is_finished(self, schedule: TrainingSchedule) -> bool:
         epochs = len(self.history)
@@ -194,43 +197,66 @@ class Trainer:
     def run(
         self, on_epoch: Callable[[EpochMetrics], None], checkpoint: Checkpoint | None = None
     ) -> FitResult:
-        saved = checkpoint.load() if checkpoint else None
-        state = self._restore(saved) if saved else TrainingState()
+        state = self._resume(checkpoint) if checkpoint else TrainingState()
         for epoch in state.history:
             on_epoch(epoch)
         while not state.is_finished(self.schedule):
             epoch = self._run_epoch(len(state.history) + 1)
             state.add(epoch, self.network)
             if checkpoint:
-                checkpoint.save(self._checkpoint_state(state))
+                history = [asdict(epoch) for epoch in state.history]
+                checkpoint.save(history, self._tensors(state.best_weights))
             on_epoch(epoch)
         self.network.load_state_dict(state.best_weights)
         self.network.eval()
         return FitResult(self.gem, state.history, state.best, self.data.selection_split)
 
-    def _checkpoint_state(self, state: TrainingState) -> dict:
-        """Everything that the next epochs depend on."""
-        on_cuda = self.generator.device.type == "cuda"
+    def _tensors(self, best_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors that the next epochs depend on."""
+        optimizer = self.optimizer.state_dict()["state"]
+        random_states = [self.generator.get_state(), torch.get_rng_state()]  # the last: of dropout
+        if self.generator.device.type == "cuda":
+            random_states += torch.cuda.get_rng_state_all()
         return {
-            "history": [asdict(epoch) for epoch in state.history],
-            "best": state.best.epoch,
-            "best_weights": state.best_weights,
-            "weights": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "cpu_random_state": torch.get_rng_state(),  # of dropout
-            "cuda_random_states": torch.cuda.get_rng_state_all() if on_cuda else [],
+            **{f"weights.{name}": value for name, value in self.network.state_dict().items()},
+            **{f"best.{name}": value for name, value in best_weights.items()},
+            **{
+                f"optimizer.{parameter}.{name}": value
+                for parameter, values in optimizer.items()
+                for name, value in values.items()
+            },
+            **{f"random.{position}": value for position, value in enumerate(random_states)},
         }
 
-    def _restore(self, saved: dict) -> TrainingState:
-        self.network.load_state_dict(saved["weights"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.generator.set_state(saved["generator"])
-        torch.set_rng_state(saved["cpu_random_state"])
-        if saved["cuda_random_states"]:
-            torch.cuda.set_rng_state_all(saved["cuda_random_states"])
-        history = [EpochMetrics(**epoch) for epoch in saved["history"]]
-        return TrainingState(history, history[saved["best"] - 1], saved["best_weights"])
+    def _resume(self, checkpoint: Checkpoint) -> TrainingState:
+        """The saved state, else that of no epoch. IntegrityError if the state does not fit."""
+        saved = checkpoint.load()
+        try:
+            return self._restore(*saved) if saved else TrainingState()
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            problem = f"not the state of this fit ({type(error).__name__}: {error})"
+            raise tensor_file.refusal(checkpoint.path, problem, advice="delete it") from None
+
+    def _restore(self, epochs: list[dict], tensors: Mapping[str, Tensor]) -> TrainingState:
+        parts: dict[str, dict] = {"weights": {}, "best": {}, "optimizer": {}, "random": {}}
+        for full_name, tensor in tensors.items():
+            part, _, name = full_name.partition(".")
+            parts[part][name] = tensor
+        optimizer = defaultdict(dict)
+        for name, tensor in parts["optimizer"].items():
+            parameter, _, name = name.partition(".")
+            optimizer[int(parameter)][name] = tensor
+        self.network.load_state_dict(parts["weights"])
+        # Rates are set before each step.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": dict(optimizer), "param_groups": groups})
+        random_states = sorted(parts["random"].items(), key=lambda state: int(state[0]))
+        generator, dropout, *cuda = (state for _, state in random_states)
+        self.generator.set_state(generator)
+        torch.set_rng_state(dropout)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        return TrainingState([EpochMetrics(**epoch) for epoch in epochs], parts["best"])
 
     def _run_epoch(self, number: int) -> EpochMetrics:
         start_time = time.monotonic()

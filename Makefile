@@ -11,8 +11,16 @@ PORT ?= 5000
 DASHBOARD_PORT ?= 8080
 UI = http://127.0.0.1:$(PORT)/\#/experiments/1/runs
 
-# DVC's stages call `python`: it must be the environment's.
-export PATH := $(CURDIR)/.venv/bin:$(PATH)
+ifneq ($(findstring :,$(CURDIR)),)
+$(error the folder $(CURDIR) has a colon in its path, which PATH cannot hold; rename it)
+endif
+# DVC's stages call `python`: it must be the environment's. Programs are run as its modules, because
+# a script names the folder in which it was installed.
+export PATH := $(or $(realpath .venv),$(CURDIR)/.venv)/bin:$(PATH)
+# A container with `--user N` has neither a user name nor a home, and DVC needs both.
+export USER ?= user-$(shell id -u)
+export LOGNAME ?= $(USER)
+export HOME ?= /tmp
 export PYTHONDONTWRITEBYTECODE = 1
 export MLFLOW_DISABLE_TELEMETRY = true
 # Absolute, so that `dvc exp run --temp` (a copy elsewhere) records in the same store.
@@ -36,17 +44,21 @@ environment: .venv/installed  ## create .venv: torch on its own line, everything
 
 .venv/installed: requirements.lock
 	@echo "Installing into .venv: torch, then requirements.lock (a minute or two)"
-	@$(PYTHON) -m venv .venv
-	@.venv/bin/pip install -qq $(PIP_ARGS) "$(TORCH)"
-	@.venv/bin/pip install -qq --require-hashes -r requirements.lock
-	@.venv/bin/pip check
+	@case "$$PWD" in *%*) echo "error: $$PWD: MLflow cannot be installed in a folder with % in its" \
+		"name; rename it, or make .venv a link to an environment elsewhere" >&2; exit 2;; esac
+	@"$(PYTHON)" -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
+		echo "error: $(PYTHON) is not Python 3.11 or later; make PYTHON=/path/to/python" >&2; exit 2; }
+	@"$(PYTHON)" -m venv .venv
+	@python -m pip install -qq $(PIP_ARGS) "$(TORCH)"
+	@python -m pip install -qq --require-hashes -r requirements.lock
+	@python -m pip check
 	@touch $@
 
 # The independent judge of the tests needs other versions of almost everything.
 .venv-cell-eval/installed: tests/cell_eval/requirements.lock
 	@echo "Installing into .venv-cell-eval: what the tests compare with (a minute)"
-	@$(PYTHON) -m venv .venv-cell-eval
-	@.venv-cell-eval/bin/pip install -qq $(PIP_ARGS) --no-compile --require-hashes --no-deps \
+	@"$(PYTHON)" -m venv .venv-cell-eval
+	@.venv-cell-eval/bin/python -m pip install -qq $(PIP_ARGS) --no-compile --require-hashes --no-deps \
 		-r tests/cell_eval/requirements.lock
 	@touch $@
 
@@ -54,7 +66,7 @@ check: environment  ## check params.yaml and the searches, before any data is re
 	@python -m pipeline.configure
 
 repro: check  ## run every stage that is out of date
-	@dvc repro
+	@python -m dvc repro
 
 results: check  ## the table of the last evaluation
 	@python -m pipeline.evaluate --show
@@ -71,12 +83,12 @@ faults: environment  ## the tests of faults and attacks, each fault TIMES times,
 	python -m pytest tests/faults -n $(TESTERS) --dist loadfile --times $(TIMES)
 
 lint: environment  ## check style and format of the code
-	ruff check .
-	ruff format --check .
+	python -m ruff check .
+	python -m ruff format --check .
 
 format: environment  ## format the code
-	ruff check --fix .
-	ruff format .
+	python -m ruff check --fix .
+	python -m ruff format .
 
 benchmark: environment  ## measure the speed of prediction against a plain loop (some minutes)
 	python -m benchmarks.prediction
@@ -86,36 +98,38 @@ realism: environment  ## compare the simulated cohort with real ones: statistics
 
 tune: check  ## search: make tune SEARCH=latent_kl TRIALS=40 WORKERS=2 (continues to that many trials)
 ifneq ($(TRIALS),)
-	@python -m pipeline.configure --budget $(SEARCH)=$(TRIALS)
+	@python -m pipeline.configure --budget "$(SEARCH)=$(TRIALS)"
 endif
 ifeq ($(SEARCH),latent_kl)
-	@dvc repro tune
+	@python -m dvc repro tune
 else
-	@dvc repro prepare
-	@python -m pipeline.tune --search $(SEARCH)
+	@python -m dvc repro prepare
+	@python -m pipeline.tune --search "$(SEARCH)"
 endif
 
 dashboard: check  ## open Optuna's dashboard of all searches on 127.0.0.1
-	@mkdir -p .gem
-	optuna-dashboard --host 127.0.0.1 --port $(DASHBOARD_PORT) \
-		"$(subst postgresql://,postgresql+psycopg://,$(or $(OPTUNA_STORAGE),sqlite:///.gem/optuna.db))"
+	@[ -n "$$OPTUNA_STORAGE" ] || [ -e .gem/optuna.db ] || { \
+		echo "error: .gem/optuna.db: no search has run here; make tune" >&2; exit 2; }
+	@address="$${OPTUNA_STORAGE:-sqlite:///.gem/optuna.db}"; \
+	case "$$address" in postgresql://*) address="postgresql+psycopg:$${address#postgresql:}";; esac; \
+	python .venv/bin/optuna-dashboard --host 127.0.0.1 --port $(DASHBOARD_PORT) "$$address"
 
 promote: check  ## write the winner of SEARCH into params.yaml and show the difference
-	python -m pipeline.configure --promote $(SEARCH)
+	python -m pipeline.configure --promote "$(SEARCH)"
 
 ui: environment  ## open MLflow on 127.0.0.1
 	@echo "all models, best first on unseen combinations:" \
 		"$(UI)?orderByKey=metrics.%60test_combination%2Fskill%60&orderByAsc=false"
 	@echo "curves and charts of the search:" \
 		"$(UI)?compareRunsMode=CHART&searchFilter=tags.stage%20%3D%20'tune'&orderByKey=metrics.%60best%2Fpredictive_log_likelihood%60&orderByAsc=false"
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri "$(MLFLOW_TRACKING_URI)" \
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false python -m mlflow ui --backend-store-uri "$$MLFLOW_TRACKING_URI" \
 		--host 127.0.0.1 --port $(PORT) --workers 1
 
 lock: environment  ## rewrite both lock files: of the project, and of the judge that the tests compare with
-	.venv/bin/pip install --quiet $(PIP_ARGS) uv
-	.venv/bin/uv pip compile pyproject.toml --extra test --generate-hashes --no-emit-package torch \
+	python -m pip install --quiet $(PIP_ARGS) uv
+	python -m uv pip compile pyproject.toml --extra test --generate-hashes --no-emit-package torch \
 		--no-header --no-annotate --quiet --output-file requirements.lock $(PIP_ARGS)
-	.venv/bin/uv pip compile tests/cell_eval/requirements.in --python-version 3.11 --generate-hashes \
+	python -m uv pip compile tests/cell_eval/requirements.in --python-version 3.11 --generate-hashes \
 		--no-header --no-annotate --quiet --output-file tests/cell_eval/requirements.lock $(PIP_ARGS)
 
 clean:  ## delete what the stages wrote, and the local tracking; keeps .venv and what is committed

@@ -1,1 +1,20 @@
 """Verbs: one script per stage, run as `python -m pipeline.<verb>` from the repository's root."""
+
+import os
+import pwd
+import tempfile
+
+
+def _name_the_user() -> None:
+    """Sets USER, LOGNAME and HOME where neither they nor the system's list of users has a value,
+    as in a container with `--user N`. MLflow cannot be imported without."""
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        name = f"user-{os.getuid()}"
+        defaults = {"USER": name, "LOGNAME": name, "HOME": tempfile.gettempdir()}
+        for variable, value in defaults.items():
+            os.environ.setdefault(variable, value)
+
+
+_name_the_user()

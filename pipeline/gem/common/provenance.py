@@ -3,6 +3,7 @@
 No output of DVC may contain either: equal results must be equal files.
 """
 
+import configparser
 import hashlib
 import subprocess
 from pathlib import Path
@@ -21,6 +22,21 @@ def data_digest(folder: str, fallback: str) -> str:
                 if output["path"] == folder:
                     return output["md5"]
     return fallback[:32]
+
+
+def repository_problem() -> str | None:
+    """Why DVC would refuse to run here, or None: it needs git's folder, here or above."""
+    folder = Path.cwd()
+    if any((parent / ".git").exists() for parent in (folder, *folder.parents)):
+        return None
+    settings = configparser.ConfigParser(interpolation=None, strict=False)
+    settings.read([".dvc/config", ".dvc/config.local"])
+    if settings.get("core", "no_scm", fallback="false").lower() == "true":
+        return None
+    return (
+        f"{folder}: not a git repository, which DVC needs; run `git init`, or "
+        "`.venv/bin/dvc config core.no_scm true` to work without git"
+    )
 
 
 def code_tags() -> dict[str, str]:

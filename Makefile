@@ -23,8 +23,6 @@ export LOGNAME ?= $(USER)
 export HOME ?= /tmp
 export PYTHONDONTWRITEBYTECODE = 1
 export MLFLOW_DISABLE_TELEMETRY = true
-# Absolute, so that `dvc exp run --temp` (a copy elsewhere) records in the same store.
-export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
 # The stage reads the number of processes of a search here, because DVC's command line is fixed.
 export GEM_WORKERS = $(WORKERS)
 
@@ -122,8 +120,8 @@ ui: environment  ## open MLflow on 127.0.0.1
 		"$(UI)?orderByKey=metrics.%60test_combination%2Fskill%60&orderByAsc=false"
 	@echo "curves and charts of the search:" \
 		"$(UI)?compareRunsMode=CHART&searchFilter=tags.stage%20%3D%20'tune'&orderByKey=metrics.%60best%2Fpredictive_log_likelihood%60&orderByAsc=false"
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false python -m mlflow ui --backend-store-uri "$$MLFLOW_TRACKING_URI" \
-		--host 127.0.0.1 --port $(PORT) --workers 1
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false python -m mlflow ui --host 127.0.0.1 --port $(PORT) \
+		--workers 1 --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
 
 lock: environment  ## rewrite both lock files: of the project, and of the judge that the tests compare with
 	python -m pip install --quiet $(PIP_ARGS) uv

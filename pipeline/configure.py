@@ -18,9 +18,17 @@ from pipeline.gem.common import yaml_file
 from pipeline.gem.common.config import Params, flatten, read_params
 from pipeline.gem.common.config_errors import validation_error
 from pipeline.gem.common.errors import GemError, InputError, did_you_mean, exit_with
-from pipeline.gem.search.search_config import EXPERIMENTS, SEARCHES, read_search_config
+from pipeline.gem.common.provenance import repository_problem
+from pipeline.gem.search.search_config import (
+    EXPERIMENTS,
+    SEARCHES,
+    misnamed,
+    read_search_config,
+    search_files,
+)
 
 PARAMS = Path("params.yaml")
+SOURCE_FORMATS = "a folder of Parquet files, or an .h5ad file"
 
 
 def main() -> None:
@@ -31,7 +39,8 @@ def main() -> None:
     parser.add_argument("--promote", metavar="SEARCH")
     parser.add_argument("--budget", metavar="SEARCH=TRIALS")
     arguments = parser.parse_args()
-    check()
+    if not (arguments.set or arguments.budget or arguments.promote):
+        check()
     changes = dict(parse_assignment(text) for text in arguments.set)
     if arguments.budget:
         changes |= set_budget(*parse_assignment(arguments.budget))
@@ -42,23 +51,35 @@ def main() -> None:
 
 
 def check() -> None:
-    """Raises InputError with the problems of params.yaml, else with those of all searches."""
+    """Raises InputError with the problems of params.yaml, else with all others."""
     params = read_params(PARAMS)
-    problems: list[str] = []
-    for path in sorted(SEARCHES.glob("*.yaml")):
+    problems = [problem] if (problem := repository_problem()) else []
+    for path in search_files():
+        if problem := misnamed(path):
+            problems.append(problem)
+            continue
         try:
             read_search_config(path.stem, params)
         except GemError as error:
             problems += error.problems
-    source = Path(params.data.source)
-    # DVC stops with [Errno 2] at a missing source. It creates the synthetic one itself.
-    if not source.exists() and source != Path("data/synthetic"):
-        problems.append(
-            f"{PARAMS}: data.source: {source} does not exist; expected a folder of Parquet files "
-            "or an .h5ad file"
-        )
+    if problem := source_problem(Path(params.data.source)):
+        where = yaml_file.read(PARAMS).where(("data", "source"))
+        problems.append(f"{where}: data.source: {problem}")
     if problems:
         raise InputError(*problems)
+
+
+def source_problem(source: Path) -> str | None:
+    """Why DVC would stop at the source, or read more than it; None if it does neither."""
+    if source == Path("data/synthetic"):
+        return None  # DVC creates it
+    if not source.exists():
+        return f"{source} does not exist; expected {SOURCE_FORMATS}"
+    if source.resolve() in (Path.cwd(), *Path.cwd().parents):
+        return f"{source} contains this project; give the folder of the counts alone"
+    if source.is_file() and source.suffix.lower() != ".h5ad":
+        return f"{source} is neither; expected {SOURCE_FORMATS}"
+    return None
 
 
 def parse_assignment(text: str) -> tuple[str, object]:

@@ -27,6 +27,7 @@ def _repository(tmp_path, monkeypatch):
     shutil.copy(ROOT / PARAMS, PARAMS)
     shutil.copytree(ROOT / "experiments" / "searches", "experiments/searches")
     BEST.parent.mkdir()
+    Path(".git").mkdir()
 
 
 @pytest.fixture
@@ -151,15 +152,79 @@ def test_promote_refuses_a_missing_result_and_keys_that_were_not_searched(call, 
     assert PARAMS.read_bytes() == before
 
 
-def test_problems_of_searches_and_a_missing_source_are_reported_together(call):
+def test_problems_of_searches_and_of_the_place_are_reported_together(call):
+    Path(".git").rmdir()
     CAPACITY.write_text(CAPACITY.read_text().replace("low: 0.0,", "low: -1.0,"))
     text = PARAMS.read_text()
     PARAMS.write_text(text.replace("source: data/synthetic ", "source: elsewhere.h5ad "))
     with pytest.raises(InputError) as caught:
         call()
-    search, source = caught.value.problems
+    repository, search, source = caught.value.problems
+    assert "not a git repository, which DVC needs; run `git init`" in repository
     assert search.startswith("experiments/searches/capacity.yaml:")
-    assert "data.source: elsewhere.h5ad does not exist" in source
+    assert re.search(r"params.yaml:\d+: data.source: elsewhere.h5ad does not exist", source)
+
+
+@pytest.mark.parametrize("value", ["true", "True"])
+def test_without_git_dvc_needs_a_setting(call, value):
+    Path(".git").rmdir()
+    Path(".dvc").mkdir()
+    Path(".dvc/config").write_text(f"[core]\n    analytics = false\n    no_scm = {value}\n")
+    assert call() == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("._latent_kl.yaml", None),
+        (".#latent_kl.yaml", None),
+        ("latent_kl.yaml~", None),
+        (".ipynb_checkpoints/latent_kl-checkpoint.yaml", None),
+        (".DS_Store", None),
+        ("notes.txt", None),
+        ("latent_kl copy.yaml", "latent_kl copy.yaml: a search has a name of letters, digits"),
+        ("latent-kl.yaml", "latent-kl.yaml: a search has a name of letters, digits"),
+        ("latent_kl2.yml", "latent_kl2.yml: a search has a name of letters, digits"),
+    ],
+)
+def test_what_file_managers_and_editors_leave_is_no_search(call, name, problem):
+    path = CAPACITY.parent / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X        ")
+    if problem is None:
+        assert call() == ""
+        return
+    with pytest.raises(InputError) as caught:
+        call()
+    (line,) = caught.value.problems
+    assert line.startswith(f"experiments/searches/{problem}")
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("counts.h5ad", None),
+        ("COUNTS.H5AD", None),
+        ("folder", None),
+        ("x.loom", "x.loom is neither; expected a folder of Parquet files, or an .h5ad file"),
+        ("x.h5ad.gz", "x.h5ad.gz is neither"),
+        (".", ". contains this project; give the folder of the counts alone"),
+        ("/", "/ contains this project"),
+    ],
+)
+def test_a_source_is_a_folder_or_an_h5ad_beside_the_project(call, source, problem):
+    if source == "folder":
+        Path(source).mkdir()
+    elif "." in source[1:]:
+        Path(source).touch()
+    if problem is None:
+        call("--set", f"data.source={source}")
+        assert call() == ""
+        return
+    call("--set", f"data.source={source}")
+    with pytest.raises(InputError) as caught:
+        call()
+    assert problem in str(caught.value)
 
 
 def test_bad_input_exits_with_code_2_and_one_line():

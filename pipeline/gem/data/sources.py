@@ -42,7 +42,7 @@ def open_source(data: Data) -> Source:
         )
     if path.is_dir():
         return ParquetSource(path, data.sample_id)
-    if path.suffix == ".h5ad":
+    if path.suffix.lower() == ".h5ad":
         return H5adSource(path, data.layer, data.sample_id)
     raise InputError(f"data.source: {path} is neither a folder nor an .h5ad file")
 
@@ -78,7 +78,7 @@ class ParquetSource:
         sample_ids = self.samples["sample_id"]
         position = pd.Series(np.arange(len(sample_ids)), index=sample_ids)
         read = np.zeros(len(sample_ids), dtype=bool)
-        for path in sorted((self.folder / "counts").glob("*.parquet")):
+        for path in sorted((self.folder / "counts").glob("[!.]*.parquet")):  # ._x: of macOS
             for names, counts in read_shard(path, len(self.genes)):
                 rows = position.reindex(names)
                 if rows.isna().any():

@@ -56,11 +56,11 @@ class ReferenceFile:
                 f"{path}: absent; a reference is a source folder, an .h5ad or a .parquet table "
                 "of raw counts"
             )
-        if path.suffix not in ("", ".h5ad", ".parquet"):
+        if path.suffix.lower() not in ("", ".h5ad", ".parquet"):
             raise InputError(f"{path}: neither a folder nor .h5ad nor .parquet")
         if path.is_dir():
             source = ParquetSource(path)
-        elif path.suffix == ".h5ad":
+        elif path.suffix.lower() == ".h5ad":
             source = H5adSource(path, layer, layer_option="--layer")
         else:
             source = _table_source(path, gem)

@@ -19,7 +19,8 @@ from pipeline.gem.common.config import GROUPS
 from pipeline.gem.common.plotting import COLOURS, GRID, MUTED, STYLE, save_figure
 from pipeline.gem.search.importance import study_in_memory, win_rates
 from pipeline.gem.search.search import Search
-from pipeline.gem.search.search_config import CategoricalSpace, SearchConfig
+from pipeline.gem.search.search_config import SearchConfig
+from pipeline.gem.search.space import CategoricalSpace
 
 _PRUNED = {"marker": "o", "facecolor": "none", "edgecolor": COLOURS["pruned"], "linewidths": 1.5}
 _BASELINE = {"color": MUTED, "linestyle": ":", "label": "baseline (trial 0)"}

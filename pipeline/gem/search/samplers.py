@@ -12,13 +12,8 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, Trial
 
-from pipeline.gem.search.search_config import (
-    CategoricalSpace,
-    IntegerSpace,
-    SearchConfig,
-    Space,
-    Values,
-)
+from pipeline.gem.search.search_config import SearchConfig, Values
+from pipeline.gem.search.space import CategoricalSpace, IntegerSpace, Space
 
 MAX_DUPLICATE_PROPOSALS = 10  # after these a new point is drawn at random
 

@@ -19,13 +19,13 @@ from pipeline.gem.common.config import (
     read_model,
 )
 from pipeline.gem.common.errors import InputError, did_you_mean
+from pipeline.gem.search.space import MAX_POINTS, CategoricalSpace, Space, range_problems
 
 EXPERIMENTS = Path("experiments")  # the results of each search, in a folder of its name
 SEARCHES = EXPERIMENTS / "searches"  # the definitions
 SEARCHABLE_SECTIONS = ("model", "train")
 # A search sets its own epochs and seeds. Threads and device do not belong to a model.
 NOT_SEARCHABLE = ("train.epochs", "train.seeds", "train.threads", "train.device")
-MAX_POINTS = 100_000  # of an enumerable space; a larger one counts as infinite
 DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
     "predictive_log_likelihood": "maximize",
     "evidence_lower_bound": "maximize",
@@ -36,58 +36,8 @@ DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
 # Metrics that a fit reports after every epoch. Only these allow pruning.
 EPOCH_METRICS = ("predictive_log_likelihood", "evidence_lower_bound", "mse")
 
-Scalar = str | int | float | bool | None
 Values = dict[str, object]  # a point of the space: dotted keys of params.yaml to values
-# Other keys of the space, and the values of each for which a key is searched.
-When = dict[str, Annotated[tuple[Scalar, ...], Field(strict=False, min_length=1)]]
 Seeds = Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)]
-
-
-class _Range(Frozen):
-    log: bool
-    when: When | None = None
-
-    def values(self) -> tuple | None:
-        """Every value in ascending order, or None for an infinite range."""
-        if self.step is None or (self.high - self.low) / self.step >= MAX_POINTS:
-            return None
-        steps = round((self.high - self.low) / self.step)
-        return tuple(self.low + index * self.step for index in range(steps + 1))
-
-    def __contains__(self, value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return False
-        on_grid = self.step is None or _is_whole((value - self.low) / self.step)
-        return self.low <= value <= self.high and on_grid
-
-
-class IntegerSpace(_Range):
-    type: Literal["integer"]
-    low: int
-    high: int
-    step: Count = 1
-
-
-class FloatSpace(_Range):
-    type: Literal["float"]
-    low: float
-    high: float
-    step: Positive | None = None
-
-
-class CategoricalSpace(Frozen):
-    type: Literal["categorical"]
-    choices: Annotated[tuple[Scalar, ...], Field(strict=False, min_length=2)]
-    when: When | None = None
-
-    def values(self) -> tuple:
-        return self.choices
-
-    def __contains__(self, value: object) -> bool:
-        return value in self.choices
-
-
-Space = Annotated[IntegerSpace | FloatSpace | CategoricalSpace, Field(discriminator="type")]
 
 
 class Objective(Frozen):
@@ -221,6 +171,26 @@ class SearchConfig(Frozen):
         return points
 
 
+def search_files(folder: Path = SEARCHES) -> list[Path]:
+    """The definitions of searches, sorted. What file managers and editors leave is hidden (._NAME,
+    .#NAME) or has another ending, and is none."""
+    return sorted(
+        path
+        for path in folder.glob("*")
+        if path.suffix in (".yaml", ".yml") and not path.name.startswith(".")
+    )
+
+
+def misnamed(path: Path) -> str | None:
+    """Why no search can be run by the name of this file, or None."""
+    if path.suffix == ".yaml" and re.fullmatch(SEARCH_NAME, path.stem):
+        return None
+    return (
+        f"{path}: a search has a name of letters, digits and underscores, and the ending .yaml; "
+        "rename the file, or remove it"
+    )
+
+
 def read_search_config(name: str, params: Params, folder: Path = SEARCHES) -> SearchConfig:
     """Reads FOLDER/NAME.yaml and checks it against params.yaml.
 
@@ -231,7 +201,7 @@ def read_search_config(name: str, params: Params, folder: Path = SEARCHES) -> Se
         raise InputError(f"--search {name!r} is not a name of letters, digits and underscores")
     path = folder / f"{name}.yaml"
     if not path.exists():
-        names = sorted(file.stem for file in folder.glob("*.yaml"))
+        names = [file.stem for file in search_files(folder)]
         raise InputError(f"{path}: no such search{did_you_mean(name, names)}")
     config = read_model(path, SearchConfig)
     document = yaml_file.read(path)
@@ -274,7 +244,7 @@ def _baseline_problems(config: SearchConfig) -> Iterator[tuple[yaml_file.Key, st
 
 def _space_problems(name: str, space: Space, config: SearchConfig, params: Params) -> list[str]:
     """Problems of a range and its condition, then values that params.yaml does not allow."""
-    problems = _range_problems(space) + _when_problems(name, space, config)
+    problems = range_problems(space) + _when_problems(name, space, config)
     if problems:
         return problems
     bounds = space.choices if isinstance(space, CategoricalSpace) else (space.low, space.high)
@@ -292,20 +262,6 @@ def _space_problems(name: str, space: Space, config: SearchConfig, params: Param
     return problems
 
 
-def _range_problems(space: Space) -> list[str]:
-    if isinstance(space, CategoricalSpace):
-        return []
-    if space.low >= space.high:
-        return [f"low ({space.low}) must be below high ({space.high})"]
-    if space.log and space.low <= 0:
-        return [f"low is {space.low}; a log scale needs a positive value"]
-    if space.log and "step" in space.model_fields_set:
-        return ["a log scale has no steps; remove step, or write log: false"]
-    if space.step and not _is_whole((space.high - space.low) / space.step):
-        return [f"steps of {space.step} from {space.low} do not reach {space.high}"]
-    return []
-
-
 def _when_problems(name: str, space: Space, config: SearchConfig) -> list[str]:
     """Conditions on keys that do not come before, or on values that those never have."""
     problems = []
@@ -320,10 +276,6 @@ def _when_problems(name: str, space: Space, config: SearchConfig) -> list[str]:
             if value not in config.space[other]:
                 problems.append(f"when: {other} is never {value!r}; remove it")
     return problems
-
-
-def _is_whole(value: float) -> bool:
-    return abs(value - round(value)) < 1e-9
 
 
 def _params_error(name: str, value: object, params: Params) -> str | None:

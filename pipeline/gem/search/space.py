@@ -1,0 +1,78 @@
+"""The space of a search: the range or the choices of each key."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipeline.gem.common.config import Count, Frozen, Positive
+
+MAX_POINTS = 100_000  # of an enumerable space; a larger one counts as infinite
+
+Scalar = str | int | float | bool | None
+# Other keys of the space, and the values of each for which a key is searched.
+When = dict[str, Annotated[tuple[Scalar, ...], Field(strict=False, min_length=1)]]
+
+
+class _Range(Frozen):
+    log: bool
+    when: When | None = None
+
+    def values(self) -> tuple | None:
+        """Every value in ascending order, or None for an infinite range."""
+        if self.step is None or (self.high - self.low) / self.step >= MAX_POINTS:
+            return None
+        steps = round((self.high - self.low) / self.step)
+        return tuple(self.low + index * self.step for index in range(steps + 1))
+
+    def __contains__(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        on_grid = self.step is None or _is_whole((value - self.low) / self.step)
+        return self.low <= value <= self.high and on_grid
+
+
+class IntegerSpace(_Range):
+    type: Literal["integer"]
+    low: int
+    high: int
+    step: Count = 1
+
+
+class FloatSpace(_Range):
+    type: Literal["float"]
+    low: float
+    high: float
+    step: Positive | None = None
+
+
+class CategoricalSpace(Frozen):
+    type: Literal["categorical"]
+    choices: Annotated[tuple[Scalar, ...], Field(strict=False, min_length=2)]
+    when: When | None = None
+
+    def values(self) -> tuple:
+        return self.choices
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.choices
+
+
+Space = Annotated[IntegerSpace | FloatSpace | CategoricalSpace, Field(discriminator="type")]
+
+
+def range_problems(space: Space) -> list[str]:
+    if isinstance(space, CategoricalSpace):
+        return []
+    if space.low >= space.high:
+        return [f"low ({space.low}) must be below high ({space.high})"]
+    if space.log and space.low <= 0:
+        return [f"low is {space.low}; a log scale needs a positive value"]
+    if space.log and "step" in space.model_fields_set:
+        return ["a log scale has no steps; remove step, or write log: false"]
+    if space.step and not _is_whole((space.high - space.low) / space.step):
+        return [f"steps of {space.step} from {space.low} do not reach {space.high}"]
+    return []
+
+
+def _is_whole(value: float) -> bool:
+    return abs(value - round(value)) < 1e-9

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from pipeline.gem.common import provenance, yaml_file
 from pipeline.gem.common.config import Params, flatten, read_params
 from pipeline.gem.common.errors import InputError, exit_with
-from pipeline.gem.common.files import sha256
+from pipeline.gem.common.files import sha256, sha256_of
 from pipeline.gem.common.progress import duration
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.evaluation.predictors import MODELS, REFERENCE_SUFFIX
@@ -38,7 +38,7 @@ from pipeline.gem.evaluation.run import (
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.model_file import MODEL_FILE
 from pipeline.gem.tracking import mlflow_client, runs
-from pipeline.gem.tracking.runs import COHORT, MODEL_TAG, PREDICTOR_TAG, Run, log_settings
+from pipeline.gem.tracking.runs import COHORT, PREDICTOR_TAG, Run
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ def show() -> None:
 
 def evaluate(params: Params) -> None:
     started = time.monotonic()
+    mlflow_client.connect(params.tracking.experiment)
     cohort = Cohort(COHORT)
     directories = {
         "gem": EXPERIMENTS / "default",
@@ -94,17 +95,19 @@ def evaluate(params: Params) -> None:
 
 def log_evaluation(scores: pd.DataFrame, params: Params, cohort: Cohort) -> None:
     """Logs a run with all files, and a child run per baseline and ceiling."""
-    mlflow_client.connect(params.tracking.experiment)
     files = [REPORT, OUTPUT / METRICS_FILE, *(OUTPUT / name for name in TABLE_FILES.values())]
     digest = provenance.data_digest(str(COHORT), cohort.train_validation_sha256)
-    with Run.open("evaluate", "evaluate") as parent:
+    # A killed evaluation of the same models and data has written the same scores.
+    identity = sha256_of("evaluate", params.flat("evaluate"), sha256(OUTPUT / METRICS_FILE))
+    with Run.open("evaluate", "evaluate", identity=identity) as parent:
         parent.log_params(params.flat("evaluate"))
         parent.log_dataset("cohort", digest, "evaluation")
         parent.log_artifacts(files)
         parent.log_artifacts(sorted(FIGURES.glob("*.png")), "figures")
         for predictor in scores["predictor"].unique():
             if predictor not in MODELS:
-                with Run.open(predictor, "evaluate", parent=parent.id) as run:
+                child = f"{identity} {predictor}"
+                with Run.open(predictor, "evaluate", parent=parent.id, identity=child) as run:
                     run.set_tags({PREDICTOR_TAG: predictor})
                     run.log_metrics(run_metrics(scores, predictor))
 
@@ -113,23 +116,9 @@ def log_model_scores(
     name: str, directory: Path, params: Params, scores: pd.DataFrame, cohort: Cohort
 ) -> None:
     """Adds the scores of a model to the run that trained it."""
-    model_sha256 = sha256(directory / MODEL_FILE)
-    try:
-        run_id = runs.find_model_run(model_sha256, name, "train" if name == "gem" else "tune")
-    except mlflow_client.ServerDownError:
-        log.warning(
-            "%s: its scores are in %s, but not in its run; `dvc repro -f -s evaluate` logs them",
-            name,
-            OUTPUT,
-        )
-        return
-    if run_id is None:
-        # A model restored from DVC's cache may have been trained elsewhere, with another MLflow.
-        with Run.open(name, "evaluate") as run:
-            log_settings(run, params, cohort)
-            run_id = run.id
+    model = (sha256(directory / MODEL_FILE), name, "train" if name == "gem" else "tune")
     metrics = run_metrics(scores, name) | run_metrics(scores, name + REFERENCE_SUFFIX, "reference_")
-    runs.log_results(run_id, metrics, {MODEL_TAG: model_sha256, PREDICTOR_TAG: name})
+    runs.log_scores(model, params, cohort, metrics)
 
 
 def fitted_params(directory: Path, model: TrainedGEM, params: Params) -> Params:

@@ -13,9 +13,9 @@ from pathlib import Path
 from pipeline.gem.common.config import read_params
 from pipeline.gem.common.errors import InputError, exit_with
 from pipeline.gem.common.files import write_json
-from pipeline.gem.tracking import mlflow_client
+from pipeline.gem.tracking import connection, mlflow_client
 from pipeline.gem.tracking.model_registry import register_models
-from pipeline.gem.tracking.offline_buffer import saved_runs
+from pipeline.gem.tracking.offline_buffer import REJECTED, unsent_runs
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +29,13 @@ def main() -> None:
     models = register_models(EXPERIMENTS)
     write_json(OUTPUT, models)
     unregistered = sum(not model["registered"] for model in models.values())
-    unsent = len(saved_runs(mlflow_client.address()))
+    unsent = unsent_runs(connection.address())
     if not unsent and not unregistered:
         log.info("register: all runs sent, all models registered")
         return
-    problem = f"register: runs not sent: {unsent}, models not registered: {unregistered}"
+    problem = f"register: runs not sent: {len(unsent)}, models not registered: {unregistered}"
+    if any(folder.suffix == REJECTED for folder in unsent):
+        problem += f" (MLflow rejects {unsent[0].parent}/*{REJECTED}; remove what is not needed)"
     if "DVC_STAGE" not in os.environ:
         raise InputError(f"{problem}; run `python -m pipeline.register` when MLflow answers")
     log.info("%s; `python -m pipeline.register` does it later", problem)

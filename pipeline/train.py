@@ -41,6 +41,7 @@ def main() -> None:
 
 def train(params: Params, stop_signal: StopSignal) -> None:
     device = choose_device(params.train)
+    mlflow_client.connect(params.tracking.experiment)
     cohort = Cohort(COHORT)
     data = TrainingData.load(cohort, device, params.model.uses_counts)
     params = data.resolve_latent_sizes(params)
@@ -49,10 +50,10 @@ def train(params: Params, stop_signal: StopSignal) -> None:
     latents = ", ".join(f"{size} {group}" for group, size in sizes)
     log.info("train: %d samples x %d genes on %s; latents: %s", samples, genes, device, latents)
     log.info("train: selection split %s", data.selection_split or "none")
-    mlflow_client.connect(params.tracking.experiment)
-    with Run.open("default", "train", killed_by=(StoppedError,)) as run:
+    job = TrainingJob(OUTPUT, "train", cohort, data, params)
+    with Run.open("default", "train", identity=job.identity, killed_by=(StoppedError,)) as run:
         log_settings(run, params, cohort)
-        TrainingJob(OUTPUT, "train", cohort, data, params).train(run, stop_signal)
+        job.train(run, stop_signal)
 
 
 if __name__ == "__main__":

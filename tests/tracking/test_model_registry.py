@@ -16,7 +16,7 @@ from pipeline.gem.common.code_version import ROOT, import_closure
 from pipeline.gem.common.errors import InputError
 from pipeline.gem.common.files import sha256, write_json
 from pipeline.gem.model.gem import TrainedGEM
-from pipeline.gem.tracking import mlflow_client
+from pipeline.gem.tracking import connection
 from pipeline.gem.tracking.model_registry import (
     CHAMPION,
     CODE_TAG,
@@ -169,7 +169,7 @@ def test_a_model_directory_without_its_report_is_refused(default):
 
 def test_a_server_that_is_down_leaves_models_unregistered(default, monkeypatch):
     with monkeypatch.context() as outage:
-        outage.setattr(mlflow_client, "_next_attempt", math.inf)
+        outage.setattr(connection, "_next_attempt", math.inf)
         assert not register_models(EXPERIMENTS)["experiments/default"]["registered"]
     assert versions() == []
 

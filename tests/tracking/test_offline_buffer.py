@@ -9,8 +9,8 @@ import mlflow
 import pytest
 from support.processes import free_port
 
-from pipeline.gem.tracking import mlflow_client, offline_buffer, runs
-from pipeline.gem.tracking.mlflow_client import ServerDownError
+from pipeline.gem.tracking import connection, mlflow_client, offline_buffer, runs
+from pipeline.gem.tracking.connection import ServerDownError
 from pipeline.gem.tracking.offline_buffer import BufferedRun
 from pipeline.gem.tracking.runs import Run
 
@@ -21,7 +21,7 @@ class Server:
     is_up = True
 
     @contextmanager
-    def outages(self):
+    def outages(self, connecting: bool = False):
         if not self.is_up:
             raise ServerDownError("down")
         yield
@@ -35,12 +35,13 @@ class Server:
 @pytest.fixture
 def server(store, monkeypatch) -> Server:
     server = Server()
-    monkeypatch.setattr(mlflow_client, "outages", server.outages)
+    for module in (connection, mlflow_client):
+        monkeypatch.setattr(module, "outages", server.outages)
     return server
 
 
 def unsent() -> int:
-    return len(offline_buffer.saved_runs(mlflow_client.address()))
+    return len(offline_buffer.unsent_runs(connection.address()))
 
 
 def logged_runs() -> dict[str, mlflow.entities.Run]:
@@ -161,14 +162,31 @@ def test_a_run_that_is_still_open_is_not_sent(server):
     assert logged_runs()["default"].info.status == "FINISHED"
 
 
-def test_a_run_whose_process_was_killed_is_sent_as_running(server):
-    server.is_up = False
-    run = Run.open("default", "train")
-    run.log_metrics({"loss": 1.0}, step=1)
-    run.release()  # as the end of the process does
+@pytest.mark.parametrize("is_up", [True, False])
+def test_a_run_whose_process_was_killed_is_ended_and_then_continued(server, is_up):
+    server.is_up = is_up
+    for step in (2, 3, 4):
+        run = Run.open("default", "train", identity="fit")
+        # A resumed fit logs its earlier epochs again, with another duration.
+        for epoch in range(1, step + 1):
+            run.log_metrics({"loss": epoch, "seconds": epoch + step / 10}, step=epoch)
+        run.log_metrics({"best": 0.5})
+        run._buffered.release()  # as the end of the process does
+        server.recover()
+        assert logged_runs()["default"].info.status == "KILLED"
+        server.is_up = is_up
+    with Run.open("default", "train", identity="fit") as continued:
+        continued.log_metrics({"best": 0.5})
     server.recover()
     logged = logged_runs()["default"]
-    assert logged.info.status == "RUNNING" and curve(logged, "loss") == [(1, 1.0)]
+    assert logged.info.status == "FINISHED" and unsent() == 0
+    assert curve(logged, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+    assert curve(logged, "seconds") == [(1, 1.2), (2, 2.2), (3, 3.3), (4, 4.4)]
+    assert curve(logged, "best") == [(0, 0.5)]
+    assert not list(Path(".gem/untracked").glob("*/*"))
+    with Run.open("next", "train", identity="fit"):
+        pass
+    assert len(logged_runs()) == 2
 
 
 def test_a_child_waits_for_a_parent_that_another_machine_has_not_sent(server, monkeypatch):
@@ -195,8 +213,9 @@ def test_a_run_that_the_server_rejects_is_set_aside_and_does_not_stop_others(ser
     mlflow.delete_run(deleted.id)
     server.recover()
     assert f"MLflow rejects the buffered part of run {deleted.id}" in caplog.text
-    assert unsent() == 0 and set(logged_runs()) == {"default"}
-    assert list(Path(".gem/untracked").rglob("*.rejected/run.json"))
+    assert set(logged_runs()) == {"default"}
+    (rejected,) = offline_buffer.unsent_runs(connection.address())
+    assert rejected.suffix == ".rejected"
 
 
 def test_a_server_that_is_down_is_left_alone_for_a_while(store, monkeypatch, caplog):

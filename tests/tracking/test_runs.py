@@ -105,16 +105,16 @@ def test_a_parameter_that_mlflow_would_cut_is_refused():
 
 
 def test_a_models_run_is_found_by_hash_predictor_and_stage():
-    assert runs.find_model_run("f" * 64, "gem", "train") is None
+    assert mlflow_client.find_model_run("f" * 64, "gem", "train") is None
     with Run.open("default", "train") as default:
-        default.set_tags({runs.MODEL_TAG: "f" * 64})
+        default.set_tags({mlflow_client.MODEL_TAG: "f" * 64})
     with Run.open("winner", "tune") as winner:
-        winner.set_tags({runs.MODEL_TAG: "f" * 64})
-    assert runs.find_model_run("f" * 64, "gem", "train") == default.id
-    assert runs.find_model_run("f" * 64, "gem_tuned", "tune") == winner.id
+        winner.set_tags({mlflow_client.MODEL_TAG: "f" * 64})
+    assert mlflow_client.find_model_run("f" * 64, "gem", "train") == default.id
+    assert mlflow_client.find_model_run("f" * 64, "gem_tuned", "tune") == winner.id
     with Run.open("evaluated", "evaluate") as evaluated:
-        evaluated.set_tags({runs.MODEL_TAG: "e" * 64, runs.PREDICTOR_TAG: "gem"})
-    assert runs.find_model_run("e" * 64, "gem", "train") == evaluated.id
+        evaluated.set_tags({mlflow_client.MODEL_TAG: "e" * 64, mlflow_client.PREDICTOR_TAG: "gem"})
+    assert mlflow_client.find_model_run("e" * 64, "gem", "train") == evaluated.id
 
 
 def test_machines_that_create_the_experiment_at_the_same_moment_share_it(monkeypatch):

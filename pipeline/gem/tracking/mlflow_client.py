@@ -1,34 +1,38 @@
-"""The MLflow server or local store: its address, its outages, and the requests that runs make.
+"""The requests that runs make, and what is sent later if a server misses it.
 
-Local by default (mlflow.db and mlruns/ in the repository's root, MLflow's own names); any server
-through MLFLOW_TRACKING_URI. Requests raise ServerDownError while a server does not answer.
+Requests raise ServerDownError while a server or a store does not work.
 """
 
 import json
 import logging
-import os
-import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
-
-import filelock
-
-# Before the import, which reads the telemetry switch. With MLflow's own timeouts a hanging server
-# would block a training for many minutes; these add up to half a minute.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 
 import mlflow
-import requests
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+    ViewType,
+)
 from mlflow.exceptions import MlflowException
 
-from pipeline.gem.common.errors import InputError
+from pipeline.gem.tracking.connection import (
+    RejectedError,
+    ServerDownError,
+    address,
+    attempt_again,
+    experiment_id,
+    open_experiment,
+    outages,
+    reason,
+)
 from pipeline.gem.tracking.offline_buffer import (
+    KILLED,
+    RUNNING,
     BufferedRun,
     RunStart,
     RunUpdate,
@@ -38,132 +42,69 @@ from pipeline.gem.tracking.offline_buffer import (
 
 log = logging.getLogger(__name__)
 
-LOCAL_STORE = "sqlite:///mlflow.db"
-RUNNING, FINISHED, KILLED, FAILED = "RUNNING", "FINISHED", "KILLED", "FAILED"
 RUN_KEY_TAG, PARENT_TAG = "gem.run_key", "mlflow.parentRunId"
-RETRY_INTERVAL_S = 600.0  # after an outage; an attempt may take half a minute
-_OUTAGE_CODES = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
-
-_experiment = ""
-_experiment_ids: dict[str, str] = {}  # by server
-_next_attempt = 0.0  # time.monotonic
-
-
-class ServerDownError(Exception):
-    """The tracking server does not answer, or cannot handle requests now."""
+MODEL_TAG, STAGE_TAG, PREDICTOR_TAG = "model.sha256", "stage", "predictor"
 
 
 def connect(experiment: str) -> None:
     """Selects server and experiment, and sends saved runs; warns if the server is down.
 
-    InputError for an address that MLflow cannot open.
+    InputError for an address, a store or an experiment that somebody has to correct first.
     """
-    global _experiment, _next_attempt
-    _experiment, _next_attempt = experiment, 0.0
-    mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", LOCAL_STORE))
     try:
-        with outages():
-            _open_experiment()
+        open_experiment(experiment)
     except ServerDownError:
         return
-    except (MlflowException, OSError) as error:
-        raise InputError(
-            f"MLFLOW_TRACKING_URI: cannot open {_shown_address()} ({reason(error)}); "
-            "correct the address"
-        ) from None
     send_saved()
-
-
-@contextmanager
-def outages() -> Iterator[None]:
-    """Raises ServerDownError instead of the errors of a server that does not answer, and warns;
-    for RETRY_INTERVAL_S also instead of another attempt."""
-    global _next_attempt
-    if time.monotonic() < _next_attempt:
-        raise ServerDownError("no attempt so soon after an outage")
-    try:
-        yield
-    except (MlflowException, OSError) as error:
-        # requests' errors are OSErrors. A local store is a file, which is never down.
-        down = isinstance(error, requests.RequestException) or (
-            isinstance(error, MlflowException) and error.error_code in _OUTAGE_CODES
-        )
-        if not down or not address().startswith("http"):
-            raise
-        _next_attempt = time.monotonic() + RETRY_INTERVAL_S
-        log.warning(
-            "MLflow at %s does not answer (%s): continuing without it; a later stage logs "
-            "what it misses, or `python -m pipeline.register`",
-            _shown_address(),
-            reason(error),
-        )
-        raise ServerDownError(reason(error)) from error
-
-
-def _open_experiment() -> str:
-    # Two processes that create the local database at once would crash in its migration.
-    with exclusive_store() if address().startswith("sqlite") else nullcontext():
-        experiment = mlflow.set_experiment(_experiment)
-        # If another machine creates the experiment at the same moment, MLflow returns it but
-        # leaves "Default" active.
-        mlflow.set_experiment(experiment_id=experiment.experiment_id)
-    _experiment_ids[address()] = experiment.experiment_id
-    return experiment.experiment_id
-
-
-def experiment_id() -> str:
-    return _experiment_ids.get(address()) or _open_experiment()
-
-
-@contextmanager
-def exclusive_store() -> Iterator[None]:
-    """Excludes other processes of this repository."""
-    Path(".gem").mkdir(exist_ok=True)
-    with filelock.FileLock(".gem/mlflow.lock"):
-        yield
-
-
-def address() -> str:
-    """MLflow's tracking URI."""
-    return mlflow.get_tracking_uri()
-
-
-def _shown_address() -> str:
-    return re.sub(r"//.*@", "//***@", address())
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 # requests of runs
 
 
-def find_runs(tag: str, value: str) -> list[Run]:
-    """The experiment's runs with a tag, newest first; deleted ones left out."""
+def find_runs(tag: str, value: str, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
+    """The experiment's runs with a tag, newest first."""
     query, order = f"tags.`{tag}` = '{value}'", ["start_time DESC"]
     with outages():
-        return list(
-            mlflow.search_runs([experiment_id()], query, order_by=order, output_format="list")
-        )
+        experiments = [experiment_id()]
+        return list(mlflow.MlflowClient().search_runs(experiments, query, view, order_by=order))
 
 
-def server_run_id(run: str) -> str | None:
-    """MLflow's id of a run, from its id or key. None if the server does not have the run."""
-    if not is_run_key(run):
-        return run
-    matches = find_runs(RUN_KEY_TAG, run)
+def find_model_run(model_sha256: str, predictor: str, stage: str) -> str | None:
+    """The run that has a model's scores as `predictor` already, else the newest run of `stage`
+    that made the model, else None. ServerDownError if the server does not answer.
+
+    A search whose baseline wins makes the default model again: the two runs share the hash.
+    """
+    runs = find_runs(MODEL_TAG, model_sha256)
+    scored = [run for run in runs if run.data.tags.get(PREDICTOR_TAG) == predictor]
+    unscored = [run for run in runs if PREDICTOR_TAG not in run.data.tags]
+    trained = [run for run in unscored if run.data.tags.get(STAGE_TAG) == stage]
+    matches = scored + trained
     return matches[0].info.run_id if matches else None
 
 
-def is_active(run_id: str) -> bool:
-    """False for a deleted or unknown run."""
-    try:
-        with outages():
-            return mlflow.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException:
-        return False
+def find_run(run: str) -> Run | None:
+    """The run with this id or key, also if it is deleted."""
+    if is_run_key(run):
+        return next(iter(find_runs(RUN_KEY_TAG, run, ViewType.ALL)), None)
+    with outages():
+        try:
+            return mlflow.get_run(run)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+
+
+def server_run_id(run: str) -> str | None:
+    """MLflow's id of a run, from its id or key. None if the server does not have it, or it is
+    deleted."""
+    found = find_run(run)
+    return found.info.run_id if found and not is_deleted(found) else None
+
+
+def is_deleted(run: Run) -> bool:
+    return run.info.lifecycle_stage != "active"
 
 
 def create_run(start: RunStart) -> str | None:
@@ -178,16 +119,18 @@ def create_run(start: RunStart) -> str | None:
         run = mlflow.MlflowClient().create_run(
             experiment_id(), start_time=start.time, tags=tags, run_name=start.name
         )
+    if start.otherwise:
+        send(run.info.run_id, start.otherwise, start.otherwise.metrics)
     return run.info.run_id
 
 
-def send(run_id: str, update: RunUpdate) -> None:
-    """Logs an update. MLflow stores equal params, tags, metric points and files once."""
+def send(run_id: str, update: RunUpdate, points: list[tuple[str, float, int, int]]) -> None:
+    """Logs an update. MLflow stores equal params, tags, points and files once."""
     client = mlflow.MlflowClient()
     with outages():
         client.log_batch(
             run_id,
-            metrics=[Metric(*point) for point in update.metrics],
+            metrics=[Metric(*point) for point in points],
             params=[Param(*item) for item in update.params.items()],
             tags=[RunTag(*item) for item in update.tags.items()],
         )
@@ -201,6 +144,27 @@ def send(run_id: str, update: RunUpdate) -> None:
             client.set_terminated(run_id, update.status, update.end_time)
 
 
+def _missing_points(buffered: BufferedRun, run_id: str) -> list[tuple[str, float, int, int]]:
+    """The points that the server does not have: of a curve by step, of a result (step 0) by
+    value."""
+    points = buffered.update().metrics
+    if not points or not buffered.may_repeat:
+        return points
+    client, steps = mlflow.MlflowClient(), buffered.known_steps
+    with outages():
+        if buffered.known_metrics is None:
+            buffered.known_metrics = client.get_run(run_id).data.metrics
+        for name in {name for name, _, _, step in points if step} - set(steps):
+            curve = buffered.known_metrics.get(name) is not None
+            history = client.get_metric_history(run_id, name) if curve else ()
+            steps[name] = {point.step for point in history}
+    return [
+        (name, value, time_ms, step)
+        for name, value, time_ms, step in points
+        if not (step in steps[name] if step else buffered.known_metrics.get(name) == value)
+    ]
+
+
 def _dataset_input(name: str, digest: str, context: str) -> DatasetInput:
     source = json.dumps({"tags": {"name": name}})
     dataset = Dataset(name, digest, source_type="code", source=source)
@@ -212,32 +176,67 @@ def _dataset_input(name: str, digest: str, context: str) -> DatasetInput:
 
 def flush(buffered: BufferedRun) -> bool:
     """Sends what the server has missed of a run. False if it is down, or lacks the run's parent,
-    which another process has not sent yet."""
+    which another process has not sent yet. RejectedError if it does not take the update."""
     try:
-        run_id = None if buffered.is_new else server_run_id(buffered.run)
-        buffered.is_new = False
-        if run_id is None and buffered.start:
-            run_id = create_run(buffered.start)
+        run_id = buffered.id or _find_or_create(buffered)
         if run_id is None:
+            buffered.set_failed()
             return False
-        buffered.run = run_id
-        send(run_id, buffered.update)
-    except ServerDownError:
+        send(run_id, buffered.update(), _missing_points(buffered, run_id))
+    except ServerDownError as error:
+        buffered.set_failed()
+        if isinstance(error, RejectedError):
+            raise
         return False
-    buffered.clear()
+    buffered.set_sent(run_id)
     return True
 
 
+def _find_or_create(buffered: BufferedRun) -> str | None:
+    start, run_id = buffered.start, None
+    if buffered.may_repeat and (found := find_run(buffered.run)):
+        if is_deleted(found):
+            raise RejectedError("the run is deleted")
+        run_id = found.info.run_id
+    if run_id is None and start and start.model:
+        run_id = find_model_run(*start.model)
+        buffered.may_repeat = True
+    if run_id is None and start:
+        run_id = create_run(start)
+    return run_id
+
+
 def send_saved() -> None:
-    """Sends what earlier runs left behind, the oldest run first."""
+    """Sends what earlier runs left behind, the oldest run first, and ends killed runs."""
     for buffered in saved_runs(address()):
-        if not buffered.load(timeout=0):
-            continue
         try:
-            if flush(buffered):
-                log.info("tracking: MLflow now has all of run %s", buffered.run)
-        except (MlflowException, OSError) as error:
-            message = "MLflow rejects the buffered part of run %s (%s); it is kept in %s"
-            log.warning(message, buffered.run, reason(error), buffered.set_aside())
+            if buffered.load():
+                _send_saved(buffered)
+        except (ValueError, KeyError, TypeError) as error:
+            message = "%s cannot be read (%s); it is kept as %s"
+            log.warning(message, buffered.folder, reason(error), buffered.set_aside())
+        except OSError as error:
+            log.warning("%s: %s; the next stage sends it", buffered.folder, reason(error))
         finally:
             buffered.release()
+
+
+def _send_saved(buffered: BufferedRun) -> None:
+    dead, unsent = buffered.status == RUNNING, not buffered.is_complete
+    if not dead and not unsent:
+        return
+    try:
+        if dead:
+            buffered.status = KILLED
+        if unsent or server_run_id(buffered.run):
+            if dead:
+                buffered.log(RunUpdate(status=KILLED, end_time=int(time.time() * 1000)))
+            if flush(buffered) and unsent:
+                log.info("tracking: MLflow now has all of run %s", buffered.run)
+        buffered.close()
+    except RejectedError as error:
+        attempt_again()
+        message = "MLflow rejects the buffered part of run %s (%s); it is kept in %s"
+        log.warning(message, buffered.run, error, buffered.set_aside())
+    except ServerDownError:
+        return

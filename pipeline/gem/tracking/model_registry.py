@@ -13,6 +13,7 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 from mlflow.entities import LoggedModelOutput
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types.schema import AnyType, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
@@ -22,9 +23,9 @@ from pipeline.gem.common.files import sha256, sha256_of
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.model_file import MODEL_FILE
 from pipeline.gem.prediction import mlflow_model
-from pipeline.gem.tracking import mlflow_client
-from pipeline.gem.tracking.mlflow_client import ServerDownError
-from pipeline.gem.tracking.runs import MODEL_TAG, find_model_run
+from pipeline.gem.tracking import connection
+from pipeline.gem.tracking.connection import ServerDownError
+from pipeline.gem.tracking.mlflow_client import MODEL_TAG, find_model_run
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def register_models(folder: Path) -> dict[str, dict[str, object]]:
     directories.sort(key=lambda path: (path.name != DEFAULT, path.name))
     tags = {path: _tags(path) | {CODE_TAG: code_sha256} for path in directories}
     done = False
-    with suppress(ServerDownError), mlflow_client.exclusive_store(), mlflow_client.outages():
+    with suppress(ServerDownError), connection.exclusive_store(), connection.outages():
         _register(tags, files)
         done = True
     hashes = {"code_sha256": code_sha256, "registered": done}
@@ -92,20 +93,53 @@ def _tags(directory: Path) -> dict[str, str]:
 def _register(tags: dict[Path, dict[str, str]], files: list[str]) -> None:
     known, current = versions(), []
     for directory, of_model in tags.items():
-        version = _find(known, of_model)
+        matches = [version for version in reversed(known) if _is_same(version, of_model)]
+        version = next((version for version in matches if _is_intact(version)), None)
         if version is None:
             version = _add_version(directory, of_model, files)
-            known.append(version)
+            if not _is_intact(version):
+                raise OSError(f"version {version.number} of {NAME} is not as it was written")
             log.info("%s: registered as version %d of %s", directory, version.number, NAME)
+        known = [other for other in known if other not in (*matches, version)] + [version]
         current.append(version)
     if not current:
         return
     previous = champion_version(known)
     best = choose_champion(known, current, previous)
+    while best not in current and not _is_intact(best):
+        known.remove(best)
+        best = choose_champion(known, current, previous)
     if best != previous:
         client = mlflow.MlflowClient()
         client.set_registered_model_alias(NAME, CHAMPION, str(best.number))
     log.info("register: %s", champion_message(best, previous))
+
+
+def _is_same(version: Version, tags: Mapping[str, str]) -> bool:
+    return all(version.tags.get(tag) == tags[tag] for tag in (MODEL_TAG, CODE_TAG))
+
+
+def _is_intact(version: Version) -> bool:
+    """Whether the files of a version are those that were registered, by their hashes."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            uri = f"models:/{NAME}/{version.number}"
+            package = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
+            mlflow.models.Model.load(package)
+            model = sha256(package / "data" / MODEL_FILE)
+            code = {
+                path.relative_to(package / "code").as_posix(): sha256(path)
+                for path in sorted((package / "code").rglob("*.py"))
+            }
+            packages = (package / "requirements.txt").read_text().split()
+    except (MlflowException, OSError) as error:
+        versions()  # raises if the server is down
+        log.warning("%s: its files cannot be read (%s)", uri, connection.reason(error))
+        return False
+    if (model, sha256_of(packages, code)) == (version.tags[MODEL_TAG], version.tags[CODE_TAG]):
+        return True
+    log.warning("%s: its files are not those that were registered", uri)
+    return False
 
 
 def versions() -> list[Version]:
@@ -119,12 +153,6 @@ def champion_version(known: list[Version]) -> Version | None:
     """The version that has the alias champion."""
     number = mlflow.MlflowClient().get_registered_model(NAME).aliases.get(CHAMPION)
     return next((version for version in known if str(version.number) == str(number)), None)
-
-
-def _find(known: list[Version], tags: Mapping[str, str]) -> Version | None:
-    identity = (MODEL_TAG, CODE_TAG)
-    matches = (v for v in known if all(v.tags.get(tag) == tags[tag] for tag in identity))
-    return next(matches, None)
 
 
 # the champion
@@ -190,7 +218,7 @@ def _add_version(directory: Path, tags: Mapping[str, str], files: list[str]) -> 
     client = mlflow.MlflowClient()
     names = ("gem", "train") if directory.name == DEFAULT else ("gem_tuned", "tune")
     run_id = find_model_run(tags[MODEL_TAG], *names)
-    model = client.create_logged_model(mlflow_client.experiment_id(), NAME, source_run_id=run_id)
+    model = client.create_logged_model(connection.experiment_id(), NAME, source_run_id=run_id)
     if run_id:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
     with _package(directory / MODEL_FILE, files) as package:

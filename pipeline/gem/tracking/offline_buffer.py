@@ -1,10 +1,13 @@
-"""What an MLflow server has missed of a run: one JSON file and copies of artifacts per run.
+"""The runs that a server does not have completely: a folder for each run that is open, was killed,
+or is not sent.
 
-Imports no tracker. The files are kept under .gem/untracked/ until the server has all of the run.
-Logging an update twice has no further effect, so a sender may be killed at any moment.
+Imports no tracker. .gem/untracked/<server>/<run>/ of the project holds run.json and copies of
+artifacts, from the opening of a run until the server has all of it. Logging an update twice has no
+further effect, so a process may be killed at any moment.
 """
 
 import json
+import os
 import shutil
 import time
 import uuid
@@ -13,9 +16,13 @@ from pathlib import Path
 
 import filelock
 
+from pipeline.gem.common.addresses import at_root, project_root
 from pipeline.gem.common.files import sha256_of, write_json
+from pipeline.gem.common.logs import without_passwords
 
-FOLDER = Path(".gem/untracked")
+FOLDER = ".gem/untracked"
+RUNNING, FINISHED, KILLED, FAILED = "RUNNING", "FINISHED", "KILLED", "FAILED"  # of MLflow
+REJECTED = ".rejected"
 _KEY = "key-"  # prefix of run keys; MLflow's own ids are hexadecimal
 
 
@@ -26,17 +33,6 @@ def new_run_key() -> str:
 
 def is_run_key(run: str) -> bool:
     return run.startswith(_KEY)
-
-
-@dataclass(frozen=True)
-class RunStart:
-    """What creates a run. `parent` is an MLflow id or a run key; `time` is in ms since 1970."""
-
-    key: str
-    name: str
-    parent: str | None
-    time: int
-    tags: dict[str, str]
 
 
 @dataclass
@@ -51,57 +47,113 @@ class RunUpdate:
     status: str | None = None
     end_time: int | None = None  # ms since 1970
 
+    def __post_init__(self) -> None:
+        for name in ("metrics", "datasets", "artifacts"):  # lists in JSON
+            setattr(self, name, [tuple(item) for item in getattr(self, name)])
+
     def extend(self, later: "RunUpdate") -> None:
+        """Adds an update. A resumed fit logs its earlier epochs again: their points stay."""
         self.params |= later.params
         self.tags |= later.tags
-        self.metrics += later.metrics
-        self.datasets += later.datasets
-        self.artifacts += later.artifacts
+        known = {(name, step) for name, _, _, step in self.metrics if step}
+        self.metrics += [point for point in later.metrics if (point[0], point[3]) not in known]
+        self.datasets += [data for data in later.datasets if data not in self.datasets]
+        self.artifacts += [file for file in later.artifacts if file not in self.artifacts]
         self.status = later.status or self.status
         self.end_time = later.end_time or self.end_time
 
 
-class BufferedRun:
-    """A run and what its server has not received yet. A process that has saved it holds its lock.
+@dataclass(frozen=True)
+class RunStart:
+    """What creates a run. `parent` is an MLflow id or a run key; `time` is in ms since 1970."""
 
-    `run` is MLflow's id, or the run key until the server has the run.
+    key: str
+    name: str
+    parent: str | None
+    time: int
+    tags: dict[str, str]
+    identity: str | None = None  # of what the run records: a killed run is continued by it
+    model: tuple[str, str, str] | None = None  # hash, predictor, stage: the model's run, if any
+    otherwise: RunUpdate | None = None  # logged only if there is no run of the model
+
+
+class BufferedRun:
+    """A run, and what its server has not received yet.
+
+    `run` is MLflow's id, or the run key. The process that has the run open holds its lock.
     """
 
     def __init__(self, server: str, run: str, start: RunStart | None = None):
-        self.run, self.start, self.update = run, start, RunUpdate()
-        self.is_new = start is not None  # no request has tried to create the run
+        self.run, self.start = run, start
+        self.record, self.unsent = RunUpdate(), RunUpdate()
+        self.id: str | None = None  # MLflow's, once the server has confirmed it
+        self.is_complete = True  # the server has all but `unsent`; False after a failed request
+        self.may_repeat = start is None  # the server may have the run, and a part of the update
+        self.known_metrics: dict[str, float] | None = None  # on the server, latest values
+        self.known_steps: dict[str, set[int]] = {}
+        self.status: str | None = None  # RUNNING in a saved run: its process died
         self.folder = _server_folder(server) / run
-        self._file = self.folder / "run.json"
-        self._lock = filelock.FileLock(self.folder.with_suffix(".lock"))
+        self._lock = filelock.FileLock(f"{self.folder}.lock")
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "run.json"
 
     @property
     def is_saved(self) -> bool:
         return self._file.exists()
 
-    def load(self, timeout: float = -1) -> bool:
-        """Locks the run and reads what is saved. False if another process holds it."""
+    def log(self, update: RunUpdate) -> None:
+        self.record.extend(update)
+        self.unsent.extend(update)
+        self.status = update.status or self.status
+
+    def update(self) -> RunUpdate:
+        """What to send: after a failure everything, because the store may be another one."""
+        return self.unsent if self.is_complete else self.record
+
+    def set_sent(self, run_id: str) -> None:
+        self.run = self.id = run_id
+        self.unsent, self.is_complete = RunUpdate(), True
+
+    def set_failed(self) -> None:
+        self.id, self.is_complete, self.may_repeat = None, False, True
+        self.known_metrics, self.known_steps = None, {}
+
+    def load(self) -> bool:
+        """Locks the run and reads what is saved. False if another process has it open."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire(timeout)
+            self._lock.acquire(timeout=0)
         except filelock.Timeout:
             return False
         if self.is_saved:
-            content, unsaved = json.loads(self._file.read_bytes()), self.update
-            self.run = content["run"]
-            self.start = content["start"] and RunStart(**content["start"])
-            self.update = RunUpdate(**content["update"])
-            self.update.extend(unsaved)
+            content, later = json.loads(self._file.read_bytes()), self.record
+            self.run, self.status = content["run"], self.status or content["status"]
+            self.start = _start(content["start"])
+            self.record = RunUpdate(**content["update"])
+            self.record.extend(later)
+            self.is_complete = self.is_complete and content["complete"]
         return True
 
     def save(self) -> None:
         """Writes the run, with copies of its artifacts as they are now."""
-        if not self._lock.is_locked:
+        if not self._lock.is_locked and not self.load():
+            # Another process has the run open: this part gets a folder of its own.
+            self.folder = self.folder.with_name(f"{self.folder.name}-{uuid.uuid4().hex[:8]}")
+            self._lock = filelock.FileLock(f"{self.folder}.lock")
             self.load()
         self.folder.mkdir(exist_ok=True)
-        artifacts = self.update.artifacts
-        self.update.artifacts = [(self._copy(Path(file)), folder) for file, folder in artifacts]
-        start = self.start and asdict(self.start)
-        content = {"run": self.run, "start": start, "update": asdict(self.update)}
+        if not self.is_complete:
+            files = self.record.artifacts
+            self.record.artifacts = [(self._copy(Path(file)), folder) for file, folder in files]
+        content = {
+            "run": self.run,
+            "start": self.start and asdict(self.start),
+            "status": self.status,
+            "complete": self.is_complete,
+            "update": asdict(RunUpdate() if self.is_complete else self.record),
+        }
         write_json(self._file, content)
 
     def _copy(self, file: Path) -> str:
@@ -112,26 +164,68 @@ class BufferedRun:
         folder.mkdir()
         return str(shutil.copy(file, folder / file.name))
 
+    def close(self) -> None:
+        """Keeps what is unsent, and a killed run that can be continued; ends the lock."""
+        continuable = self.start and self.start.identity and self.status != FINISHED
+        if not self.is_complete or continuable:
+            self.save()
+        elif self._lock.is_locked:
+            self.clear()
+        self.release()
+
     def clear(self) -> None:
-        """After the server has received everything."""
-        self.update = RunUpdate()
         shutil.rmtree(self.folder, ignore_errors=True)
+        Path(self._lock.lock_file).unlink(missing_ok=True)
 
     def set_aside(self) -> Path:
         """Keeps a run that the server rejects, but does not send it again."""
-        return self.folder.rename(self.folder.with_suffix(".rejected"))
+        return self.folder.rename(f"{self.folder}{REJECTED}")
 
     def release(self) -> None:
         self._lock.release()
 
 
+def _start(content: dict | None) -> RunStart | None:
+    if content is None:
+        return None
+    otherwise = content["otherwise"] and RunUpdate(**content["otherwise"])
+    return RunStart(**content | {"otherwise": otherwise})
+
+
 def saved_runs(server: str) -> list[BufferedRun]:
-    """All runs of which a server has missed something, the oldest first."""
+    """All runs that are open, killed or not sent, the oldest first."""
     folders = [path.parent for path in _server_folder(server).glob("*/run.json")]
-    names = sorted(folder.name for folder in folders if folder.suffix != ".rejected")
+    names = sorted(folder.name for folder in folders if folder.suffix != REJECTED)
     return [BufferedRun(server, name) for name in names]
 
 
+def unsent_runs(server: str) -> list[Path]:
+    """The folders of runs of which a server misses something, or which it rejected."""
+    files = sorted(_server_folder(server).glob("*/run.json"))
+    return [file.parent for file in files if not _is_complete(file)]
+
+
+def _is_complete(file: Path) -> bool:
+    try:
+        return json.loads(file.read_bytes())["complete"]
+    except (ValueError, KeyError):
+        return False
+
+
+def unfinished_run(server: str, identity: str) -> BufferedRun | None:
+    """The killed run of this identity, locked."""
+    for buffered in saved_runs(server):
+        if buffered.load():
+            if buffered.start and buffered.start.identity == identity:
+                return buffered
+            buffered.release()
+    return None
+
+
 def _server_folder(server: str) -> Path:
-    # Hashed, because an address may hold a password.
-    return FOLDER / sha256_of(server)[:12]
+    """Named by a hash, because an address may hold a password. A store in the project has a name
+    that does not change when the project is moved."""
+    path = server.removeprefix("sqlite:///")
+    if path != server:
+        server = os.path.relpath(path, project_root())
+    return at_root(FOLDER) / sha256_of(without_passwords(server))[:12]

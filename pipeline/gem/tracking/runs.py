@@ -3,11 +3,13 @@
 While the server does not answer, a run is saved in the offline buffer.
 """
 
+import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -16,23 +18,38 @@ from pipeline.gem.common import provenance
 from pipeline.gem.common.config import Params
 from pipeline.gem.common.errors import GemError
 from pipeline.gem.data.cohort import Cohort
-from pipeline.gem.tracking import mlflow_client
-from pipeline.gem.tracking.mlflow_client import ServerDownError
-from pipeline.gem.tracking.offline_buffer import BufferedRun, RunStart, RunUpdate, new_run_key
+from pipeline.gem.tracking import connection, mlflow_client
+from pipeline.gem.tracking.connection import RejectedError, ServerDownError, address, reason
+from pipeline.gem.tracking.mlflow_client import MODEL_TAG, PREDICTOR_TAG, STAGE_TAG
+from pipeline.gem.tracking.offline_buffer import (
+    FAILED,
+    FINISHED,
+    FOLDER,
+    KILLED,
+    RUNNING,
+    BufferedRun,
+    RunStart,
+    RunUpdate,
+    new_run_key,
+    unfinished_run,
+)
+
+log = logging.getLogger(__name__)
 
 COHORT = Path("data/cohort")
 FIT_SECTIONS = ("model", "train")  # of params.yaml: they describe a fit
-MODEL_TAG, STAGE_TAG, PREDICTOR_TAG = "model.sha256", "stage", "predictor"
 _DVC_VARIABLES = ("DVC_STAGE", "DVC_EXP_NAME")
 _MAX_PARAMETER = 6000  # characters; MLflow cuts longer parameters silently
 
 
 class Run:
     """An open MLflow run. As a context manager it ends FINISHED, KILLED (an exception of
-    `killed_by`) or FAILED (any other); exceptions pass through."""
+    `killed_by`) or FAILED (any other); exceptions pass through. Logging raises nothing: what the
+    server misses is saved."""
 
     def __init__(self, buffered: BufferedRun, killed_by: tuple[type[BaseException], ...] = ()):
-        self._buffered, self._killed_by = buffered, killed_by
+        self._buffered, self._killed_by = buffered, (*killed_by, KeyboardInterrupt)
+        self._is_unsaved = False  # a warning says so
 
     @property
     def id(self) -> str:
@@ -46,37 +63,50 @@ class Run:
         stage: str,
         *,
         parent: str | None = None,
+        identity: str | None = None,
         killed_by: tuple[type[BaseException], ...] = (),
     ) -> "Run":
-        """Creates a run, below the run `parent` if one is named."""
+        """Creates a run, below the run `parent` if one is named; or opens the killed run with the
+        same `identity` again."""
         mlflow_client.send_saved()
-        start = RunStart(new_run_key(), name, parent, _now(), _start_tags(stage))
-        run = cls(BufferedRun(mlflow_client.address(), start.key, start), killed_by)
-        run.log(RunUpdate())
-        return run
+        server, buffered = address(), None
+        if identity:
+            buffered = _continued(server, identity)
+        if buffered is None:
+            start = RunStart(new_run_key(), name, parent, _now(), _start_tags(stage), identity)
+            buffered = BufferedRun(server, start.key, start)
+        return cls(buffered, killed_by)._begin()
 
     @classmethod
     def resume(cls, run: str, *, killed_by: tuple[type[BaseException], ...] = ()) -> "Run":
         """Opens a run again, by MLflow's id or by its key."""
         mlflow_client.send_saved()
-        resumed = cls(_buffered_run(run), killed_by)
-        resumed.log(RunUpdate(status=mlflow_client.RUNNING))
-        return resumed
+        return cls(BufferedRun(address(), run), killed_by)._begin()
+
+    def _begin(self) -> "Run":
+        """Saves the run before the server has it, so that the next stage ends it if this process
+        is killed."""
+        if self._buffered.may_repeat:
+            self._buffered.log(RunUpdate(status=RUNNING))
+        self._buffered.status = RUNNING
+        self._write(self._buffered.save)
+        self.log(RunUpdate())
+        return self
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        status = mlflow_client.FINISHED
+        status = FINISHED
         if kind is not None:
-            killed = issubclass(kind, self._killed_by)
-            status = mlflow_client.KILLED if killed else mlflow_client.FAILED
+            status = KILLED if issubclass(kind, self._killed_by) else FAILED
+        connection.attempt_again()
         self.log(RunUpdate(status=status, end_time=_now()))
-        self.release()
+        self._write(self._buffered.close)
 
     def log_params(self, values: Mapping[str, object]) -> None:
         """Flat parameters, under the same names in every stage."""
-        self.log(RunUpdate(params={name: _text(name, value) for name, value in values.items()}))
+        self.log(RunUpdate(params=_texts(values)))
 
     def log_metrics(self, values: Mapping[str, float | None], step: int = 0) -> None:
         """Leaves out None and values that are not finite, which MLflow would change."""
@@ -94,27 +124,53 @@ class Run:
 
     def log(self, update: RunUpdate) -> None:
         """Sends an update, with everything that the server has missed, or saves it."""
-        self._buffered.update.extend(update)
-        if not mlflow_client.flush(self._buffered):
-            self._buffered.save()
+        self._buffered.log(update)
+        try:
+            sent = mlflow_client.flush(self._buffered)
+        except RejectedError:
+            sent = False
+        if not sent:
+            self._write(self._buffered.save)
 
-    def release(self) -> None:
-        """Lets other processes send what is saved."""
-        self._buffered.release()
+    def _write(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if not self._is_unsaved:
+                self._is_unsaved = True
+                log.warning(
+                    "%s cannot be written (%s): what MLflow misses of this run is kept in memory, "
+                    "and lost if the stage ends before MLflow has it",
+                    FOLDER,
+                    reason(error),
+                )
 
 
-def _buffered_run(run: str) -> BufferedRun:
-    buffered = BufferedRun(mlflow_client.address(), run)
-    if buffered.is_saved:
-        buffered.load()
+def _continued(server: str, identity: str) -> BufferedRun | None:
+    """The killed run of this identity, unless somebody has deleted it."""
+    buffered = unfinished_run(server, identity)
+    if buffered:
+        with suppress(ServerDownError):
+            found = mlflow_client.find_run(buffered.run)
+            if found and mlflow_client.is_deleted(found):
+                buffered.clear()
+                buffered.release()
+                return None
     return buffered
 
 
 def _log_to(run: str, update: RunUpdate) -> None:
     """Logs to a run without opening it again."""
-    attached = Run(_buffered_run(run))
-    attached.log(update)
-    attached.release()
+    buffered = BufferedRun(address(), run)
+    _log_once(buffered, update)
+
+
+def _log_once(buffered: BufferedRun, update: RunUpdate) -> None:
+    run = Run(buffered)
+    if buffered.is_saved:
+        buffered.load()
+    run.log(update)
+    run._write(buffered.close)
 
 
 def _start_tags(stage: str) -> dict[str, str]:
@@ -142,6 +198,10 @@ def _points(values: Mapping[str, float | None], step: int) -> list[tuple[str, fl
     ]
 
 
+def _texts(values: Mapping[str, object]) -> dict[str, str]:
+    return {name: _text(name, value) for name, value in values.items()}
+
+
 def _text(name: str, value: object) -> str:
     text = str(value)
     if len(text) > _MAX_PARAMETER:
@@ -159,18 +219,17 @@ def _now() -> int:
 def exists(run: str) -> bool:
     """Whether the server has a run, or will have it. An unreachable server counts as having it."""
     try:
-        run_id = mlflow_client.server_run_id(run)
-        if run_id is None:
-            return BufferedRun(mlflow_client.address(), run).is_saved
-        return mlflow_client.is_active(run_id)
+        if mlflow_client.server_run_id(run):
+            return True
     except ServerDownError:
         return True
+    return BufferedRun(address(), run).is_saved
 
 
 def mark_killed(run: str) -> None:
     """Ends a run whose process died."""
     if exists(run):
-        _log_to(run, RunUpdate(status=mlflow_client.KILLED, end_time=_now()))
+        _log_to(run, RunUpdate(status=KILLED, end_time=_now()))
 
 
 def log_results(run: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
@@ -178,22 +237,34 @@ def log_results(run: str, metrics: Mapping[str, float], tags: Mapping[str, str])
     _log_to(run, RunUpdate(metrics=_points(metrics, 0), tags=dict(tags)))
 
 
-def find_model_run(model_sha256: str, predictor: str, stage: str) -> str | None:
-    """The run that has a model's scores as `predictor` already, else the newest run of `stage`
-    that made the model, else None. ServerDownError if the server does not answer.
+def log_scores(
+    model: tuple[str, str, str], params: Params, cohort: Cohort, metrics: Mapping[str, float]
+) -> None:
+    """Adds the scores of a model (hash, predictor, stage) to the run that trained it.
 
-    A search whose baseline wins makes the default model again: the two runs share the hash.
+    A model restored from DVC's cache may have been trained elsewhere, with another MLflow: then to
+    a run of its own.
     """
-    runs = mlflow_client.find_runs(MODEL_TAG, model_sha256)
-    scored = [run for run in runs if run.data.tags.get(PREDICTOR_TAG) == predictor]
-    unscored = [run for run in runs if PREDICTOR_TAG not in run.data.tags]
-    trained = [run for run in unscored if run.data.tags.get(STAGE_TAG) == stage]
-    matches = scored + trained
-    return matches[0].info.run_id if matches else None
+    model_sha256, predictor, _ = model
+    own = RunUpdate(
+        params=_texts(params.flat(*FIT_SECTIONS)),
+        datasets=[_dataset(cohort, "training")],
+        status=FINISHED,
+        end_time=_now(),
+    )
+    tags = _start_tags("evaluate")
+    start = RunStart(new_run_key(), predictor, None, _now(), tags, model=model, otherwise=own)
+    tags = {MODEL_TAG: model_sha256, PREDICTOR_TAG: predictor}
+    update = RunUpdate(metrics=_points(metrics, 0), tags=tags)
+    _log_once(BufferedRun(address(), start.key, start), update)
 
 
 def log_settings(run: Run, params: Params, cohort: Cohort) -> None:
     """Logs the flat parameters of a fit and the hash of its data."""
     run.log_params(params.flat(*FIT_SECTIONS))
+    run.log_dataset(*_dataset(cohort, "training"))
+
+
+def _dataset(cohort: Cohort, context: str) -> tuple[str, str, str]:
     digest = provenance.data_digest(str(COHORT), cohort.train_validation_sha256)
-    run.log_dataset("cohort", digest, "training")
+    return "cohort", digest[:36], context

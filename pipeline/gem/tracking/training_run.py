@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.gem.common.config import Params
-from pipeline.gem.common.files import sha256
+from pipeline.gem.common.files import sha256, sha256_of
 from pipeline.gem.common.processes import StopSignal
 from pipeline.gem.common.progress import duration
 from pipeline.gem.data.cohort import Cohort
@@ -36,6 +36,12 @@ class TrainingJob:
     params: Params
     reuse_finished: bool = False
 
+    @property
+    def identity(self) -> str:
+        """Of the fits: a killed training is continued in its MLflow run."""
+        checkpoints = self._checkpoints_by_seed().values()
+        return sha256_of(self.label, [checkpoint.path.name for checkpoint in checkpoints])
+
     def train(self, run: Run, stop_signal: StopSignal) -> None:
         """Fits the models, writes the model directory and logs it to `run`.
 
@@ -62,11 +68,14 @@ class TrainingJob:
         epochs = len(fits[0].history)
         log.info("%s: best epoch %d of %d, model in %s", self.label, best.epoch, epochs, model)
 
-    def _checkpoints(self) -> dict[int, Checkpoint]:
+    def _checkpoints_by_seed(self) -> dict[int, Checkpoint]:
         data_sha256 = self.cohort.train_validation_sha256
-        checkpoints = {
+        return {
             seed: Checkpoint.of(self.params, data_sha256, seed) for seed in self.params.train.seeds
         }
+
+    def _checkpoints(self) -> dict[int, Checkpoint]:
+        checkpoints = self._checkpoints_by_seed()
         if not self.reuse_finished:
             for checkpoint in checkpoints.values():
                 checkpoint.discard_finished()

@@ -1,0 +1,244 @@
+"""The SQLite file of a local MLflow store: what is wrong with it, before MLflow opens it.
+
+MLflow keeps absolute paths of artifacts. In a project that was moved or copied they are corrected,
+so that nothing is written to the place where it was before.
+"""
+
+import logging
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+
+import mlflow
+from mlflow.store.db import utils as mlflow_database
+
+from pipeline.gem.common.addresses import project_root
+from pipeline.gem.common.errors import InputError
+
+log = logging.getLogger(__name__)
+
+ARTIFACTS = "mlruns"  # MLflow's own name, in the working directory
+LOCK_TIMEOUT_S = 5.0
+_MIGRATIONS = Path(mlflow.__file__).parent / "store" / "db_migrations" / "versions"
+_PLACES = (  # columns with absolute paths of artifacts
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+_ADVICE = {
+    "SQLITE_READONLY": "give write permission to it and its folder, or set MLFLOW_TRACKING_URI",
+    "SQLITE_CANTOPEN": "give write permission to it and its folder, or set MLFLOW_TRACKING_URI",
+    "SQLITE_NOTADB": "move it aside, or set MLFLOW_TRACKING_URI",
+    "SQLITE_CORRUPT": "restore a copy, or move it aside: the next stage makes a new one",
+}
+
+
+class LocalStore:
+    """An SQLite file of MLflow. It is the project's own if it lies in the project."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self._identity: tuple[int, int] | None = None
+
+    @property
+    def address(self) -> str:
+        """For MLflow. Absolute, because a relative path names another file in another folder, but
+        if MLflow would decode a part of the path."""
+        path = self.file.resolve()
+        return self.shown_address if "%" in str(path) or "?" in str(path) else f"sqlite:///{path}"
+
+    @property
+    def shown_address(self) -> str:
+        """Relative within the project."""
+        return f"sqlite:///{self._relative()}"
+
+    def _relative(self) -> Path:
+        inside = self.file.resolve().is_relative_to(project_root())
+        return Path(os.path.relpath(self.file)) if inside else self.file
+
+    def open(self) -> None:
+        """Checks the file, and makes it if there is none.
+
+        Raises:
+            InputError: no MLflow can use it, or not this one.
+            sqlite3.Error, OSError: it cannot be used now: locked, or the disk is full.
+        """
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            if not self.file.exists() or not self.file.stat().st_size:
+                self._create()
+        except (NotADirectoryError, FileExistsError, PermissionError) as error:
+            raise self._problem(f"cannot be made ({error})", "SQLITE_CANTOPEN") from None
+        if not self.file.is_file():
+            raise self._problem("is no file", "SQLITE_NOTADB")
+        with self._errors(), closing(self._connect()) as database:
+            self._check(database)
+        self._identity = _identity(self.file)
+
+    def require_usable(self) -> None:
+        """Raises OSError or sqlite3.Error if the file is gone, another one, locked, or damaged:
+        MLflow would write to a deleted file without an error, and wait for a lock for 20 s."""
+        if _identity(self.file) != self._identity:
+            raise FileNotFoundError(f"{self.file} was deleted or replaced")
+        with closing(self._connect()) as database:
+            _test_writing(database)
+
+    def require_experiment(self, name: str) -> None:
+        """InputError if an experiment is deleted, or keeps its files in another project."""
+        with self._errors(), closing(self._connect()) as database:
+            columns = "experiment_id, lifecycle_stage, artifact_location"
+            query = f"SELECT {columns} FROM experiments WHERE name = ?"
+            row = database.execute(query, (name,)).fetchone()
+        if row is None:
+            return
+        number, stage, location = row
+        if stage != "active":
+            raise deleted_experiment(name, str(number), self.shown_address)
+        root, path = _artifact_root(location), self.file.resolve()
+        if root and root not in (project_root(), path.parent):
+            raise InputError(
+                f"{self._relative()}: the experiment {name} keeps its files in {root}, another "
+                "project; set another tracking.experiment in params.yaml, or MLFLOW_TRACKING_URI"
+            )
+
+    def correct_places(self, new: str | None = None) -> None:
+        """Replaces the folder of a project that was moved or copied by the present one. In a store
+        outside of the project only for the experiment `new`, which this process has made."""
+        path, root = self.file.resolve(), project_root()
+        own = path.is_relative_to(root)
+        with closing(self._connect()) as database, database:
+            query = "SELECT artifact_location FROM experiments"
+            query, names = (query, ()) if own else (f"{query} WHERE name = ?", (new,))
+            locations = [location for (location,) in database.execute(query, names)]
+            target = root if own else path.parent
+            old = {_artifact_root(location) for location in locations} - {None, target}
+            if old:
+                database.execute("BEGIN IMMEDIATE")
+            for folder in sorted(old):
+                if not new:
+                    self._require_artifacts(folder, target)
+                _replace_folder(database, folder, target, None if own else new)
+        for folder in () if new else sorted(old):
+            message = "tracking: %s was made in %s; its paths of artifacts are corrected"
+            log.info(message, self._relative(), folder)
+
+    def _require_artifacts(self, old: Path, root: Path) -> None:
+        if (old / ARTIFACTS).exists() and not (root / ARTIFACTS).exists():
+            raise InputError(
+                f"{self._relative()} is a copy from {old}, without its artifacts; copy "
+                f"{old / ARTIFACTS} here too, or move {self._relative()} aside"
+            )
+
+    def _create(self) -> None:
+        """Makes the database under another name: a killed process leaves no half of it."""
+        for stray in self.file.parent.glob(f".{self.file.name}.*.new*"):
+            stray.unlink()
+        temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}.new")
+        try:
+            mlflow.MlflowClient(f"sqlite:///{os.path.relpath(temporary)}").search_experiments()
+            os.replace(temporary, self.file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _check(self, database: sqlite3.Connection) -> None:
+        _test_writing(database)
+        found = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise self._problem(f"is damaged ({found})", "SQLITE_CORRUPT")
+        query = "SELECT name FROM sqlite_master WHERE type = 'table'"
+        tables = sorted(name for (name,) in database.execute(query))
+        if "experiments" not in tables or "alembic_version" not in tables:
+            names = ", ".join(tables[:3])
+            raise self._problem(f"is no database of MLflow (tables: {names})", "SQLITE_NOTADB")
+        (version,) = database.execute("SELECT version_num FROM alembic_version").fetchone() or ("",)
+        self._check_version(version)
+
+    def _check_version(self, version: str) -> None:
+        current = mlflow_database._get_latest_schema_revision()
+        if version == current:
+            return
+        this = f"MLflow {mlflow.__version__}"
+        if list(_MIGRATIONS.glob(f"{version}_*.py")):
+            raise InputError(
+                f"{self._relative()} was made by an MLflow before {mlflow.__version__} (schema "
+                f"{version}); copy it, then run `mlflow db upgrade {self.shown_address}`"
+            )
+        raise InputError(
+            f"{self._relative()} was made by an MLflow that {this} does not know, probably a newer "
+            f"one (schema {version}); install that release, or move the file aside"
+        )
+
+    def _connect(self) -> sqlite3.Connection:
+        address = f"file:{quote(str(self.file.resolve()))}?mode=rw"
+        return sqlite3.connect(address, uri=True, timeout=LOCK_TIMEOUT_S, isolation_level=None)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """InputError for what stays wrong until somebody corrects it."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            code = "_".join(getattr(error, "sqlite_errorname", "").split("_")[:2])
+            if code not in _ADVICE:
+                raise
+            raise self._problem(f"cannot be used ({error})", code) from None
+
+    def _problem(self, words: str, code: str) -> InputError:
+        return InputError(f"MLflow's store {self._relative()} {words}; {_ADVICE[code]}")
+
+
+def deleted_experiment(name: str, number: str, address: str) -> InputError:
+    return InputError(
+        f"the experiment {name} is deleted in MLflow: restore it with `MLFLOW_TRACKING_URI="
+        f"{address} mlflow experiments restore -x {number}`, or set another tracking.experiment "
+        "in params.yaml"
+    )
+
+
+def _test_writing(database: sqlite3.Connection) -> None:
+    database.execute("BEGIN IMMEDIATE")
+    database.execute("PRAGMA user_version = 0")  # MLflow's own value; opens the journal
+    database.execute("ROLLBACK")
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _artifact_root(location: str | None) -> Path | None:
+    """The folder that holds `mlruns` in MLflow's own places of a local store, else None."""
+    parts = urlsplit(location or "")
+    path = Path(unquote(parts.path) if parts.scheme == "file" else location or "")
+    if parts.scheme not in ("", "file") or not path.is_absolute():
+        return None
+    return path.parent.parent if path.parent.name == ARTIFACTS else None
+
+
+def _replace_folder(
+    database: sqlite3.Connection, old: Path, root: Path, experiment: str | None
+) -> None:
+    """In all paths, or in the place of one experiment."""
+    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+    for before, after in (
+        (f"{old}/{ARTIFACTS}/", f"{root}/{ARTIFACTS}/"),
+        (f"{old.as_uri()}/{ARTIFACTS}/", f"{root.as_uri()}/{ARTIFACTS}/"),
+    ):
+        for table, column in _PLACES[:1] if experiment else _PLACES:
+            if table in tables:
+                statement = (
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                    f"WHERE substr({column}, 1, ?) = ?"
+                )
+                values = [after, len(before) + 1, len(before), before]
+                if experiment:
+                    statement, values = f"{statement} AND name = ?", [*values, experiment]
+                database.execute(statement, values)

@@ -75,7 +75,7 @@ def test_a_file_that_is_not_parquet_is_one_problem(tmp_path, content):
     path = tmp_path / "table.parquet"
     path.write_bytes(content)
     (problem,) = problems_of(path)
-    assert problem.startswith("not a Parquet table (")
+    assert problem.startswith("cannot be read as a Parquet table (")
 
 
 NOTHING = pd.Series([], dtype=float)
@@ -91,8 +91,8 @@ DATES = pd.to_datetime(["2020-01-01", "2021-01-01"])
         ({"label": [1, 2, 1], "x": [0, 1, 2]}, "duplicate labels 1; expected one row each"),
         ({"label": ["a", None, " "], "x": [0, 1, 2]}, "no label in rows 1, 2"),
         ({"label": ["a", "a|b"], "x": [0, 1]}, "labels a|b contain the separator |; expected one"),
-        ({"label": ["a", "b"], "x": ["1", "2"]}, "feature x holds object; expected numbers"),
-        ({"label": ["a", "b"], "x": DATES}, "feature x holds datetime64"),
+        ({"label": ["a", "b"], "x": ["1", "n"]}, "feature x holds text such as 'n'"),
+        ({"label": ["a", "b"], "x": DATES}, "feature x holds text such as '2020-01-01'"),
         ({"label": ["a", "b"], "x": [[1.0], [2.0]]}, "feature x holds object; expected numbers"),
         ({"label": ["a", "b"], "x": [1, np.nan]}, "feature x is not finite for b"),
         ({"label": ["a", "b"], "x": [1, -np.inf]}, "feature x is not finite for b"),
@@ -109,7 +109,7 @@ def test_an_invalid_label_or_feature_is_one_problem(tmp_path, columns, problem):
 
 
 def test_all_problems_are_reported_at_once(tmp_path):
-    columns = {"x": [1.0, np.nan, 0.0], "y": ["1", "2", "3"], "z": [0.0, 1.0, np.inf]}
+    columns = {"x": [1.0, np.nan, 0.0], "y": ["1", "2", "c"], "z": [0.0, 1.0, np.inf]}
     problems = problems_of(write(tmp_path, label=["a", "a", None], **columns))
     starts = ["no label", "duplicate labels a", "feature x", "feature y", "feature z"]
     assert all(line.startswith(start) for line, start in zip(problems, starts, strict=True))

@@ -81,7 +81,7 @@ def test_all_problems_of_all_tables_are_reported_at_once(annotate, tmp_path):
 
 TARGET_MISTAKES = {
     "absent": (None, "absent; data.target_gene names it"),
-    "no parquet": (b"gene", "not a Parquet table"),
+    "no parquet": (b"gene", "cannot be read as a Parquet table"),
     "no column": (
         TARGETS.rename(columns={"gene_id": "gene"}),
         "no column gene_id; expected perturbation and gene_id, found perturbation, gene",
@@ -127,10 +127,10 @@ def test_gene_lists_of_every_form_hold_the_same_genes(annotate, tmp_path, name):
 GENE_LIST_MISTAKES = [
     ("genes.txt", b"g1\nG2\ng3.1\n", "genes G2, g3.1 are not in here"),
     ("genes.txt", b"\n\n", "no gene; list at least one"),
-    ("genes.txt", b"\xff\xfe\x00", "cannot be read as a list of genes"),
+    ("genes.txt", b"\xff\xfe\x00", "cannot be read as a list of names"),
     ("genes.csv", b"gene,symbol\ng1,A\n", "no column gene_id; expected gene_id, found gene"),
-    ("genes.csv", b"", "not a CSV table"),
-    ("genes.parquet", b"g1\n", "not a Parquet table"),
+    ("genes.csv", b"", "cannot be read as a CSV table"),
+    ("genes.parquet", b"g1\n", "cannot be read as a Parquet table"),
     ("absent.txt", None, "absent; data.gene_list names it"),
 ]
 

@@ -106,7 +106,8 @@ def test_labels_without_features_are_noted_and_the_control_needs_none(prepare, s
     assert not [note for note in cohort.manifest["notes"] if "features" in note]
     label = pd.read_parquet(source / TABLE)["perturbation"].iloc[0]
     edit(source / TABLE, lambda table: table.iloc[1:])
-    note = f"perturbation: no features for {label}: only their identity is encoded"
+    share = "1 of 8 labels"
+    note = f"perturbation: no features for {label} ({share}): only their identity is encoded"
     assert note in prepare(source).manifest["notes"]
 
 

@@ -3,15 +3,18 @@
 U labels, E features.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.gem.common.errors import InputError, examples
 from pipeline.gem.data.labels import SEPARATOR, label_texts, list_cell_problems
+from pipeline.gem.data.tables import read_table
 
 CLIP = 6.0  # standard deviations
 # A deviation below this share of the largest value is the rounding error of a constant feature.
@@ -38,6 +41,7 @@ class FeatureTable:
                 f"{path}: absent; data.covariates names it as the table of an embedding"
             )
         table = read_table(path)
+        _parse_numbers(table)
         problems = _problems(table, path)
         if problems:
             raise InputError(*problems)
@@ -63,14 +67,13 @@ class FeatureTable:
         return FeatureTable(self.labels, values.astype(np.float32))
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """A table in CSV (suffix .csv) or Parquet. InputError if it cannot be read."""
-    kind, read = ("CSV", pd.read_csv) if path.suffix == ".csv" else ("Parquet", pd.read_parquet)
-    try:
-        return read(path)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{path}: not a {kind} table ({reason})") from None
+def _parse_numbers(table: pd.DataFrame) -> None:
+    """Replaces texts of the feature columns by numbers, in the columns that hold nothing else."""
+    for position in range(1, table.shape[1]):
+        if not pd.api.types.is_numeric_dtype(table.dtypes.iloc[position]):
+            with suppress(pa.ArrowException):
+                texts = pc.utf8_trim_whitespace(pa.array(table.iloc[:, position], pa.string()))
+                table.isetitem(position, pc.cast(texts, pa.float64()).to_pandas())
 
 
 def _problems(table: pd.DataFrame, path: Path) -> list[str]:
@@ -98,11 +101,21 @@ def _problems(table: pd.DataFrame, path: Path) -> list[str]:
     for position, name in enumerate(table.columns[1:], start=1):
         column = table.iloc[:, position]
         if not pd.api.types.is_numeric_dtype(column):
-            problems.append(f"{path}: feature {name} holds {column.dtype}; expected numbers")
+            texts = [value for value in column if isinstance(value, str)]
+            content = f"text such as {min(texts, key=_is_number)!r}" if texts else column.dtype
+            problems.append(f"{path}: feature {name} holds {content}; expected numbers")
         elif len(bad := np.flatnonzero(~np.isfinite(_as_float32(column)))):
             names = examples(labels.iloc[bad])
             problems.append(f"{path}: feature {name} is not finite for {names}")
     return problems
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _as_float32(columns: pd.DataFrame | pd.Series) -> np.ndarray:

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.gem.common.errors import InputError, IntegrityError
+from pipeline.gem.data.tables import identifiers
 
 ROW_GROUP = 1024  # rows
 SHARD_VALUES = 2**28  # counts in one shard at most
@@ -71,7 +72,7 @@ def read_shard(path: Path, genes: int) -> Iterator[tuple[np.ndarray, np.ndarray]
             _check_columns(path, file.schema_arrow)
             for batch in file.iter_batches(rows, columns=["sample_id", "counts"]):
                 if len(batch):
-                    names = batch["sample_id"].cast(pa.string()).to_numpy(zero_copy_only=False)
+                    names = identifiers(pa.chunked_array([batch["sample_id"]])).to_numpy()
                     yield names, _matrix(path, batch["counts"], genes, start)
                 start += len(batch)
     except (OSError, pa.ArrowException) as error:

@@ -12,12 +12,11 @@ from typing import Protocol
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.gem.common.config import Data
 from pipeline.gem.common.errors import InputError, did_you_mean, examples
 from pipeline.gem.data.shards import read_shard
+from pipeline.gem.data.tables import identifier_series, plain_frame, read_table
 
 MAX_COUNT = 2**24  # float32 holds every integer up to here
 CHUNK_VALUES = 2**23  # counts read at a time
@@ -129,8 +128,10 @@ class H5adSource:
             )
         names = obs.index.to_series() if sample_id is None else obs[sample_id]
         obs = obs.drop(columns=sample_id or [])
-        self.samples = _with_names(obs, names, "sample_id", f"{path}: obs")
-        self.genes = _with_names(var, var.index.to_series(), "gene_id", f"{path}: {genes}")
+        self.samples = _with_names(plain_frame(obs), names, "sample_id", f"{path}: obs")
+        self.genes = _with_names(
+            plain_frame(var), var.index.to_series(), "gene_id", f"{path}: {genes}"
+        )
         shape = (len(obs), len(var))
         if tuple(self._matrix.shape) != shape:
             raise InputError(
@@ -211,10 +212,7 @@ class H5adSource:
 
 
 def _read_table(path: Path, column: str, key: str) -> pd.DataFrame:
-    try:
-        table = pq.read_table(path).to_pandas()
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
+    table = read_table(path)
     if column not in table:
         raise InputError(f"{path}: no column {column}{did_you_mean(column, table.columns)}")
     return _with_names(table.drop(columns=column), table[column], key, str(path))
@@ -225,11 +223,12 @@ def _with_names(table: pd.DataFrame, names: pd.Series, key: str, where: str) -> 
 
     It replaces another column of that name. InputError if a name is missing.
     """
+    names = identifier_series(names)
     missing = np.flatnonzero(names.isna().to_numpy())
     if len(missing):
         raise InputError(f"{where}: {key} is missing in rows {examples(missing)}; name every row")
     table = table.drop(columns=key, errors="ignore").reset_index(drop=True)
-    table.insert(0, key, names.astype(str).to_numpy(dtype=object))
+    table.insert(0, key, names.to_numpy(dtype=object))
     return table
 
 

@@ -9,8 +9,9 @@ import pandas as pd
 
 from pipeline.gem.common.config import Data
 from pipeline.gem.common.errors import InputError, examples
-from pipeline.gem.data.features import FeatureTable, read_table
-from pipeline.gem.data.labels import label_texts, list_cell_problems
+from pipeline.gem.data.features import FeatureTable
+from pipeline.gem.data.labels import label_texts, list_cell_problems, split_labels
+from pipeline.gem.data.tables import identifier_series, is_table, read_lines, read_table
 
 TARGET_COLUMNS = ["perturbation", "gene_id"]
 
@@ -49,6 +50,53 @@ def read_annotations(data: Data, genes: pd.Series) -> Annotations:
     return Annotations(features, targets, gene_list)
 
 
+def match_annotations(annotations: Annotations, samples: pd.DataFrame, data: Data) -> list[str]:
+    """Notes on the tables that match the labels of the samples in part.
+
+    InputError for a table that matches none: its labels are written differently.
+    """
+    notes, problems = [], []
+    control = {data.control.value} if data.control else set()
+    for name, path in data.covariates.embeddings().items():
+        labels = _labels(samples[name]) - control
+        table = set(annotations.features[name].labels)
+        if missing := labels - table:
+            share = f"{len(missing)} of {len(labels)} labels"
+            notes.append(
+                f"{name}: no features for {examples(sorted(missing))} ({share}): "
+                "only their identity is encoded"
+            )
+        if labels and not labels & table:
+            problems.append(_no_match(path, table, name, labels))
+    targets = set(annotations.targets["perturbation"])
+    if targets and data.control is None:
+        notes.append("data.target_gene is not used: data.control is null")
+    elif targets:
+        name = data.control.column
+        labels = _labels(samples[name]) | set(label_texts(samples[name]).dropna())
+        if unmatched := targets - labels:
+            share = f"{len(unmatched)} of {len(targets)}"
+            notes.append(
+                f"data.target_gene: no sample has {name} {examples(sorted(unmatched))} ({share})"
+            )
+        if not targets & labels:
+            problems.append(_no_match(data.target_gene, targets, name, labels - control))
+    if problems:
+        raise InputError(*problems)
+    return notes
+
+
+def _labels(column: pd.Series) -> set[str]:
+    return {label for text in label_texts(column).dropna().unique() for label in split_labels(text)}
+
+
+def _no_match(path: str, table: set[str], name: str, labels: set[str]) -> str:
+    return (
+        f"{path}: none of its {len(table)} labels ({examples(sorted(table), 3)}) is among the "
+        f"{len(labels)} of {name} ({examples(sorted(labels), 3)}); write them alike"
+    )
+
+
 def _read_targets(data: Data, known_genes: set[str]) -> pd.DataFrame:
     if data.target_gene is None:
         return pd.DataFrame(columns=TARGET_COLUMNS, dtype=str)
@@ -64,18 +112,14 @@ def _read_targets(data: Data, known_genes: set[str]) -> pd.DataFrame:
 
 
 def _read_gene_list(data: Data, known_genes: set[str]) -> list[str] | None:
-    """A Parquet or CSV table with a column gene_id, or text with one gene_id per line."""
+    """A table with a column gene_id, or text with one gene_id per line."""
     if data.gene_list is None:
         return None
     path = _existing(data.gene_list, "data.gene_list")
-    if path.suffix in (".parquet", ".csv"):
+    if is_table(path):
         names = _read_labels(path, ["gene_id"])["gene_id"].dropna().tolist()
     else:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read as a list of genes ({error})") from None
-        names = [line.strip() for line in lines if line.strip()]
+        names = read_lines(path)
     problems = _unknown_genes(names, known_genes, path, data)
     if not names:
         problems.append(f"{path}: no gene; list at least one, or set data.gene_list to null")
@@ -103,14 +147,16 @@ def _read_labels(path: Path, columns: list[str]) -> pd.DataFrame:
         problems += list_cell_problems(table[name], f"{path}: {name}")
     if problems:
         raise InputError(*problems)
-    return pd.DataFrame({name: label_texts(table[name]) for name in columns})
+    texts = {"gene_id": identifier_series}
+    return pd.DataFrame({name: texts.get(name, label_texts)(table[name]) for name in columns})
 
 
 def _unknown_genes(names, known_genes: set[str], path: Path, data: Data) -> list[str]:
-    unknown = sorted(set(names) - known_genes)
+    names = set(names)
+    unknown = sorted(names - known_genes)
     if not unknown:
         return []
     return [
-        f"{path}: genes {examples(unknown, 20)} are not in {data.source}; "
-        "expected gene_ids of its genes"
+        f"{path}: genes {examples(unknown)} are not in {data.source} "
+        f"({len(unknown)} of {len(names)}); its genes are {examples(sorted(known_genes), 3)}"
     ]

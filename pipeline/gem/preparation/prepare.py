@@ -14,11 +14,15 @@ from pipeline.gem.common.errors import InputError, did_you_mean, examples
 from pipeline.gem.common.files import sha256, sha256_of, write_json
 from pipeline.gem.data.cleaning import clean_samples
 from pipeline.gem.data.cohort import DECLARED, FORMAT_VERSION, TARGETS, embedding_files
-from pipeline.gem.data.features import FeatureTable
-from pipeline.gem.data.labels import label_texts, list_cell_problems, split_labels
+from pipeline.gem.data.labels import label_texts, list_cell_problems
 from pipeline.gem.data.sources import Source, check_unique
 from pipeline.gem.data.splits import SPLIT_ROLES, date_problems, role_of, split_sizes
-from pipeline.gem.preparation.annotations import Annotations, collect_problems, read_annotations
+from pipeline.gem.preparation.annotations import (
+    Annotations,
+    collect_problems,
+    match_annotations,
+    read_annotations,
+)
 from pipeline.gem.preparation.assign_splits import assign_splits
 from pipeline.gem.preparation.gene_selection import select_genes
 from pipeline.gem.preparation.leakage import check_duplicate_samples, check_split_leakage
@@ -35,6 +39,7 @@ def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> di
     InputError if the source is invalid, IntegrityError if its splits leak.
     """
     samples, annotations = _validate_tables(source, data)
+    match_annotations(annotations, samples, data)
     split, notes = assign_splits(samples, data, params)
     check_split_leakage(samples, split, data)
     summary = summarise_counts(source, split.map(role_of).to_numpy(), data)
@@ -47,7 +52,7 @@ def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> di
     targets = _target_genes(annotations.targets, samples[kept], data)
     genes, gene_notes = select_genes(source, summary, annotations.gene_list, targets, data)
     notes += gene_notes + _note_untracked_tables(data)
-    notes += _note_missing_features(annotations.features, samples[kept], data)
+    notes += match_annotations(annotations, samples[kept], data)
 
     _remove_cohort(folder)
     roles = {}
@@ -140,20 +145,6 @@ def _note_empty_samples(names: pd.Series, data: Data) -> str:
     return f"{len(names)} samples without any count were dropped"
 
 
-def _note_missing_features(
-    features: dict[str, FeatureTable], samples: pd.DataFrame, data: Data
-) -> list[str]:
-    """A note for each embedding whose table lacks labels of the samples (the control needs
-    none)."""
-    notes, control = [], {data.control.value} if data.control else set()
-    for name, table in features.items():
-        labels = {label for text in samples[name].dropna().unique() for label in split_labels(text)}
-        if missing := labels - set(table.labels) - control:
-            labels = examples(sorted(missing))
-            notes.append(f"{name}: no features for {labels}: only their identity is encoded")
-    return notes
-
-
 def _note_untracked_tables(data: Data) -> list[str]:
     """A note for each table that DVC does not track: it tracks data.source and data/tables."""
     embeddings = data.covariates.embeddings().items()
@@ -172,7 +163,8 @@ def _target_genes(targets: pd.DataFrame, samples: pd.DataFrame, data: Data) -> s
     """The target genes of the perturbations of the samples."""
     if data.control is None:
         return set()
-    return set(targets["gene_id"][targets["perturbation"].isin(samples[data.control.column])])
+    labels = label_texts(samples[data.control.column])
+    return set(targets["gene_id"][targets["perturbation"].isin(labels)])
 
 
 def _declarations(data: Data) -> dict:

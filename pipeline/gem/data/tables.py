@@ -1,0 +1,259 @@
+"""Tables of the user in one form: CSV and TSV (also .gz), Parquet, columns of a frame.
+
+A cell of a text table is the text as written, and missing only if it is empty. Columns of any other
+table are texts, numbers or booleans, whatever their type on disk.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pc_csv
+import pyarrow.parquet as pq
+
+from pipeline.gem.common.errors import InputError
+from pipeline.gem.data.labels import label_text
+
+logger = logging.getLogger(__name__)
+TEXT_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
+_HEAD = 2**16  # bytes that show encoding and delimiter
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_BYTE_ORDER_MARKS = {  # the longest first: the mark of UTF-32 begins with that of UTF-16
+    b"\xff\xfe\x00\x00": "utf-32",
+    b"\x00\x00\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+    b"\xef\xbb\xbf": "utf-8-sig",
+}
+
+
+# files
+
+
+def is_text_table(path: Path) -> bool:
+    return path.name.lower().endswith(TEXT_SUFFIXES)
+
+
+def is_table(path: Path) -> bool:
+    return path.name.lower().endswith(SUFFIXES)
+
+
+@contextmanager
+def readable(path: Path, kind: str = "a table") -> Iterator[None]:
+    """Turns errors of Arrow, of decoding and of the system into an InputError about the file."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, UnicodeError) or "invalid UTF8" in reason:
+            reason = "its text is not UTF-8; save it as UTF-8"
+        raise InputError(f"{path}: cannot be read as {kind} ({reason})") from None
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A table whose suffix is one of SUFFIXES. InputError if it cannot be read.
+
+    The index of a frame that pandas wrote as Parquet comes first, as columns.
+    """
+    if is_text_table(path):
+        with readable(path, "a CSV table"):
+            table = pa.Table.from_batches(text_batches(path), text_schema(path))
+    else:
+        with readable(path, "a Parquet table"), pq.ParquetFile(path) as file:
+            table = file.read()
+        stored = (table.schema.pandas_metadata or {}).get("index_columns", [])
+        index = [name for name in stored if name in table.column_names]
+        names = index + [name for name in table.column_names if name not in index]
+        if index and len(set(names)) == len(names):
+            table = table.select(names)
+    return pd.DataFrame(
+        {position: _to_pandas(plain(column)) for position, column in enumerate(table.columns)}
+    ).set_axis(table.column_names, axis=1)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not empty, without the space around them."""
+    with readable(path, "a list of names"), pa.input_stream(path) as file:
+        content = file.read()
+        lines = content.decode(_encoding(content)).splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def text_schema(path: Path) -> pa.Schema:
+    """Text columns with the names of the header. A warning tells of an unusual delimiter."""
+    with readable(path, "a CSV table"):
+        encoding, delimiter, usual = _text_format(path)
+        if not usual:
+            logger.warning(
+                "%s: its columns are separated by %s; read as such", path, _DELIMITERS[delimiter]
+            )
+        with _open_text(path, encoding, delimiter, None) as reader:
+            return pa.schema([(name, pa.string()) for name in _stripped(reader.schema.names)])
+
+
+def text_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """Batches of a text table, of bounded size."""
+    encoding, delimiter, _ = _text_format(path)
+    with _open_text(path, encoding, delimiter, None) as reader:
+        names = reader.schema.names
+    with _open_text(path, encoding, delimiter, dict.fromkeys(names, pa.string())) as reader:
+        for batch in reader:
+            yield batch.rename_columns(_stripped(names))
+
+
+def _open_text(path: Path, encoding: str, delimiter: str, types: dict | None):
+    # Arrow drops the mark of UTF-8 itself.
+    encoding = "utf-8" if encoding == "utf-8-sig" else encoding
+    return pc_csv.open_csv(
+        pa.input_stream(path),
+        read_options=pc_csv.ReadOptions(encoding=encoding),
+        parse_options=pc_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=pc_csv.ConvertOptions(
+            column_types=types, null_values=[""], strings_can_be_null=True
+        ),
+    )
+
+
+def _text_format(path: Path) -> tuple[str, str, bool]:
+    """(encoding, delimiter, whether the suffix promises that delimiter) from the first bytes."""
+    with pa.input_stream(path) as file:
+        head = file.read(_HEAD)
+    encoding = _encoding(head)
+    usual = "\t" if ".tsv" in path.name.lower() else ","
+    # Text in quotes may hold any delimiter: keep what stands outside.
+    header = next(iter(head.decode(encoding, errors="ignore").splitlines()), "")
+    outside = "".join(header.split('"')[::2])
+    delimiter = max((usual, *_DELIMITERS), key=outside.count)  # the usual one if equal
+    return encoding, delimiter, delimiter == usual
+
+
+def _encoding(head: bytes) -> str:
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if head.startswith(mark)), "")
+    if not encoding and b"\0" in head:
+        raise ValueError("it is no text, or UTF-16 without a byte-order mark; save it as UTF-8")
+    return encoding or "utf-8"
+
+
+def _stripped(names: list[str]) -> list[str]:
+    """Names of columns; one without a name is called by its position."""
+    return [name.strip() or f"column_{number}" for number, name in enumerate(names, start=1)]
+
+
+# columns
+
+
+def storable(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column in a type that Arrow's functions know: no view, no runs, no extension."""
+    kind, types = column.type, pa.types
+    if types.is_run_end_encoded(kind):
+        return storable(pa.chunked_array([pc.run_end_decode(chunk) for chunk in column.chunks]))
+    if types.is_string_view(kind) or types.is_binary_view(kind):
+        return column.cast(pa.string() if types.is_string_view(kind) else pa.binary())
+    if types.is_dictionary(kind) and types.is_string_view(kind.value_type):
+        return pa.chunked_array(
+            pa.DictionaryArray.from_arrays(chunk.indices, chunk.dictionary.cast(pa.string()))
+            for chunk in column.chunks
+        )
+    if isinstance(kind, pa.BaseExtensionType):
+        return _texts(column)
+    return column
+
+
+def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column as text, 64-bit floats, integers or booleans; text that was coded stays coded.
+
+    A number of 32 or 16 bits becomes the number that its shortest text names: 0.1, not
+    0.10000000149. Nested columns, and bytes that are no UTF-8, stay as they are.
+    """
+    column = storable(column)
+    kind, types = column.type, pa.types
+    if types.is_dictionary(kind):
+        values = plain(_decoded(column))
+        return values.dictionary_encode() if types.is_string(values.type) else values
+    if types.is_null(kind) or types.is_large_string(kind):
+        return column.cast(pa.string())
+    if types.is_float32(kind) or types.is_float16(kind):
+        numbers = column.to_numpy()
+        missing = np.asarray(column.is_null())
+        return pa.chunked_array([pa.array(numbers.astype(str).astype(np.float64), mask=missing)])
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+        try:
+            return column.cast(pa.binary()).cast(pa.string())
+        except pa.ArrowInvalid:
+            return column
+    if any(is_plain(kind) for is_plain in _PLAIN):
+        return column
+    return _texts(column)
+
+
+_PLAIN = (
+    pa.types.is_string,
+    pa.types.is_floating,
+    pa.types.is_integer,
+    pa.types.is_boolean,
+    pa.types.is_nested,
+)
+
+
+def identifiers(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Names of samples or genes as text, as written without the space around them."""
+    column = plain(column)
+    if pa.types.is_dictionary(column.type):
+        column = _decoded(column)
+    if not pa.types.is_string(column.type):
+        return _texts(column)
+    texts = pc.utf8_trim_whitespace(column)
+    return pc.if_else(pc.equal(texts, ""), None, texts)
+
+
+def identifier_series(names: pd.Series | pd.Index) -> pd.Series:
+    """`identifiers` of a column or an index of a frame."""
+    return _to_pandas(identifiers(arrow_column(names)))
+
+
+def plain_frame(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with all columns `plain`."""
+    columns = [_to_pandas(plain(arrow_column(frame.iloc[:, i]))) for i in range(frame.shape[1])]
+    plain_columns = dict(enumerate(column.set_axis(frame.index) for column in columns))
+    return pd.DataFrame(plain_columns, index=frame.index).set_axis(frame.columns, axis=1)
+
+
+def arrow_column(column: pd.Series | pd.Index) -> pa.ChunkedArray:
+    """A column of a frame; as text if it mixes types, such as 55 and "24 hours"."""
+    try:
+        array = pa.Array.from_pandas(column)
+    except (pa.ArrowException, OverflowError, ValueError, TypeError):
+        array = pa.array(map(_text, column), pa.string())
+    return array if isinstance(array, pa.ChunkedArray) else pa.chunked_array([array])
+
+
+def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(column.type.value_type)
+
+
+def _texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Of values that are neither text nor numbers, such as decimals and dates."""
+    return pa.chunked_array([pa.array(map(_text, column.to_pylist()), pa.string())])
+
+
+def _text(value: object) -> str | None:
+    if not pd.api.types.is_scalar(value):
+        return str(value)
+    if isinstance(value, datetime) and not pd.isna(value) and value.time() == time():
+        return str(value.date())  # pandas stores dates as times at midnight
+    return label_text(value)
+
+
+def _to_pandas(column: pa.ChunkedArray) -> pd.Series:
+    """Integers stay integers where a value is missing: as floats, long ones would lose digits."""
+    if pa.types.is_integer(column.type) and column.null_count:
+        name = str(column.type).replace("int", "Int").replace("u", "U")
+        return pd.Series(pd.api.types.pandas_dtype(name).__from_arrow__(column))
+    return column.to_pandas()

@@ -21,6 +21,7 @@ from pipeline.gem.common import provenance, yaml_file
 from pipeline.gem.common.config import Params, flatten, read_params
 from pipeline.gem.common.errors import InputError, exit_with
 from pipeline.gem.common.files import sha256, sha256_of
+from pipeline.gem.common.processes import exclusive
 from pipeline.gem.common.progress import duration
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.evaluation.predictors import MODELS, REFERENCE_SUFFIX
@@ -57,7 +58,9 @@ def main() -> None:
     if parser.parse_args().show:
         show()
     else:
-        evaluate(read_params())
+        params = read_params()
+        with exclusive("evaluate", f"{OUTPUT} is being written by {{process}}; wait for it"):
+            evaluate(params)
 
 
 def show() -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.gem.common.config import read_params
+from pipeline.gem.common.config import Params, read_params
 from pipeline.gem.common.errors import exit_with
+from pipeline.gem.common.processes import exclusive
 from pipeline.gem.common.progress import duration
 from pipeline.gem.data.sources import open_source
 from pipeline.gem.preparation.prepare import write_cohort
@@ -25,6 +26,11 @@ OUTPUT = Path("data/cohort")
 
 def main() -> None:
     params = read_params()
+    with exclusive("prepare", f"{OUTPUT} is being written by {{process}}; wait for it"):
+        prepare(params)
+
+
+def prepare(params: Params) -> None:
     started = time.monotonic()
     manifest = write_cohort(open_source(params.data), params.data, params.splits, OUTPUT)
     for note in manifest["notes"]:

@@ -10,9 +10,10 @@ import logging
 import os
 from pathlib import Path
 
-from pipeline.gem.common.config import read_params
+from pipeline.gem.common.config import Params, read_params
 from pipeline.gem.common.errors import InputError, exit_with
 from pipeline.gem.common.files import write_json
+from pipeline.gem.common.processes import exclusive
 from pipeline.gem.tracking import connection, mlflow_client
 from pipeline.gem.tracking.model_registry import register_models
 from pipeline.gem.tracking.offline_buffer import REJECTED, unsent_runs
@@ -25,6 +26,11 @@ OUTPUT = EXPERIMENTS / "registered.json"
 
 def main() -> None:
     params = read_params()
+    with exclusive("register", f"{OUTPUT} is being written by {{process}}; wait for it"):
+        register(params)
+
+
+def register(params: Params) -> None:
     mlflow_client.connect(params.tracking.experiment)
     models = register_models(EXPERIMENTS)
     write_json(OUTPUT, models)

@@ -10,13 +10,16 @@ from pathlib import Path
 
 from pipeline.gem.common.config import read_params
 from pipeline.gem.common.errors import exit_with
+from pipeline.gem.common.processes import exclusive
 from pipeline.gem.simulation.write import write_source
 
 OUTPUT = Path("data/synthetic")
 
 
 def main() -> None:
-    write_source(read_params().synthesize, OUTPUT)
+    params = read_params().synthesize
+    with exclusive("synthesize", f"{OUTPUT} is being written by {{process}}; wait for it"):
+        write_source(params, OUTPUT)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ Run     python -m pipeline.train     (about a minute on the default cohort)
 """
 
 import logging
-import os
 from pathlib import Path
 
 from pipeline.gem.common.config import Params, read_params
 from pipeline.gem.common.errors import StoppedError, exit_with
-from pipeline.gem.common.processes import StopSignal, end_with_parent, exclusive
+from pipeline.gem.common.processes import StopSignal, exclusive
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.tracking import mlflow_client
 from pipeline.gem.tracking.runs import COHORT, Run, log_settings
@@ -27,10 +26,8 @@ OUTPUT = Path("experiments/default")
 
 def main() -> None:
     params = read_params()
-    busy = f"{OUTPUT} is being trained by process {{process}}; wait for it, or stop it"
+    busy = f"{OUTPUT} is being trained by {{process}}; wait for it, or stop it"
     with exclusive("train", busy), StopSignal() as stop_signal:
-        if "DVC_STAGE" in os.environ:
-            end_with_parent()
         try:
             train(params, stop_signal)
         except StoppedError as stopped:

@@ -12,7 +12,7 @@ import os
 
 from pipeline.gem.common.config import read_params
 from pipeline.gem.common.errors import InputError, StoppedError, exit_with
-from pipeline.gem.common.processes import StopSignal, end_with_parent, exclusive
+from pipeline.gem.common.processes import StopSignal, exclusive
 from pipeline.gem.search.run import SearchSession
 from pipeline.gem.search.search_config import read_search_config
 
@@ -24,12 +24,10 @@ def main() -> None:
     name, params = arguments.search, read_params()
     config = read_search_config(name, params)
     busy = (
-        f"search {name}: process {{process}} runs it here; wait for it, or stop it and run "
+        f"search {name}: {{process}} runs it here; wait for it, or stop it and run "
         f"`make tune SEARCH={name} WORKERS=2`"
     )
     with exclusive(f"tune-{name}", busy), StopSignal() as stop:
-        if "DVC_STAGE" in os.environ:
-            end_with_parent()
         try:
             SearchSession(name, config, params, arguments.workers).run(stop)
         except StoppedError as error:

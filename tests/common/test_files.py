@@ -1,14 +1,22 @@
 """Atomic writes, strict JSON and hashes."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
 from pipeline.gem.common import files
-from pipeline.gem.common.files import atomic_replacement, sha256_of, write_atomically, write_json
+from pipeline.gem.common.files import (
+    atomic_replacement,
+    folder_replacement,
+    sha256_of,
+    write_atomically,
+    write_json,
+)
 
 
 def names_in(folder) -> list[str]:
@@ -31,6 +39,25 @@ def test_an_atomic_write_keeps_the_mode_of_the_file(tmp_path, mode):
     assert (tmp_path / "file").stat().st_mode & 0o777 == mode
 
 
+@pytest.mark.parametrize("kind", ["symlink", "hardlink"])
+@pytest.mark.parametrize("name", ["file", "folder/file"])
+def test_nothing_is_written_through_a_link(tmp_path, kind, name):
+    """DVC's cache may be links to read-only files."""
+    cached, path = tmp_path / "cached", tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    cached.write_bytes(b"old")
+    cached.chmod(0o444)
+    path.symlink_to(cached) if kind == "symlink" else path.hardlink_to(cached)
+    if name == "file":
+        write_atomically(path, b"new")
+    else:
+        with folder_replacement(path.parent) as folder:
+            (folder / "file").write_bytes(b"new")
+    assert cached.read_bytes() == b"old" and cached.stat().st_mode & 0o777 == 0o444
+    assert path.read_bytes() == b"new" and not path.is_symlink()
+    assert path.stat().st_mode & 0o200
+
+
 @pytest.mark.parametrize("failure", ["fsync", "replace", "chmod"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failure, error):
@@ -40,28 +67,81 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(files.os, failure, fail)
+    owner = files.Path if failure == "chmod" else files.os
+    monkeypatch.setattr(owner, failure, fail)
     with pytest.raises(type(error)):
         write_atomically(path, b"new")
     monkeypatch.undo()
     assert path.read_bytes() == b"old" and names_in(tmp_path) == ["file"]
 
 
-def test_a_replacement_is_complete_or_absent_and_removes_files_of_ended_processes(tmp_path):
-    path = tmp_path / "file"
+def strays(folder) -> list[str]:
+    return [name for name in names_in(folder) if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("name", ["file", "n" * 255, "[*]"])
+def test_a_replacement_is_complete_or_absent_and_removes_files_of_ended_processes(tmp_path, name):
+    path = tmp_path / name
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
+    with atomic_replacement(path) as temporary:
+        temporary.write_bytes(b"")
     for process in (ended.pid, os.getppid()):
-        (tmp_path / f".file.{process}.tmp").write_bytes(b"partial")
+        stray = temporary.with_name(temporary.name.replace(str(os.getpid()), str(process)))
+        stray.write_bytes(b"partial")
+    path.unlink()
     with pytest.raises(KeyboardInterrupt), atomic_replacement(path) as temporary:
         temporary.write_bytes(b"partial")
         raise KeyboardInterrupt
-    running = f".file.{os.getppid()}.tmp"
-    assert names_in(tmp_path) == [running]
+    assert names_in(tmp_path) == [stray.name]  # of a running process
     with atomic_replacement(path) as temporary:
         temporary.write_bytes(b"complete")
         assert not path.exists()
-    assert path.read_bytes() == b"complete" and names_in(tmp_path) == [running, "file"]
+    assert path.read_bytes() == b"complete" and strays(tmp_path) == [stray.name]
+
+
+@pytest.mark.parametrize("failure", [None, KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
+@pytest.mark.parametrize("old", [None, "folder", "link"])
+def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path, failure, old):
+    path, target = tmp_path / "place" / "folder", tmp_path / "target"
+    if old:
+        target.mkdir()
+        (target / "old").write_bytes(b"old")
+        path.parent.mkdir()
+        target.rename(path) if old == "folder" else path.symlink_to(target)
+    expected = pytest.raises(type(failure)) if failure else nullcontext()
+    with expected as caught, folder_replacement(path) as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "new").write_bytes(b"x" * 10_000)
+        if failure:
+            raise failure
+    if not failure:
+        assert names_in(path) == ["deep"] and not path.is_symlink()
+    elif old:
+        assert (path / "old").read_bytes() == b"old" and names_in(path) == ["old"]
+    else:
+        assert not path.exists()
+    assert strays(path.parent) == []
+    if isinstance(failure, OSError):
+        assert "needed 0.01 MB or more" in str(caught.value) and str(path) in str(caught.value)
+    if old == "link":
+        assert (target / "old").read_bytes() == b"old"
+
+
+def test_a_folder_that_cannot_be_renamed_is_replaced(tmp_path, monkeypatch):
+    """A folder of a container's image: the kernel answers EXDEV."""
+    rename = os.rename
+
+    def refuse(source, target):
+        if source == tmp_path / "folder":
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(source, target)
+
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(files.os, "rename", refuse)
+    with folder_replacement(tmp_path / "folder") as folder:
+        (folder / "new").write_bytes(b"new")
+    assert names_in(tmp_path) == ["folder"] and names_in(tmp_path / "folder") == ["new"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), [float("-inf")]])

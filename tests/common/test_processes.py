@@ -1,10 +1,15 @@
 """Stop signals are raised only where they may be; one process per task."""
 
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
+import filelock
 import pytest
 from support.settings import ROOT
 
@@ -64,7 +69,7 @@ def test_a_second_process_of_a_task_is_an_error_with_the_id_of_the_first(tmp_pat
     )
     with other:
         assert other.stdout.readline() == "locked\n"
-        refusal = pytest.raises(InputError, match=f"busy: {other.pid}")
+        refusal = pytest.raises(InputError, match=f"busy: process {other.pid}$")
         with refusal, exclusive("train", "busy: {process}"):
             pass
         with exclusive("tune", "another task"):
@@ -72,3 +77,94 @@ def test_a_second_process_of_a_task_is_an_error_with_the_id_of_the_first(tmp_pat
         other.stdin.close()
     with exclusive("train", "the lock is free again"):
         pass
+
+
+# A file system without locks: Lustre answers ENOSYS, some NFS ENOLCK.
+
+LOCKED = """
+import fcntl, os, sys
+from pipeline.gem.common import processes
+def flock(*_): raise OSError(int(sys.argv[1]), os.strerror(int(sys.argv[1])))
+fcntl.flock = flock
+with processes.exclusive('train', ''): print('locked', flush=True); sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+    "number, leftover",
+    [
+        (errno.ENOSYS, None),
+        (errno.ENOLCK, "a lock of an ordinary disk"),
+        (errno.EOPNOTSUPP, "a killed process"),
+    ],
+)
+def test_without_locks_of_the_file_system_one_process_runs(tmp_path, monkeypatch, number, leftover):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(processes, "LOCK_TIMEOUT_S", 0.1)
+    if leftover == "a lock of an ordinary disk":
+        with exclusive("train", ""):
+            pass
+    start = partial(
+        subprocess.Popen,
+        [sys.executable, "-c", LOCKED, str(number)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    if leftover == "a killed process":
+        with start() as killed:
+            assert killed.stdout.readline() == "locked\n"
+            killed.kill()
+    with start() as other:
+        assert other.stdout.readline() == "locked\n"
+
+        def refuse(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(processes.fcntl, "flock", refuse)
+        lease = processes.file_lock(tmp_path / ".gem" / "train.lock", 0)
+        with pytest.raises(filelock.Timeout):
+            lease.acquire()
+        other.stdin.close()
+    with exclusive("train", "the lock is free again"):
+        pass
+
+
+def test_a_lock_from_another_machine_is_free_when_nobody_renews_it(tmp_path, monkeypatch):
+    """A project that was copied, with .gem, while a stage ran there."""
+    monkeypatch.setattr(processes, "_has_locks", lambda _: False)
+    monkeypatch.setattr(processes, "LEASE_S", 0.3)
+    path = tmp_path / "train.lock"
+    with processes.file_lock(path, 0):
+        (lease,) = tmp_path.iterdir()
+        content = lease.read_bytes().replace(socket.gethostname().encode(), b"elsewhere")
+    assert b"elsewhere" in content
+    lease.write_bytes(content)
+    with pytest.raises(filelock.Timeout), processes.file_lock(path, 0):
+        pass
+    with processes.file_lock(path, 3):
+        pass
+
+
+@pytest.mark.parametrize(
+    "content, name",
+    [
+        (f"{os.getpid()} {socket.gethostname()}", f"process {os.getpid()}"),
+        (f"7 {socket.gethostname()}x", f"process 7 on {socket.gethostname()}x"),
+        (f"4194399 {socket.gethostname()}", "another process"),
+        ("", "another process"),
+        (None, "another process"),
+    ],
+)
+def test_the_message_names_only_a_process_that_exists(tmp_path, monkeypatch, content, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(processes, "LOCK_TIMEOUT_S", 0)
+    with processes.file_lock(Path(".gem/train.lock")):
+        if content is not None:
+            Path(".gem/train.pid").write_text(content)
+        with (
+            pytest.raises(InputError, match=f"^busy: {name}$"),
+            exclusive("train", "busy: {process}"),
+        ):
+            pass

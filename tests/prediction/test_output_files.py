@@ -1,9 +1,5 @@
 """Output files: Parquet with lists and AnnData, written in blocks."""
 
-import os
-import subprocess
-import sys
-
 import anndata
 import numpy as np
 import pandas as pd
@@ -121,17 +117,6 @@ def test_a_failure_leaves_no_file_and_keeps_the_last_complete_one(tmp_path, name
     with pytest.raises(OSError, match="full"):
         write(tmp_path / name, failing())
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-@pytest.mark.parametrize("name", ["x.parquet", "x.h5ad"])
-def test_files_of_killed_processes_are_removed_and_those_of_running_ones_are_kept(tmp_path, name):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    (tmp_path / f".{name}.{ended.pid}.tmp").write_bytes(b"half")
-    running = tmp_path / f".{name}.{os.getppid()}.tmp"
-    running.write_bytes(b"half")
-    write(tmp_path / name, blocks(50))
-    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == [running]
 
 
 def test_another_suffix_is_refused(tmp_path):

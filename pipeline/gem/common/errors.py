@@ -28,7 +28,10 @@ class GemError(Exception):
 
     def __init__(self, *problems: str):
         self.problems = tuple(map(printable, problems))
-        super().__init__("\n".join(self.problems))
+        super().__init__(*self.problems)
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
 
 
 class InputError(GemError):

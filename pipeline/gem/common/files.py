@@ -1,76 +1,155 @@
-"""Files that are complete or absent: atomic writes, checksums, strict JSON."""
+"""Files and folders that are complete or absent: written beside their place, then renamed.
 
+Nothing is written through a link (DVC's cache may be links), and nothing is removed before its
+successor is complete. A process that is killed leaves a `.*.tmp`, which the next writer removes.
+"""
+
+import errno
+import glob
 import hashlib
 import json
 import os
-import tempfile
+import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.gem.common.machine_errors import NO_SPACE, error_number
+
+if TYPE_CHECKING:
+    import pandas as pd  # takes a second, and most processes need it later or never
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `content`; a reader, or a crash, sees the old file or the new one. Keeps the mode."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    """Writes `content`; a reader, or a crash, sees the old file or the new one."""
+    with _replacement(path, len(content)) as temporary:
+        temporary.write_bytes(content)
+
+
+def atomic_replacement(path: Path):
+    """A context with a temporary path to write to, which replaces `path` at the end.
+
+    For files that are too large for `write_atomically`. The file keeps the mode of a file that
+    it replaces, unless that is a link.
+    """
+    return _replacement(path)
 
 
 @contextmanager
-def atomic_replacement(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, which replaces `path` at the end; removed on failure.
+def folder_replacement(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill, which replaces the folder `path` with all its content at the
+    end; after a failure `path` is as before."""
+    with _replacement(path) as temporary:
+        temporary.mkdir()
+        yield temporary
 
-    For files that are too large for `write_atomically`. Removes what a killed process left behind.
-    """
+
+@contextmanager
+def _replacement(path: Path, size: int | None = None) -> Iterator[Path]:
+    """`size` in bytes, if it is known before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stray in path.parent.glob(f".{path.name}.*.tmp"):
-        if not _is_running(stray.name.removeprefix(f".{path.name}.").removesuffix(".tmp")):
-            stray.unlink(missing_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    # Short, because the name of the file may have the greatest length.
+    prefix = f".{path.name[:40]}.{zlib.crc32(os.fsencode(path.name)):08x}."
+    for stray in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        if not _is_running(stray.name.removeprefix(prefix).removesuffix(".tmp")):
+            _remove(stray)
+    temporary = path.parent / f"{prefix}{os.getpid()}.tmp"
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        written = [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]
+        for part in written:
+            _synchronise(part)
+        _rename(temporary, path)
+    except Exception as error:
+        needed = f"{_megabytes(size or _size(temporary))}{'' if size else ' or more'}"
+        _remove(temporary)
+        number = error_number(error)
+        if number not in NO_SPACE:
+            raise
+        free = _megabytes(shutil.disk_usage(path.parent).free)
+        what = f"{os.strerror(number)}: needed {needed}, {free} free in {path.parent}"
+        raise OSError(number, what, str(path)) from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
-    _sync_folder(path.parent)
+    _synchronise(path.parent)
+
+
+def _rename(new: Path, path: Path) -> None:
+    """Puts a file or folder in its place. Folders cannot replace each other in one step."""
+    if not new.is_dir():
+        if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1:
+            new.chmod(path.stat().st_mode & 0o777)
+        os.replace(new, path)
+        return
+    old = new.with_suffix(".old.tmp")
+    if path.is_symlink() or path.exists():
+        try:
+            os.rename(path, old)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            _remove(path)  # a folder of the image of a container cannot be renamed
+    try:
+        os.rename(new, path)
+    except BaseException:
+        if old.exists():
+            os.rename(old, path)
+        raise
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_running(process: str) -> bool:
     """Whether the text is the id of a running process."""
     try:
         os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
+    except (ValueError, OverflowError, ProcessLookupError):
         return False
     except PermissionError:
         return True
     return True
 
 
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
+def _synchronise(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    parts = [*path.rglob("*")] if path.is_dir() else [path]
+    return sum(part.stat().st_size for part in parts if part.is_file())
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.2f} MB"
 
 
 def write_json(path: Path, value: object) -> None:
     """Writes strict JSON. ValueError for a number that is not finite."""
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode("utf-8"))
+
+
+def write_table(path: Path, table: "pd.DataFrame") -> None:
+    """Writes a table without its index, as Parquet or CSV by the suffix of the path."""
+    if path.suffix == ".csv":
+        content = table.to_csv(index=False, lineterminator="\n").encode("utf-8")
+    else:
+        content = table.to_parquet(index=False)
+    write_atomically(path, content)
 
 
 def sha256(path: Path) -> str:

@@ -1,5 +1,6 @@
 """The common style of all figures, and saving them."""
 
+import io
 from pathlib import Path
 
 import matplotlib
@@ -7,6 +8,8 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+
+from pipeline.gem.common.files import write_atomically
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 COLOURS = {
@@ -38,7 +41,8 @@ STYLE = {
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
     """Writes the figure as PNG and closes it. Equal figures give equal bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
     # Without this the file holds the version of matplotlib.
-    figure.savefig(path, metadata={"Software": None}, bbox_inches="tight")
+    figure.savefig(content, format="png", metadata={"Software": None}, bbox_inches="tight")
     plt.close(figure)
+    write_atomically(path, content.getvalue())

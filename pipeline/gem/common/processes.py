@@ -1,7 +1,10 @@
 """Processes: one at a time per task, stop signals as exceptions, and the end of the parent."""
 
+import fcntl
 import os
 import signal
+import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -12,29 +15,73 @@ import filelock
 import psutil
 
 from pipeline.gem.common.errors import InputError, StoppedError
+from pipeline.gem.common.files import write_atomically
+from pipeline.gem.common.machine_errors import NO_LOCKS
 
-# A stage whose `dvc repro` was killed needs some seconds to notice it and to end.
+# A stage whose `dvc repro` was killed needs some time to notice it and to end.
 LOCK_TIMEOUT_S = 5.0
-POLL_INTERVAL_S = 1.0  # between two checks of the parent
+LEASE_S = 10.0  # a lock that is a file is renewed three times as often
+POLL_INTERVAL_S = 0.2  # between two checks of the parent
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SHELLS = ("sh", "ash", "bash", "dash", "ksh", "zsh")
+
+
+def file_lock(path: Path, timeout: float = -1, reentrant: bool = False) -> filelock.BaseFileLock:
+    """A lock that ends with its process; filelock.Timeout after `timeout` seconds, -1 for never.
+
+    `reentrant`: a process that has the lock may take it again.
+
+    On a file system without locks (some Lustre and NFS) it is a file that its holder renews: it is
+    free when its process has ended, or when nobody has renewed it for LEASE_S.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if _has_locks(path.parent):
+        return filelock.FileLock(path, timeout, is_singleton=reentrant, fallback_to_soft=False)
+    longest = timeout if timeout <= 0 else timeout + LEASE_S
+    return filelock.SoftFileLease(
+        f"{path}.lease", timeout=longest, is_singleton=reentrant, lease_duration=LEASE_S
+    )
+
+
+def _has_locks(folder: Path) -> bool:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return False
+    return True
 
 
 @contextmanager
 def exclusive(task: str, message: str) -> Iterator[None]:
     """Runs the body while no other process in this folder runs the same task.
 
-    Otherwise InputError with `message`, where `{process}` becomes the id of the other process.
+    Otherwise InputError with `message`, where `{process}` becomes `process N`. As a stage of DVC
+    the process ends when DVC is killed: nobody waits for its results.
     """
-    Path(".gem").mkdir(exist_ok=True)
-    pid_file = Path(f".gem/{task}.pid")
+    if "DVC_STAGE" in os.environ:
+        end_with_parent()
+    holder = Path(f".gem/{task}.pid")
     try:
-        with filelock.FileLock(f".gem/{task}.lock", timeout=LOCK_TIMEOUT_S):
-            pid_file.write_text(str(os.getpid()))
+        with file_lock(Path(f".gem/{task}.lock"), LOCK_TIMEOUT_S):
+            write_atomically(holder, f"{os.getpid()} {socket.gethostname()}".encode())
             yield
     except filelock.Timeout:
-        raise InputError(message.format(process=pid_file.read_text())) from None
+        raise InputError(message.format(process=_name_of(holder))) from None
+
+
+def _name_of(holder: Path) -> str:
+    """The process in a file of `exclusive`; without a number if it has ended."""
+    try:
+        process, host = holder.read_text().split()
+    except (OSError, ValueError):
+        return "another process"
+    if host != socket.gethostname():
+        return f"process {process} on {host}"
+    return f"process {process}" if psutil.pid_exists(int(process)) else "another process"
 
 
 class StopSignal:

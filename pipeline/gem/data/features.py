@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.gem.common.errors import InputError, examples
+from pipeline.gem.common.files import write_table
 from pipeline.gem.data.labels import SEPARATOR, label_texts, list_cell_problems
 from pipeline.gem.data.tables import read_table
 
@@ -51,8 +52,7 @@ class FeatureTable:
         columns = [f"feature_{index + 1}" for index in range(self.size)]
         table = pd.DataFrame(self.values, columns=columns)
         table.insert(0, "label", list(self.labels))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table.to_parquet(path, index=False)
+        write_table(path, table)
 
     def standardise(self, training_labels: set[str]) -> "FeatureTable":
         """Each feature with mean 0 and deviation 1 over the training labels, clipped.

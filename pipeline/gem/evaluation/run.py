@@ -20,7 +20,12 @@ import pyarrow.parquet as pq
 
 from pipeline.gem.common.config import Evaluate
 from pipeline.gem.common.errors import InputError
-from pipeline.gem.common.files import write_json
+from pipeline.gem.common.files import (
+    atomic_replacement,
+    folder_replacement,
+    write_json,
+    write_table,
+)
 from pipeline.gem.common.progress import duration
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.encoder import MetadataEncoder
@@ -95,23 +100,28 @@ def evaluate_models(
     predictors, axes = Predictors(splits, models), principal_axes(splits.train_expression)
     all_seeds = {**seeds, **{name + REFERENCE_SUFFIX: numbers for name, numbers in seeds.items()}}
     results, conditions, spreads = [], [], []
-    for split in splits:
-        started = time.monotonic()
-        predictions = predictors(split)
-        write_predictions(split, predictions, all_seeds, folder / PREDICTIONS_FOLDER)
-        result = evaluate_split(split, predictions, all_seeds, axes, predictors.true_change, params)
-        results.append(result)
-        conditions += extreme_conditions(split, predictions, result.conditions)
-        spreads.append(spread_within_conditions(split, predictions))
-        _log.info(
-            "evaluate: %s, %s samples of %d conditions, %s",
-            split.name,
-            f"{len(split.samples):,}",
-            split.condition.max() + 1,
-            duration(time.monotonic() - started),
-        )
-    if not results:
-        raise InputError(f"{cohort.folder}: no test split; raise splits.test_random in params.yaml")
+    with folder_replacement(folder / PREDICTIONS_FOLDER) as temporary:
+        for split in splits:
+            started = time.monotonic()
+            predictions = predictors(split)
+            write_predictions(split, predictions, all_seeds, temporary)
+            result = evaluate_split(
+                split, predictions, all_seeds, axes, predictors.true_change, params
+            )
+            results.append(result)
+            conditions += extreme_conditions(split, predictions, result.conditions)
+            spreads.append(spread_within_conditions(split, predictions))
+            _log.info(
+                "evaluate: %s, %s samples of %d conditions, %s",
+                split.name,
+                f"{len(split.samples):,}",
+                split.condition.max() + 1,
+                duration(time.monotonic() - started),
+            )
+        if not results:
+            raise InputError(
+                f"{cohort.folder}: no test split; raise splits.test_random in params.yaml"
+            )
     tables = {
         name: pd.concat([getattr(result, name) for result in results], ignore_index=True)
         for name in TABLE_FILES
@@ -137,10 +147,9 @@ def _evaluate_latents(
 
 def write_tables(evaluation: Evaluation, folder: Path) -> None:
     """Writes metrics.json and the tables of TABLE_FILES."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / METRICS_FILE, nested_scores(evaluation.tables["scores"]))
     for name, file in TABLE_FILES.items():
-        evaluation.tables[name].to_csv(folder / file, index=False)
+        write_table(folder / file, evaluation.tables[name])
 
 
 def write_predictions(
@@ -164,11 +173,11 @@ def write_predictions(
                 columns[label] = pa.FixedSizeListArray.from_arrays(
                     pa.array(values.reshape(-1)), values.shape[1]
                 )
-    folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(
-        pa.table(columns),
-        folder / f"{split.name}.parquet",
-        compression="zstd",
-        compression_level=1,
-        use_byte_stream_split=False,
-    )
+    with atomic_replacement(folder / f"{split.name}.parquet") as temporary:
+        pq.write_table(
+            pa.table(columns),
+            temporary,
+            compression="zstd",
+            compression_level=1,
+            use_byte_stream_split=False,
+        )

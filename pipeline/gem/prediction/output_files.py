@@ -3,10 +3,12 @@
 n rows of a block, G genes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import h5py
 import numpy as np
@@ -39,8 +41,8 @@ def open_output(
         raise InputError(f"{path}: neither .parquet nor .h5ad")
     with atomic_replacement(path) as temporary:
         if path.suffix == ".h5ad":
-            with h5py.File(temporary, "w") as file:
-                output = H5adOutput(file, genes, provenance)
+            with open(temporary, "w+b") as file, _Disk(file) as disk, h5py.File(disk, "w") as h5:
+                output = H5adOutput(h5, genes, provenance, disk)
                 yield output
                 output.write_obs()
             return
@@ -116,14 +118,59 @@ def _list_column(name: str, values: np.ndarray) -> tuple[pa.Field, pa.Array]:
     return pa.field(name, kind, nullable=False), lists
 
 
+class _Disk:
+    """The file below HDF5, which ends the process if it cannot write.
+
+    The first error is kept, later writes do nothing, and the end of the context raises the error.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.error = file, None
+        self.read, self.readinto, self.tell = file.read, file.readinto, file.tell
+
+    def __enter__(self) -> "_Disk":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.flush()
+        self.check()
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def write(self, content: bytes) -> int:
+        self._run(self.file.write, content)
+        return len(content)
+
+    def seek(self, position: int, origin: int = os.SEEK_SET) -> int:
+        return self._run(self.file.seek, position, origin) or 0
+
+    def truncate(self, size: int) -> int:
+        return self._run(self.file.truncate, size) or 0
+
+    def flush(self) -> None:
+        self._run(self.file.flush)
+
+    def _run(self, call: Callable[..., int | None], *arguments: object) -> int | None:
+        if self.error is None:
+            try:
+                return call(*arguments)
+            except OSError as error:
+                self.error = error
+        return None
+
+
 class H5adOutput:
     """An AnnData file: counts in X, columns in obs, genes in var, latents in obsm, the interval in
     layers, the provenance in uns/gem. obs is held in memory until the end."""
 
-    def __init__(self, file: h5py.File, genes: np.ndarray, provenance: Mapping[str, object]):
+    def __init__(
+        self, file: h5py.File, genes: np.ndarray, provenance: Mapping[str, object], disk: _Disk
+    ):
         import anndata  # takes half a second to import, and only this format needs it
 
-        self.file, self.anndata = file, anndata
+        self.file, self.anndata, self.disk = file, anndata, disk
         self.obs: list[pa.Table] = []
         var, uns = pd.DataFrame(index=genes.astype(str)), {"gem": dict(provenance)}
         anndata.io.write_elem(file, "/", anndata.AnnData(var=var, uns=uns))
@@ -140,6 +187,7 @@ class H5adOutput:
         names = [name.replace("/", "_") for name in block.columns.column_names]  # "/" nests groups
         columns = [_obs_column(column) for column in block.columns.columns]
         self.obs.append(pa.table(columns, names))
+        self.disk.check()
 
     def _create(self, key: str, values: np.ndarray) -> None:
         write_elem, width = self.anndata.io.write_elem, max(1, values.shape[1])

@@ -1,6 +1,6 @@
 """From a source to the cohort on disk: validation, splits, quality control, gene selection, shards.
 
-The manifest is written last.
+An earlier cohort stays as it is until the new one is complete.
 """
 
 import shutil
@@ -11,7 +11,7 @@ import pandas as pd
 
 from pipeline.gem.common.config import Data, Splits
 from pipeline.gem.common.errors import InputError, did_you_mean, examples
-from pipeline.gem.common.files import sha256, sha256_of, write_json
+from pipeline.gem.common.files import folder_replacement, sha256, sha256_of, write_json, write_table
 from pipeline.gem.data.cleaning import clean_samples
 from pipeline.gem.data.cohort import DECLARED, FORMAT_VERSION, TARGETS, embedding_files
 from pipeline.gem.data.labels import label_texts, list_cell_problems
@@ -54,19 +54,12 @@ def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> di
     notes += gene_notes + _note_untracked_tables(data)
     notes += match_annotations(annotations, samples[kept], data)
 
-    _remove_cohort(folder)
     roles = {}
     for role, names in SPLIT_ROLES.items():
         # One integer type per role: large test counts must not change the bytes training reads.
         dtype = np.min_scalar_type(int(summary.gene_maxima[role][genes].max()))
         roles[role] = RoleSamples(np.flatnonzero(kept & split.isin(names).to_numpy()), dtype)
-    shards = write_shuffled_shards(
-        source, data.source, genes, roles, params.seed, folder / "counts"
-    )
     samples, split, gene_table = samples[kept], split[kept], source.genes[genes]
-    tables = _write_tables(samples, gene_table, split, annotations, data, folder)
-    split_sizes(samples, split, data).to_csv(folder / "sizes.csv", index=False)
-    _copy_truth(Path(data.source) / "truth", folder / "truth")
     manifest = {
         "format_version": FORMAT_VERSION,
         "samples": len(samples),
@@ -77,10 +70,17 @@ def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> di
         "splits": {name: int(size) for name, size in split.value_counts().sort_index().items()},
         "missing": {name: int(samples[name].isna().sum()) for name in data.covariates.all()},
         "notes": notes,
-        "tables": {name: sha256(folder / name) for name in tables},
-        "shards": shards,
     }
-    write_json(folder / "manifest.json", manifest)
+    with folder_replacement(folder) as temporary:
+        shards = write_shuffled_shards(
+            source, data.source, genes, roles, params.seed, temporary / "counts"
+        )
+        tables = _write_tables(samples, gene_table, split, annotations, data, temporary)
+        write_table(temporary / "sizes.csv", split_sizes(samples, split, data))
+        _copy_truth(Path(data.source) / "truth", temporary / "truth")
+        checksums = {name: sha256(temporary / name) for name in tables}
+        manifest |= {"tables": checksums, "shards": shards}
+        write_json(temporary / "manifest.json", manifest)
     return manifest
 
 
@@ -177,16 +177,6 @@ def _declarations(data: Data) -> dict:
     return declared | {"target_gene": TARGETS if data.target_gene else None}
 
 
-def _remove_cohort(folder: Path) -> None:
-    """Removes an earlier cohort, the manifest first: an interrupted removal is not a valid
-    cohort."""
-    (folder / "manifest.json").unlink(missing_ok=True)
-    for name in ("counts", "embeddings", "truth"):
-        if (folder / name).exists():
-            shutil.rmtree(folder / name)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
 def _write_tables(
     samples: pd.DataFrame,
     genes: pd.DataFrame,
@@ -203,7 +193,7 @@ def _write_tables(
         TARGETS: annotations.targets,
     }
     for name, table in tables.items():
-        table.to_parquet(folder / name, index=False)
+        write_table(folder / name, table)
     files = embedding_files(data.covariates)
     for name, file in files.items():
         annotations.features[name].write(folder / file)

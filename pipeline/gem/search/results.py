@@ -6,7 +6,7 @@ import pandas as pd
 
 from pipeline.gem.common import yaml_file
 from pipeline.gem.common.config import set_dotted
-from pipeline.gem.common.files import write_atomically
+from pipeline.gem.common.files import write_atomically, write_table
 from pipeline.gem.search import figures
 from pipeline.gem.search.confirmation import Confirmation, Decision
 from pipeline.gem.search.search import Search
@@ -29,7 +29,7 @@ def write_results(
     write_atomically(folder / "best.yaml", f"# {summary}\n{best}".encode())
     tables = (search.trials_table(), search.importance_table(), confirmed)
     for name, table in zip(TABLES, tables, strict=True):
-        write_atomically(folder / f"{name}.csv", table.to_csv(index=False).encode())
+        write_table(folder / f"{name}.csv", table)
     figures.draw(folder / "figures", search, *tables)
 
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-import filelock
 import optuna
 import sqlalchemy
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import URL, make_url
 
 from pipeline.gem.common.errors import InputError
+from pipeline.gem.common.processes import file_lock
 
 STORAGE_VARIABLE = "OPTUNA_STORAGE"
 LOCAL_STORAGE = "sqlite:///.gem/optuna.db"
@@ -102,8 +102,7 @@ class StudyStorage:
     def lock(self) -> Iterator[None]:
         """Admits one process at a time. The lock is released when its holder dies."""
         if self._file:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(f"{self._file}.lock"):
+            with file_lock(Path(f"{self._file}.lock")):
                 yield
             return
         engine = sqlalchemy.create_engine(

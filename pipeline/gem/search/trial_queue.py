@@ -17,7 +17,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.gem.common.errors import DivergedError, StoppedError
-from pipeline.gem.common.processes import StopSignal
+from pipeline.gem.common.processes import StopSignal, file_lock
 from pipeline.gem.search.search_config import Values
 from pipeline.gem.search.study_db import StudyStorage
 
@@ -60,9 +60,8 @@ class Worker:
     """The name of this process, and a locked file that shows other processes that it is alive."""
 
     def __init__(self) -> None:
-        WORKERS.mkdir(parents=True, exist_ok=True)
         self.name = uuid.uuid4().hex
-        self._lock = filelock.FileLock(WORKERS / self.name)
+        self._lock = file_lock(WORKERS / self.name)
 
     def __enter__(self) -> "Worker":
         self._lock.acquire()
@@ -78,7 +77,7 @@ class Worker:
         if name == self.name or not path.exists():
             return False
         try:
-            with filelock.FileLock(path, timeout=0):
+            with file_lock(path, timeout=0):
                 path.unlink(missing_ok=True)
         except filelock.Timeout:
             return False

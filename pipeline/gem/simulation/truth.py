@@ -12,6 +12,7 @@ N samples, G genes, C contexts (tissue and cell type), S studies, R strata of a 
 stratum, P perturbations (0 is the control), K mechanisms, E embedding features.
 """
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from pipeline.gem.common.files import write_atomically
 from pipeline.gem.data.units import parse_quantity
 
 SELECTIONS = ("polyA", "ribo_depletion")
@@ -93,9 +95,9 @@ class Truth:
     gene_id: np.ndarray  # (G,) names
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
-        np.savez(folder / "parameters.npz", **arrays)
+        content = io.BytesIO()
+        np.savez(content, **{field.name: getattr(self, field.name) for field in fields(self)})
+        write_atomically(folder / "parameters.npz", content.getvalue())
 
     @classmethod
     def load(cls, folder: Path) -> "Truth":

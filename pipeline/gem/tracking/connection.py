@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import filelock
-
 # Before the import, which reads the telemetry switch. With MLflow's own timeouts a hanging server
 # would block a training for many minutes; these add up to eleven seconds.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -37,6 +35,7 @@ from pipeline.gem.common.addresses import (
 )
 from pipeline.gem.common.errors import GemError, InputError
 from pipeline.gem.common.logs import without_passwords
+from pipeline.gem.common.processes import file_lock
 from pipeline.gem.tracking.local_store import LocalStore, deleted_experiment
 
 log = logging.getLogger(__name__)
@@ -199,9 +198,7 @@ def experiment_id() -> str:
 @contextmanager
 def exclusive_store() -> Iterator[None]:
     """Excludes other processes of this project."""
-    path = at_root(".gem/mlflow.lock")
-    path.parent.mkdir(exist_ok=True)
-    with filelock.FileLock(path, is_singleton=True):
+    with file_lock(at_root(".gem/mlflow.lock"), reentrant=True):
         yield
 
 

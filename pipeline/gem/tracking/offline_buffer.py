@@ -12,6 +12,7 @@ import shutil
 import time
 import uuid
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import filelock
@@ -19,6 +20,7 @@ import filelock
 from pipeline.gem.common.addresses import at_root, project_root
 from pipeline.gem.common.files import sha256_of, write_json
 from pipeline.gem.common.logs import without_passwords
+from pipeline.gem.common.processes import file_lock
 
 FOLDER = ".gem/untracked"
 RUNNING, FINISHED, KILLED, FAILED = "RUNNING", "FINISHED", "KILLED", "FAILED"  # of MLflow
@@ -93,7 +95,10 @@ class BufferedRun:
         self.known_steps: dict[str, set[int]] = {}
         self.status: str | None = None  # RUNNING in a saved run: its process died
         self.folder = _server_folder(server) / run
-        self._lock = filelock.FileLock(f"{self.folder}.lock")
+
+    @cached_property
+    def _lock(self) -> filelock.BaseFileLock:
+        return file_lock(Path(f"{self.folder}.lock"))
 
     @property
     def _file(self) -> Path:
@@ -122,7 +127,6 @@ class BufferedRun:
 
     def load(self) -> bool:
         """Locks the run and reads what is saved. False if another process has it open."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -141,7 +145,7 @@ class BufferedRun:
         if not self._lock.is_locked and not self.load():
             # Another process has the run open: this part gets a folder of its own.
             self.folder = self.folder.with_name(f"{self.folder.name}-{uuid.uuid4().hex[:8]}")
-            self._lock = filelock.FileLock(f"{self.folder}.lock")
+            self._lock = file_lock(Path(f"{self.folder}.lock"))
             self.load()
         self.folder.mkdir(exist_ok=True)
         if not self.is_complete:

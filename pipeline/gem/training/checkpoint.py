@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.gem.common.code_version import ROOT, import_closure
 from pipeline.gem.common.config import Params
-from pipeline.gem.common.files import atomic_replacement, sha256, sha256_of
+from pipeline.gem.common.files import sha256, sha256_of, write_atomically
 from pipeline.gem.model import tensor_file
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,7 @@ class Checkpoint:
         """Replaces the saved state: the metrics of the epochs, and tensors by name."""
         # With the name: a file that was renamed holds the state of another fit.
         text = json.dumps({"fit": self.path.stem, "history": history})
-        with atomic_replacement(self.path) as temporary:
-            temporary.write_bytes(tensor_file.pack(text, tensors, "train fewer epochs"))
+        write_atomically(self.path, tensor_file.pack(text, tensors, "train fewer epochs"))
 
     def load(self) -> tuple[list[dict], dict[str, Tensor]] | None:
         """The saved state; None without one. A damaged file counts as none, with a warning."""

@@ -1,12 +1,11 @@
 """A model directory: model.safetensors, seeds/, history.csv, report.json, figures/learning.png."""
 
-import shutil
 from pathlib import Path
 
 import pandas as pd
 
 from pipeline.gem.common.config import GROUPS, Params
-from pipeline.gem.common.files import write_atomically, write_json
+from pipeline.gem.common.files import folder_replacement, write_json, write_table
 from pipeline.gem.model.model_file import MODEL_FILE, Seeds
 from pipeline.gem.training.learning_curves import learning_curves
 from pipeline.gem.training.trainer import FitResult
@@ -25,17 +24,15 @@ def write_model_directory(
     directory: Path, fits: list[FitResult], params: Params, data_sha256: str
 ) -> None:
     """Writes the fits of `train.seeds`, in this order. Equal fits give equal bytes."""
-    directory.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(directory / "seeds", ignore_errors=True)
-    (directory / "seeds").mkdir()
-    fits[0].gem.save(directory / MODEL_FILE)
     first, *others = params.train.seeds
-    seeds = Seeds(first=first, others=tuple(others)).model_dump(mode="json")
-    write_json(directory / "seeds" / "seeds.json", seeds)
-    for seed, fit in zip(others, fits[1:], strict=True):
-        fit.gem.save(directory / "seeds" / f"{seed}.safetensors")
+    with folder_replacement(directory / "seeds") as seeds:
+        listing = Seeds(first=first, others=tuple(others)).model_dump(mode="json")
+        write_json(seeds / "seeds.json", listing)
+        for seed, fit in zip(others, fits[1:], strict=True):
+            fit.gem.save(seeds / f"{seed}.safetensors")
+        fits[0].gem.save(directory / MODEL_FILE)
     history = _history(params.train.seeds, fits)
-    write_atomically(directory / "history.csv", history.to_csv(index=False).encode())
+    write_table(directory / "history.csv", history)
     write_json(directory / "report.json", _report(fits, params, data_sha256))
     learning_curves(history, directory / "figures" / "learning.png")
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from pipeline.gem.common.config import Params
-from pipeline.gem.common.errors import GemError
+from pipeline.gem.common.errors import GemError, InputError
+from pipeline.gem.common.machine_errors import machine_problem
 from pipeline.gem.common.processes import end_with_parent
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.training.checkpoint import Checkpoint
@@ -114,3 +115,7 @@ def _run_job(job: _Job, sender: Connection) -> None:
         send(fit(data, job.params, job.seed, send, job.checkpoint))
     except GemError as error:
         send(error)
+    except Exception as error:
+        if (problem := machine_problem(error)) is None:
+            raise
+        send(InputError(problem))

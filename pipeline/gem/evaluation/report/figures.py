@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from pipeline.gem.common.files import folder_replacement
 from pipeline.gem.common.plotting import COLOURS, MUTED, STYLE, save_figure
 from pipeline.gem.evaluation.metrics import METRICS
 from pipeline.gem.evaluation.predictors import (
@@ -21,11 +22,10 @@ _GUIDES = {SKILL_BASELINE: (":", "dotted ridge"), SKILL_CEILING: ("--", "dashed 
 
 
 def draw_figures(scores: pd.DataFrame, folder: Path) -> None:
-    """<metric>.png for every main metric; removes those of an earlier evaluation."""
-    for earlier in folder.glob("*.png"):
-        earlier.unlink()
-    for metric in main_metrics(scores):
-        draw_scores(scores, metric, folder / f"{metric}.png")
+    """<metric>.png for every main metric, in the place of those of an earlier evaluation."""
+    with folder_replacement(folder) as temporary:
+        for metric in main_metrics(scores):
+            draw_scores(scores, metric, temporary / f"{metric}.png")
 
 
 def _colour(predictor: str) -> str:

@@ -1,17 +1,59 @@
-"""Labels: the text of a table cell, independent of how the table stores it."""
+"""Labels: the text of a table cell, independent of how the table stores and spells it.
+
+`cell_value`   a cell without invisible characters and surplus space, None if missing
+`label_text`   the one text of a label: also in Unicode's compatibility form (NFKC)
+`LabelForm`    the one text of a set of labels, and the texts that mean "missing", by column
+`label_key`    labels as parts of a joined key
+"""
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
+from pipeline.gem.common.config import Data
 from pipeline.gem.common.errors import examples
 
 SEPARATOR = "|"  # between the labels of one value
+KEY_SEPARATOR = " / "  # between the parts of a joined key
+MISSING_KEY = "?"  # the part of a joined key for a missing value
+# Visible by its category, but drawn as nothing or as a blank.
+_FILLERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
+_VARIATION_SELECTORS = (range(0x180B, 0x1810), range(0xFE00, 0xFE10), range(0xE0100, 0xE01F0))
+# A slash that could be read as part of a separator.
+_ESCAPED = re.compile(r"\\|(?<![^ ])/|/(?![^ ])|^\?$")
+
+
+def _visible(text: str) -> str:
+    """Without invisible characters; every run of space is one blank, none at the ends."""
+    if not (text.isascii() and text.isprintable()):
+        text = "".join(character for character in text if not _is_invisible(character))
+    return " ".join(text.split())
+
+
+def _is_invisible(character: str) -> bool:
+    """Formats (zero width, byte-order mark, soft hyphen), controls, fillers, variants."""
+    if unicodedata.category(character) in ("Cf", "Cc"):
+        return not character.isspace()
+    return character in _FILLERS or any(ord(character) in part for part in _VARIATION_SELECTORS)
+
+
+def normal_text(text: str) -> str:
+    """The one spelling of a text: NFKC, without invisible characters and surplus space."""
+    text = _visible(text)
+    return text if text.isascii() else _visible(unicodedata.normalize("NFKC", text))
 
 
 def cell_value(value: object) -> object:
-    """A cell without surrounding space; None if missing or empty. ValueError if it holds a list."""
+    """A cell; text without invisible characters and surplus space. None if missing or empty.
+
+    ValueError if it holds a list.
+    """
     if isinstance(value, str):
-        return value.strip() or None
+        return _visible(value) or None
     if not pd.api.types.is_scalar(value):
         raise ValueError(f"a {type(value).__name__} in a cell; expected one value")
     return None if pd.isna(value) else value
@@ -23,8 +65,10 @@ def label_text(value: object) -> str | None:
     Whole floats lose their point: pandas stores integers as floats once a value is missing.
     """
     value = cell_value(value)
-    if value is None or isinstance(value, str):
-        return value
+    if isinstance(value, str):
+        return normal_text(value) or None
+    if value is None:
+        return None
     whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
     return str(int(value)) if whole else str(value)
 
@@ -34,12 +78,89 @@ def label_texts(column: pd.Series) -> pd.Series:
     if isinstance(column.dtype, pd.CategoricalDtype):
         texts = np.array([*map(label_text, column.cat.categories), None], dtype=object)
         return pd.Series(texts[column.cat.codes], index=column.index, dtype=object)
-    return pd.Series([label_text(value) for value in column], index=column.index, dtype=object)
+    index, values = distinct_cells(column)
+    texts = np.array([*map(label_text, values), None], dtype=object)
+    return pd.Series(texts[index], index=column.index, dtype=object)
 
 
 def split_labels(value: object) -> list[str]:
-    """The labels of "a|b"."""
-    return [label.strip() for label in (label_text(value) or "").split(SEPARATOR) if label.strip()]
+    """The distinct labels of "a|b", sorted."""
+    labels = map(normal_text, (label_text(value) or "").split(SEPARATOR))
+    return sorted({label for label in labels if label})
+
+
+@dataclass(frozen=True)
+class LabelForm:
+    """How the cells of a cohort, and of a query about it, become labels.
+
+    "B|A", "A | B" and "A|B|A" are the set "A|B". The control is no perturbation: "A|control" is
+    "A". A text that means "missing" in a column is None, and left out of a set.
+    """
+
+    sets: tuple[str, ...] = ()  # columns whose cells hold several labels
+    missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # column to texts
+    control: tuple[str, str] | None = None  # column and value of untreated samples
+
+    @classmethod
+    def of(cls, data: Data) -> "LabelForm":
+        """The form that params.yaml declares."""
+        covariates = data.covariates.all().items()
+        sets = tuple(name for name, item in covariates if item.kind in ("multilabel", "embedding"))
+        missing = {
+            name: tuple(sorted({normal_text(text) for text in texts}))
+            for name, texts in data.missing_values.items()
+        }
+        form = cls(sets, missing)
+        if data.control is None:
+            return form
+        column, value = data.control.column, data.control.value
+        return cls(sets, missing, (column, label_text(form.cell(column, value)) or ""))
+
+    def cell(self, column: str, value: object) -> object:
+        """The value of a cell: None if missing, the text of a set of labels, else as it is.
+
+        ValueError if the cell holds a list.
+        """
+        value = cell_value(value)
+        missing = self.missing.get(column, ())
+        if value is None or (missing and label_text(value) in missing):
+            return None
+        if column not in self.sets:
+            return value
+        labels = [label for label in split_labels(value) if label not in missing]
+        if len(labels) > 1 and self.control is not None and column == self.control[0]:
+            labels = [label for label in labels if label != self.control[1]]
+        return SEPARATOR.join(labels) or None
+
+    def table(self, samples: pd.DataFrame) -> pd.DataFrame:
+        """`cell` of every cell. A column with lists in its cells stays as it is."""
+        changed = {}
+        for name in dict.fromkeys([*self.sets, *self.missing]):
+            if name in samples and not list_cell_problems(samples[name], name):
+                index, values = distinct_cells(samples[name])
+                cells = np.array([*(self.cell(name, value) for value in values), None], dtype=object)
+                changed[name] = pd.Series(cells[index], index=samples.index)
+        return samples.assign(**changed)
+
+
+def label_key(column: pd.Series) -> pd.Series:
+    """One text per cell, as a part of a joined key; MISSING_KEY for a missing value.
+
+    A label that could be read as something else is escaped by a backslash: "a / b" is not the
+    parts "a" and "b", and the label "?" is not missing.
+    """
+    texts = label_texts(column)
+    escaped = {text: _ESCAPED.sub(r"\\\g<0>", text) for text in texts.dropna().unique()}
+    return texts.map(escaped).astype(object).fillna(MISSING_KEY)
+
+
+def join_keys(keys: list[pd.Series]) -> pd.Series:
+    """One key per row from several (`label_key`s, or joined keys of as many parts in every row).
+    Rows with different labels have different keys."""
+    joined = keys[0]
+    for key in keys[1:]:
+        joined = joined + KEY_SEPARATOR + key
+    return joined
 
 
 def list_cell_problems(column: pd.Series, where: str) -> list[str]:
@@ -64,8 +185,15 @@ def distinct_cells(column: pd.Series) -> tuple[np.ndarray, list]:
         positions, values = distinct_cells(pd.Series(categories, dtype=object))
         return positions[index.reshape(-1)], values
     position_of: dict = {}
+    of_text: dict[str, int] = {}  # text as it is written; most cells repeat one
     index = np.full(len(column), -1)
-    for row, value in enumerate(map(cell_value, column)):
+    for row, written in enumerate(column):
+        if type(written) is str and written in of_text:
+            index[row] = of_text[written]
+            continue
+        value = cell_value(written)
         if value is not None:
             index[row] = position_of.setdefault((type(value), value), len(position_of))
+        if type(written) is str:
+            of_text[written] = index[row]
     return index, [value for _, value in position_of]

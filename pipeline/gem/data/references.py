@@ -11,20 +11,21 @@ The only home of these rules, for training, baselines and metrics:
 N samples.
 """
 
+from collections.abc import Iterable
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
 from pipeline.gem.common.config import Data
-from pipeline.gem.data.labels import label_texts
-from pipeline.gem.data.splits import contexts, is_control, join_texts
+from pipeline.gem.data.labels import join_keys, label_key, label_texts
+from pipeline.gem.data.splits import contexts, is_control
 
 
 class SampleGroups:
     """Keys (N,) of a table of samples; samples with an equal key belong together.
 
-    All are text with the index of `samples`; a missing value is "?".
+    All are joined keys with the index of `samples`.
     """
 
     def __init__(self, samples: pd.DataFrame, data: Data):
@@ -41,39 +42,38 @@ class SampleGroups:
 
     @cached_property
     def study(self) -> pd.Series:
-        """ "?" throughout if no study column is declared."""
+        """One key for all samples if no study column is declared."""
         if self.data.study_column is None:
-            return self._constant("?")
-        return label_texts(self.samples[self.data.study_column]).fillna("?")
+            return self.everything
+        return label_key(self.samples[self.data.study_column])
 
     @cached_property
     def study_context(self) -> pd.Series:
         """Context and study; the context alone if no study column is declared."""
         if self.data.study_column is None:
             return self.context
-        return join_texts([self.context, self.study])
+        return join_keys([self.context, self.study])
 
     @cached_property
     def perturbation(self) -> pd.Series:
         """The control column, which names the perturbation. Needs a declared control."""
-        return label_texts(self.samples[self.data.control.column]).fillna("?")
+        return label_key(self.samples[self.data.control.column])
 
     @cached_property
     def treatment(self) -> pd.Series:
         """All covariates of the perturbation group that the table has: perturbation, dose, time."""
-        columns = [name for name in self.data.covariates.perturbation if name in self.samples]
-        return join_texts([self.samples[name] for name in columns]) if columns else self.everything
+        keys = self._keys(self.data.covariates.perturbation)
+        return join_keys(keys) if keys else self.everything
 
     @cached_property
     def condition(self) -> pd.Series:
         """Context and treatment."""
-        columns = [name for name in self.data.covariates.perturbation if name in self.samples]
-        return join_texts([self.context, *(self.samples[name] for name in columns)])
+        return join_keys([self.context, *self._keys(self.data.covariates.perturbation)])
 
     @cached_property
     def everything(self) -> pd.Series:
         """One key for all samples."""
-        return self._constant("all")
+        return pd.Series("all", index=self.samples.index)
 
     @property
     def control_keys(self) -> list[pd.Series]:
@@ -81,7 +81,7 @@ class SampleGroups:
         study and context; context."""
         context_columns = self.data.context_columns
         biology = [name for name in self.data.covariates.biological if name not in context_columns]
-        exact = join_texts([self.study_context, *(self.samples[name] for name in biology)])
+        exact = join_keys([self.study_context, *(label_key(self.samples[n]) for n in biology)])
         return [exact, self.study_context, self.context]
 
     @cached_property
@@ -91,14 +91,15 @@ class SampleGroups:
         condition = pd.factorize(self.condition)[0]
         if self.data.study_column is None:
             return condition
-        within = pd.factorize(join_texts([self.condition, self.study]))[0]
+        within = pd.factorize(join_keys([self.condition, self.study]))[0]
         # Two samples of unknown study need not share one.
         unknown = label_texts(self.samples[self.data.study_column]).isna().to_numpy()
         single = unknown | (np.bincount(within)[within] < 2)
         return np.where(single, condition, len(self.samples) + within)
 
-    def _constant(self, text: str) -> pd.Series:
-        return pd.Series(text, index=self.samples.index)
+    def _keys(self, names: Iterable[str]) -> list[pd.Series]:
+        """Of those of the columns that the table has."""
+        return [label_key(self.samples[name]) for name in names if name in self.samples]
 
 
 def matching_controls(

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
 import pandas as pd
 
 from pipeline.gem.common.config import Data
 from pipeline.gem.common.errors import examples
-from pipeline.gem.data.labels import label_texts, split_labels
+from pipeline.gem.data.labels import join_keys, label_key, label_texts, split_labels
 
 TRAIN = "train"
 VALIDATIONS = (
@@ -31,16 +30,10 @@ def role_of(split: str) -> str:
 
 
 def contexts(samples: pd.DataFrame, data: Data) -> pd.Series:
-    """One text per sample of its context columns; "?" for a missing value."""
+    """A joined key per sample of its context columns."""
     if not data.context_columns:
         return pd.Series("all", index=samples.index)
-    return join_texts([samples[name] for name in data.context_columns])
-
-
-def join_texts(columns: list[pd.Series]) -> pd.Series:
-    """One text per row of its values in several columns; "?" for a missing value."""
-    texts = [label_texts(column).fillna("?") for column in columns]
-    return reduce(lambda left, right: left + " / " + right, texts)
+    return join_keys([label_key(samples[name]) for name in data.context_columns])
 
 
 def is_control(samples: pd.DataFrame, data: Data) -> pd.Series:
@@ -77,30 +70,37 @@ def date_problems(column: pd.Series, where: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Entities:
-    """The entities of each sample as text, None for a sample without one."""
+    """The entities of each sample as text, None for a sample without one.
+
+    The samples are those of a cohort: a set of labels has one text.
+    """
 
     study: pd.Series
     context: pd.Series
     perturbation: pd.Series  # None for controls
-    pair: pd.Series  # context and perturbation
+    pair: pd.Series  # context and perturbation; None if a part of it is missing
     control: pd.Series  # bool
     multilabel: bool  # "a|b" is a combination of two perturbations, not one name
 
     @classmethod
     def of(cls, samples: pd.DataFrame, data: Data) -> "Entities":
         context, control = contexts(samples, data), is_control(samples, data)
-        study = perturbation = pd.Series(None, index=samples.index, dtype=object)
+        study = perturbation = pair = pd.Series(None, index=samples.index, dtype=object)
         covariate = None
         if data.study_column:
             study = label_texts(samples[data.study_column])
         if data.control:
             perturbation = label_texts(samples[data.control.column]).where(~control, None)
+            pair = join_keys([context, label_key(perturbation)])
             covariate = data.covariates.all().get(data.control.column)
+        complete = perturbation.notna()
+        for name in data.context_columns:
+            complete &= label_texts(samples[name]).notna()
         return cls(
             study=study,
             context=context,
             perturbation=perturbation,
-            pair=(context + " / " + perturbation).where(perturbation.notna(), None),
+            pair=pair.where(complete, None),
             control=control,
             multilabel=covariate is not None and covariate.kind in ("multilabel", "embedding"),
         )

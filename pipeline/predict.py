@@ -126,7 +126,7 @@ def provenance_of(
 ) -> dict[str, object]:
     """The origin of the numbers, for the output file."""
     model = options.model / MODEL_FILE if options.model.is_dir() else options.model
-    control_column, control = gem.training_support.control or ("", "")
+    control_column, control = gem.label_form.control or ("", "")
     return {
         "model_sha256": sha256(model),
         "mode": "reconstruct" if options.reconstruct else request.mode,

@@ -80,7 +80,7 @@ def test_a_file_holds_the_training_support_the_temperatures_and_the_genes(gem, c
     columns = ["tissue", "cell_type", "perturbation"]
     combinations = set(train[columns].itertuples(index=False, name=None))
     assert set(gem.training_support.combinations) == combinations
-    assert gem.training_support.control == ("perturbation", "control")
+    assert gem.label_form.control == ("perturbation", "control")
     assert set(gem.temperatures) == {field.name for field in gem.metadata.heads()}
     assert any(temperature != 1 for temperature in gem.temperatures.values())
     assert content[0]["gene_list_sha256"] == cohort.manifest["gene_list_sha256"]
@@ -287,7 +287,7 @@ def with_levels(change: Callable[[list[str]], list[str]]) -> Change:
 
 
 TOO_WIDE = {"technical": 4096, "biological": 4096, "perturbation": 4096}
-SUPPORT = {"columns": ["a"], "multilabel_columns": [], "control": None}
+SUPPORT = {"columns": ["a"]}
 DEPENDENCY = {"determinant": "tissue", "determined": "nothing", "levels": {}}
 HOSTILE: dict[str, tuple[Change, str]] = {
     "NaN weight": (with_tensor(WEIGHT, first_value(torch.nan)), f"{WEIGHT} .*not finite"),

@@ -29,7 +29,7 @@ def support(dosed: Data) -> TrainingSupport:
     ("tissue", "drug", "extrapolated"),
     [
         ("liver", "a", False),
-        ("liver", "b | a", False),  # labels in any order
+        ("liver", "a|b", False),
         ("lung", "a", True),
         ("liver", None, False),  # a missing value matches any
         (None, "c", False),

@@ -161,11 +161,23 @@ class Data(Frozen):
     target_gene: str | None
     date_column: str | None
     study_column: str | None
+    missing_values: dict[str, Names]
     min_gene_samples: Annotated[int, Field(ge=0)]
     min_gene_total: Annotated[int, Field(ge=0)]
     gene_list: str | None
     highly_variable: Count | None
     empty_samples: Literal["refuse", "drop"]
+
+    @model_validator(mode="after")
+    def _missing_values_of_columns(self):
+        columns = [*self.covariates.all(), *self.context_columns]
+        columns += [self.date_column, self.study_column]
+        columns += [self.control.column] if self.control else []
+        if unknown := [name for name in self.missing_values if name not in columns]:
+            raise ValueError(
+                f"missing_values names {', '.join(unknown)}, no column that data declares"
+            )
+        return self
 
 
 # Held-out pairs of context and perturbation: a share of them, or mappings of column to value.

@@ -39,6 +39,7 @@ DECLARED = (
     "target_gene",
     "date_column",
     "study_column",
+    "missing_values",
 )
 # The other keys, which matter to `prepare` only.
 _UNDECLARED = {

@@ -20,6 +20,12 @@ from pipeline.gem.common.errors import examples
 SEPARATOR = "|"  # between the labels of one value
 KEY_SEPARATOR = " / "  # between the parts of a joined key
 MISSING_KEY = "?"  # the part of a joined key for a missing value
+# Texts that stand for a missing value in tables of others, without case.
+_LIKE_MISSING = re.compile(
+    r"#?n[./]?a[./]?[nt]?|<n/?an?>|none|null|nil|-+|\?+|\.+|unknown|missing|undefined|unspecified|"
+    r"not (available|applicable|provided|collected|reported|known|recorded|specified|determined)",
+    re.IGNORECASE,
+)
 # Visible by its category, but drawn as nothing or as a blank.
 _FILLERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
 _VARIATION_SELECTORS = (range(0x180B, 0x1810), range(0xFE00, 0xFE10), range(0xE0100, 0xE01F0))
@@ -83,6 +89,12 @@ def label_texts(column: pd.Series) -> pd.Series:
     return pd.Series(texts[index], index=column.index, dtype=object)
 
 
+def looks_missing(value: object) -> bool:
+    """Whether a text stands for a missing value in many tables; this project reads it as a label
+    unless `data.missing_values` lists it."""
+    return isinstance(value, str) and bool(_LIKE_MISSING.fullmatch(normal_text(value)))
+
+
 def split_labels(value: object) -> list[str]:
     """The distinct labels of "a|b", sorted."""
     labels = map(normal_text, (label_text(value) or "").split(SEPARATOR))
@@ -114,7 +126,7 @@ class LabelForm:
         if data.control is None:
             return form
         column, value = data.control.column, data.control.value
-        return cls(sets, missing, (column, label_text(form.cell(column, value)) or ""))
+        return cls(sets, missing, (column, form.text(column, value) or value))
 
     def cell(self, column: str, value: object) -> object:
         """The value of a cell: None if missing, the text of a set of labels, else as it is.
@@ -132,14 +144,18 @@ class LabelForm:
             labels = [label for label in labels if label != self.control[1]]
         return SEPARATOR.join(labels) or None
 
+    def text(self, column: str, value: object) -> str | None:
+        """The label, or the set of labels, of a cell; None if missing."""
+        return label_text(self.cell(column, value))
+
     def table(self, samples: pd.DataFrame) -> pd.DataFrame:
         """`cell` of every cell. A column with lists in its cells stays as it is."""
         changed = {}
         for name in dict.fromkeys([*self.sets, *self.missing]):
             if name in samples and not list_cell_problems(samples[name], name):
                 index, values = distinct_cells(samples[name])
-                cells = np.array([*(self.cell(name, value) for value in values), None], dtype=object)
-                changed[name] = pd.Series(cells[index], index=samples.index)
+                cells = [*(self.cell(name, value) for value in values), None]
+                changed[name] = np.array(cells, dtype=object)[index]
         return samples.assign(**changed)
 
 

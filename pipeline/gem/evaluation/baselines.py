@@ -11,6 +11,7 @@ import pandas as pd
 
 from pipeline.gem.common.config import GROUPS, Data
 from pipeline.gem.data.encoder import MetadataEncoder
+from pipeline.gem.data.labels import join_keys, label_key
 from pipeline.gem.data.references import SampleGroups
 
 RIDGE_PENALTIES = tuple(10.0**power for power in np.arange(-2, 4.5, 0.5))
@@ -133,7 +134,7 @@ class MatchedMean(PerturbedMean):
 
     def _keys(self, samples: pd.DataFrame) -> list[pd.Series]:
         groups = SampleGroups(samples, self.data)
-        return [groups.context + " / " + groups.control.astype(str), groups.control]
+        return [join_keys([groups.context, label_key(groups.control)]), groups.control]
 
 
 class Additive:

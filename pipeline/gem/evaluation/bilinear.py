@@ -29,7 +29,7 @@ import pandas as pd
 from pipeline.gem.common.config import Data
 from pipeline.gem.data.covariates import CovariateEncoder
 from pipeline.gem.data.encoder import MetadataEncoder
-from pipeline.gem.data.labels import label_texts
+from pipeline.gem.data.labels import join_keys, label_key
 from pipeline.gem.data.references import SampleGroups
 from pipeline.gem.evaluation.baselines import Additive, treatment_keys
 
@@ -52,7 +52,7 @@ class PerturbationDesign:
         """(N, D)"""
         encoded = self.dose_time.encode(samples, unknown="missing")["perturbation"]
         dose_time = encoded.astype(np.float64)  # (N, S)
-        names = label_texts(samples[self.column]).to_numpy()
+        names = label_key(samples[self.column]).to_numpy()
         features = self.features.reindex(names).fillna(0.0).to_numpy()  # (N, F)
         products = features[:, :, None] * dose_time[:, None, :]
         products = products.reshape(len(samples), features.shape[1] * dose_time.shape[1])
@@ -78,7 +78,7 @@ class Effects:
         treated = ~SampleGroups(samples, additive.data).control.to_numpy()
         rows = samples[treated]
         exact, perturbation = treatment_keys(SampleGroups(rows, additive.data))
-        codes, _ = pd.factorize((exact + " / " + perturbation).to_numpy(), sort=True)
+        codes, _ = pd.factorize(join_keys([exact, perturbation]).to_numpy(), sort=True)
         shifts = expression[treated].astype(np.float64) - additive.no_change(rows)
         first = pd.Series(np.arange(len(rows))).groupby(codes).first().to_numpy(dtype=np.int64)
         means = pd.DataFrame(shifts).groupby(codes).mean().to_numpy()
@@ -236,7 +236,7 @@ def standardise(features: pd.DataFrame | None, perturbation: pd.Series) -> pd.Da
     """
     if features is None:
         return pd.DataFrame(index=pd.Index([], dtype=object))
-    table = features.set_axis(label_texts(pd.Series(features.index)), axis=0).astype(np.float64)
+    table = features.set_axis(label_key(pd.Series(features.index)), axis=0).astype(np.float64)
     train = table[table.index.isin(perturbation)]
     deviation = train.std(ddof=0)
     return ((table - train.mean()) / deviation.where(deviation > 0, 1.0)).fillna(0.0)

@@ -11,6 +11,7 @@ import pandas as pd
 
 from pipeline.gem.common.config import Evaluate
 from pipeline.gem.data.cohort import Cohort
+from pipeline.gem.data.labels import join_keys
 from pipeline.gem.data.references import SampleGroups, choose_references
 from pipeline.gem.data.splits import TEST_CONTROL, TESTS, TRAIN, Entities
 from pipeline.gem.evaluation.baselines import GroupMeans
@@ -199,7 +200,7 @@ class EvaluationSplits:
         if self.data.control is None or not treated.any():
             return None
         groups = SampleGroups(self.train[treated], self.data)
-        pair = (groups.context + " / " + groups.perturbation).to_numpy()
+        pair = join_keys([groups.context, groups.perturbation]).to_numpy()
         pairs = pd.DataFrame(self.train_expression[treated]).groupby(pair)
         first = [positions[0] for positions in pairs.indices.values()]
         centroids = pairs.mean().loc[list(pairs.indices)].to_numpy()

@@ -16,6 +16,7 @@ from pipeline.gem.common.config import GROUPS, Model
 from pipeline.gem.common.errors import InputError, IntegrityError
 from pipeline.gem.common.files import sha256_of, write_atomically
 from pipeline.gem.data.encoder import MetadataEncoder, distinct_rows
+from pipeline.gem.data.labels import LabelForm
 from pipeline.gem.model import model_file
 from pipeline.gem.model.calibration import fit_temperature, probabilities
 from pipeline.gem.model.network import Gaussian, Network
@@ -38,6 +39,7 @@ class TrainedGEM:
     params: Model
     hidden_study: str | None  # the study covariate, if training masked it for UNSEEN_STUDY
     training_support: TrainingSupport
+    label_form: LabelForm  # of the cells of a query
     temperatures: Mapping[str, float] = field(default_factory=dict)  # by label head
 
     @classmethod
@@ -49,6 +51,7 @@ class TrainedGEM:
         params: Model,
         hidden_study: str | None = None,
         training_support: TrainingSupport = TrainingSupport(),  # noqa: B008 (frozen)
+        label_form: LabelForm = LabelForm(),  # noqa: B008 (frozen)
     ) -> "TrainedGEM":
         """An untrained GEM. Weights are drawn from torch's global random state."""
         heads = {
@@ -61,10 +64,8 @@ class TrainedGEM:
             for _ in range(field.size)
         )
         network = Network(len(genes), metadata.sizes, heads, intervention_columns, params)
-        temperatures = dict.fromkeys(heads, 1.0)
-        return cls(
-            network, metadata, genes, targets, params, hidden_study, training_support, temperatures
-        )
+        learned = genes, targets, params, hidden_study, training_support, label_form
+        return cls(network, metadata, *learned, dict.fromkeys(heads, 1.0))
 
     def to_bytes(self) -> bytes:
         """The content of model.safetensors; the same for the same model."""
@@ -77,6 +78,7 @@ class TrainedGEM:
             model=self.params,
             hidden_study=self.hidden_study,
             training_support=self.training_support,
+            label_form=self.label_form,
             temperatures=dict(self.temperatures),
         )
         tensors = model_file.named_tensors(self.network.state_dict(), self.metadata)
@@ -99,6 +101,7 @@ class TrainedGEM:
             description.model,
             description.hidden_study,
             description.training_support,
+            description.label_form,
         )
         with torch.random.fork_rng(devices=[]):
             # First on the meta device: a file may declare a network larger than memory.

@@ -22,6 +22,7 @@ from pipeline.gem.common.files import sha256_of
 from pipeline.gem.data.covariates import CovariateEncoder, FunctionalDependency
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.data.features import FeatureTable
+from pipeline.gem.data.labels import LabelForm
 from pipeline.gem.model import tensor_file
 from pipeline.gem.model.calibration import TEMPERATURE_RANGE
 from pipeline.gem.model.query import TargetGenes
@@ -93,6 +94,7 @@ class ModelDescription(Frozen):
     model: Model
     hidden_study: str | None
     training_support: TrainingSupport
+    label_form: LabelForm
     temperatures: dict[
         str, Annotated[float, Field(ge=TEMPERATURE_RANGE[0], le=TEMPERATURE_RANGE[1])]
     ]

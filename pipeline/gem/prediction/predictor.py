@@ -5,7 +5,7 @@ memory at a time.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -125,6 +125,8 @@ class Predictor:
         start = 0
         for table in query.blocks(rows):
             distinct = DistinctRows.of(table, columns)
+            samples = self.models[0].label_form.table(distinct.samples)
+            distinct = replace(distinct, samples=samples)
             model_inputs = [self._encode(model, distinct, expression) for model in self.models]
             yield from self._predict(table, distinct, model_inputs, start)
             start += len(table)

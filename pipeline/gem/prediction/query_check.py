@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from pipeline.gem.common.errors import InputError, did_you_mean
 from pipeline.gem.data.covariates import CovariateEncoder
-from pipeline.gem.data.labels import cell_value
+from pipeline.gem.data.labels import LabelForm, cell_value
 from pipeline.gem.data.units import cell_repr
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.prediction.query_table import (
@@ -52,7 +52,7 @@ def check_query(
     checks = {}
     for encoder in gem.metadata.fields:
         if encoder.name in names and encoder.name not in nested:
-            checks[encoder.name] = partial(_covariate_problem, encoder, unknown)
+            checks[encoder.name] = partial(_covariate_problem, encoder, gem.label_form, unknown)
     if reference_ids is not None and REFERENCE_ID in names and REFERENCE_ID not in nested:
         checks[REFERENCE_ID] = partial(_reference_problem, frozenset(reference_ids))
     problems += _value_problems(query, checks)
@@ -144,7 +144,10 @@ def _first_row(values: pa.Array, scalar: pa.Scalar) -> int:
     return pc.index(values, scalar).as_py()
 
 
-def _covariate_problem(encoder: CovariateEncoder, unknown: str, value: object) -> str | None:
+def _covariate_problem(
+    encoder: CovariateEncoder, form: LabelForm, unknown: str, value: object
+) -> str | None:
+    value = form.cell(encoder.name, value)
     return None if value is None else encoder.try_encode(value, unknown)[1]
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,7 @@ import pandas as pd
 from pipeline.gem.common.config import Data
 from pipeline.gem.common.errors import InputError, examples
 from pipeline.gem.data.features import FeatureTable
-from pipeline.gem.data.labels import label_texts, list_cell_problems, split_labels
+from pipeline.gem.data.labels import LabelForm, label_texts, list_cell_problems, split_labels
 from pipeline.gem.data.tables import identifier_series, is_table, read_lines, read_table
 
 TARGET_COLUMNS = ["perturbation", "gene_id"]
@@ -102,6 +103,10 @@ def _read_targets(data: Data, known_genes: set[str]) -> pd.DataFrame:
         return pd.DataFrame(columns=TARGET_COLUMNS, dtype=str)
     path = _existing(data.target_gene, "data.target_gene")
     table = _read_labels(path, TARGET_COLUMNS).dropna()
+    if data.control is not None:
+        texts = partial(LabelForm.of(data).text, data.control.column)
+        table["perturbation"] = table["perturbation"].map(texts)
+        table = table.dropna()
     problems = _unknown_genes(table["gene_id"], known_genes, path, data)
     if duplicates := sorted(table["perturbation"][table["perturbation"].duplicated()].unique()):
         names = examples(duplicates)

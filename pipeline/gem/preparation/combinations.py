@@ -12,7 +12,7 @@ import pandas as pd
 
 from pipeline.gem.common.config import Data, Splits
 from pipeline.gem.common.errors import InputError, did_you_mean, examples
-from pipeline.gem.data.labels import label_texts
+from pipeline.gem.data.labels import LabelForm, label_texts
 from pipeline.gem.data.splits import Entities
 
 # Of params.yaml: splits. Each is a share, or a list of mappings from column to value.
@@ -32,11 +32,13 @@ def listed_pairs(
     """The pairs of treated samples that match the lists. InputError lists every invalid mapping."""
     matches: list[set[str]] = []
     problems: list[str] = []
+    form = LabelForm.of(data)
     for name in PARAMETERS:
         value = getattr(params, name)
         pairs: set[str] = set()
         for number, mapping in enumerate(value if isinstance(value, tuple) else ()):
             where = f"{data.source}: splits.{name}.{number}"
+            mapping = {column: form.text(column, text) or text for column, text in mapping.items()}
             invalid = _mapping_problems(mapping, samples, data, where)
             if invalid:
                 problems += invalid

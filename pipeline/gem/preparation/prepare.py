@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline.gem.common.config import Data, Splits
+from pipeline.gem.common.config import Control, Data, Splits
 from pipeline.gem.common.errors import InputError, did_you_mean, examples
 from pipeline.gem.common.files import folder_replacement, sha256, sha256_of, write_json, write_table
 from pipeline.gem.data.cleaning import clean_samples
 from pipeline.gem.data.cohort import DECLARED, FORMAT_VERSION, TARGETS, embedding_files
-from pipeline.gem.data.labels import label_texts, list_cell_problems
+from pipeline.gem.data.labels import LabelForm, label_texts, list_cell_problems
 from pipeline.gem.data.sources import Source, check_unique
 from pipeline.gem.data.splits import SPLIT_ROLES, date_problems, role_of, split_sizes
 from pipeline.gem.preparation.annotations import (
@@ -25,6 +25,7 @@ from pipeline.gem.preparation.annotations import (
 )
 from pipeline.gem.preparation.assign_splits import assign_splits
 from pipeline.gem.preparation.gene_selection import select_genes
+from pipeline.gem.preparation.label_notes import label_notes
 from pipeline.gem.preparation.leakage import check_duplicate_samples, check_split_leakage
 from pipeline.gem.preparation.qc import summarise_counts
 from pipeline.gem.preparation.shuffle import RoleSamples, write_shuffled_shards
@@ -38,9 +39,11 @@ def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> di
 
     InputError if the source is invalid, IntegrityError if its splits leak.
     """
+    data = _canonical(data)
     samples, annotations = _validate_tables(source, data)
     match_annotations(annotations, samples, data)
-    split, notes = assign_splits(samples, data, params)
+    split, split_notes = assign_splits(samples, data, params)
+    notes = label_notes(source.samples, data) + split_notes
     check_split_leakage(samples, split, data)
     summary = summarise_counts(source, split.map(role_of).to_numpy(), data)
     check_duplicate_samples(samples["sample_id"].to_numpy(), split, summary.fingerprints)
@@ -84,6 +87,14 @@ def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> di
     return manifest
 
 
+def _canonical(data: Data) -> Data:
+    """With the value of the control as it is in the cohort."""
+    if data.control is None:
+        return data
+    column, value = LabelForm.of(data).control
+    return data.model_copy(update={"control": Control(column=column, value=value)})
+
+
 def _validate_tables(source: Source, data: Data) -> tuple[pd.DataFrame, Annotations]:
     """(samples with cleaned covariates, annotations). InputError lists every problem."""
     where, problems = data.source, []
@@ -97,9 +108,10 @@ def _validate_tables(source: Source, data: Data) -> tuple[pd.DataFrame, Annotati
         for name in RESERVED_COLUMNS
         if name in source.samples
     ]
-    problems += _column_problems(source.samples, data, where)
+    samples = LabelForm.of(data).table(source.samples)
+    problems += _column_problems(samples, data, where)
     with collect_problems(problems):
-        samples = clean_samples(source.samples, data.covariates, where)
+        samples = clean_samples(samples, data.covariates, where)
     with collect_problems(problems):
         annotations = read_annotations(data, source.genes["gene_id"])
     if problems:

@@ -14,6 +14,7 @@ from pipeline.gem.common.config import Data, Params
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.encoder import MetadataEncoder, distinct_rows
 from pipeline.gem.data.expression import log_cpm
+from pipeline.gem.data.labels import LabelForm
 from pipeline.gem.data.references import SampleGroups, matching_controls
 from pipeline.gem.data.splits import SELECTION_SPLITS, TRAIN
 from pipeline.gem.model.observation import Observed
@@ -76,6 +77,7 @@ class TrainingData:
     genes: np.ndarray  # (G,) gene ids
     targets: TargetGenes
     training_support: TrainingSupport
+    label_form: LabelForm
     train: EncodedSplit
     references: "References"
     study_spread: Tensor  # (G,), see `study_spread`
@@ -101,6 +103,7 @@ class TrainingData:
             genes=cohort.genes,
             targets=TargetGenes.from_cohort(cohort),
             training_support=TrainingSupport.from_samples(samples, declared),
+            label_form=LabelForm.of(declared),
             train=train,
             references=References.from_samples(samples, declared, device),
             study_spread=torch.from_numpy(spread).to(device),

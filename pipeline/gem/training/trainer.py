@@ -124,6 +124,7 @@ def build_model(data: TrainingData, params: Params) -> TrainedGEM:
         params.model,
         data.study_column if has_study and masks_study else None,
         data.training_support,
+        data.label_form,
     )
 
 

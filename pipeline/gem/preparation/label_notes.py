@@ -90,7 +90,7 @@ def _notes_of_column(name: str, cells: Counter, form: LabelForm) -> Iterator[str
         yield f"spellings of one label, merged: {_listing(merged)}"
     if reordered := _groups(orders, lambda text: SEPARATOR.join(split_labels(text))):
         yield f"sets of labels in several orders, each one set: {_listing(reordered)}"
-    if similar := _similar(labels):
+    if similar := _similar(text for text in labels if not looks_missing(text)):
         yield f"labels that differ little and stay several: {_listing(similar)}; is each right?"
     own_control = control[1] if control and control[0] == name else None
     if suspicious := [text for text in labels if looks_missing(text) and text != own_control]:
@@ -117,10 +117,10 @@ def _holds(cell: str, control: str) -> bool:
     return control in labels and len(labels) > 1
 
 
-def _similar(labels: Iterable[str]) -> list[list[str]]:
+def _similar(texts: Iterable[str]) -> list[list[str]]:
     """Labels that differ only in case, punctuation, spacing, look-alike letters, the order of
     their parts, or the way a number is written."""
-    groups: dict[tuple[str, ...], None] = {}
+    labels, groups = list(texts), {}
     for key in (_folded, _unordered, _as_number):
         groups |= dict.fromkeys(map(tuple, _groups(labels, key)))
     return [list(group) for group in groups]

@@ -10,8 +10,9 @@ from urllib.parse import unquote
 LINE_LENGTH = 300  # characters of a message at most
 _WORD_LENGTH = 40  # characters that stay of a long value
 # Characters that Unicode calls printable and that show nothing.
-_INVISIBLE = re.compile(
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0]"
+INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+    "\U000e0100-\U000e01ef]"
 )
 
 _ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "OPTUNA_STORAGE")
@@ -60,7 +61,7 @@ def _environment_passwords() -> set[str]:
 
 
 def _visible(character: str) -> str:
-    if character.isprintable() and not _INVISIBLE.match(character):
+    if character.isprintable() and not INVISIBLE.match(character):
         return character
     return character.encode("unicode_escape").decode()
 

@@ -16,6 +16,7 @@ import pandas as pd
 
 from pipeline.gem.common.config import Data
 from pipeline.gem.common.errors import examples
+from pipeline.gem.common.logs import INVISIBLE
 
 SEPARATOR = "|"  # between the labels of one value
 KEY_SEPARATOR = " / "  # between the parts of a joined key
@@ -26,9 +27,6 @@ _LIKE_MISSING = re.compile(
     r"not (available|applicable|provided|collected|reported|known|recorded|specified|determined)",
     re.IGNORECASE,
 )
-# Visible by its category, but drawn as nothing or as a blank.
-_FILLERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
-_VARIATION_SELECTORS = (range(0x180B, 0x1810), range(0xFE00, 0xFE10), range(0xE0100, 0xE01F0))
 # A slash that could be read as part of a separator.
 _ESCAPED = re.compile(r"\\|(?<![^ ])/|/(?![^ ])|^\?$")
 
@@ -41,10 +39,10 @@ def _visible(text: str) -> str:
 
 
 def _is_invisible(character: str) -> bool:
-    """Formats (zero width, byte-order mark, soft hyphen), controls, fillers, variants."""
+    """Formats (zero width, byte-order mark, soft hyphen), controls, fillers."""
     if unicodedata.category(character) in ("Cf", "Cc"):
         return not character.isspace()
-    return character in _FILLERS or any(ord(character) in part for part in _VARIATION_SELECTORS)
+    return bool(INVISIBLE.fullmatch(character))
 
 
 def normal_text(text: str) -> str:

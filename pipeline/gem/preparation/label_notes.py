@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 import pandas as pd
 
 from pipeline.gem.common.config import Data
+from pipeline.gem.common.logs import printable
 from pipeline.gem.data.labels import (
     SEPARATOR,
     LabelForm,
@@ -34,7 +35,6 @@ _PUNCTUATION = re.compile(
 _SEPARATORS = "+,;&/"  # of other programs
 _PARTS = re.compile(rf"[{re.escape(SEPARATOR + _SEPARATORS)}_]")
 _SHARE = 0.5  # of the labels that hold a separator "throughout"
-_NOTE = 300  # characters of a note
 
 
 def label_notes(samples: pd.DataFrame, data: Data) -> list[str]:
@@ -48,7 +48,7 @@ def label_notes(samples: pd.DataFrame, data: Data) -> list[str]:
         else:
             own_notes = _notes_of_column(name, Counter(_written(samples[name])), form)
         notes += [f"{name}: {note}" for note in own_notes]
-    return [note if len(note) <= _NOTE else f"{note[: _NOTE - 3]}..." for note in notes]
+    return list(map(printable, notes))
 
 
 def _number_notes(column: pd.Series) -> Iterator[str]:

@@ -60,8 +60,40 @@ def test_a_number_on_the_log_scale_is_the_logarithm_with_an_offset():
     assert codes == pytest.approx(np.array([[value, 1]] * 3), abs=1e-6)
 
 
+@pytest.mark.parametrize("factor", [1e-30, 1e-9, 1.0, 1e9])
+@pytest.mark.parametrize("scale", [LINEAR, LOG], ids=["linear", "log"])
+def test_doses_of_any_magnitude_are_encoded_alike(factor, scale):
+    """Doses in mol/l are as far apart as in umol/l."""
+    doses = np.array([1.0, 10.0, 100.0, 10_000.0])
+    codes, expected = (encode(encoder_of(x, scale), x)[:, 0] for x in (factor * doses, doses))
+    assert codes == pytest.approx(expected, abs=1e-3)
+
+
+def test_numbers_of_a_query_have_the_declared_unit():
+    encoder = encoder_of(["24", "48h", "1 year"], LOG | {"kind": "quantity", "unit": "h"})
+    codes = encode(encoder, ["24", 24, "24 h", "1 day", "8766"])
+    assert (codes[:4] == codes[0]).all()
+    assert (codes[4] == encode(encoder, ["1 year"])[0]).all()
+
+
+QUERIES = {
+    "another dimension": (["1 h", "2 h"], "1 uM", "another dimension than in training: time"),
+    "a number without unit": (["1 h", "2 h"], 24, "another dimension than in training: time"),
+    "a unit": (["1", "2"], "24 h", "another dimension than in training: plain numbers"),
+    "m": (["1 h", "2 h"], "30m", "m is ambiguous; write min"),
+    "M": (["1 h", "2 h"], "30M", "M is ambiguous; write min"),
+}
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_quantities_of_a_query_follow_the_same_rules(name):
+    training, value, message = QUERIES[name]
+    with pytest.raises(InputError, match=f"x, row 0: .*{message}"):
+        encode(encoder_of(training, LOG), [value])
+
+
 def test_dimensions_of_one_column_are_one_hot():
-    encoder = encoder_of(["1 uM", "1 mg/ml"], LOG)
+    encoder = encoder_of(["1 uM", "1 mg/ml"], LOG | {"kind": "quantity", "unit": "any"})
     assert encoder.fields[0].levels == ("concentration", "molarity")
     assert encode(encoder, ["1 uM", "1 mg/ml"])[:, 1:].tolist() == [[0, 1], [1, 0]]
 
@@ -206,8 +238,10 @@ def test_the_encoding_of_a_row_does_not_depend_on_other_rows(rng):
 
 def test_the_fit_does_not_depend_on_the_order_of_rows():
     values = pd.Series(["3 h", "1 uM", None, "2 days", "0.5 uM"] * 5)
-    (one,) = encoder_of(values, LOG).fields
-    (other,) = encoder_of(values.sample(frac=1, random_state=3, ignore_index=True), LOG).fields
+    declared = LOG | {"kind": "quantity", "unit": "any"}
+    (one,) = encoder_of(values, declared).fields
+    shuffled = values.sample(frac=1, random_state=3, ignore_index=True)
+    (other,) = encoder_of(shuffled, declared).fields
     assert one.levels == other.levels
     assert (one.mean, one.deviation) == pytest.approx((other.mean, other.deviation), rel=1e-12)
 

@@ -1,26 +1,31 @@
 """Quantities with units: one base unit per dimension, nothing guessed."""
 
 import re
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from pipeline.gem.data.units import parse_quantity
+from pipeline.gem.common.config import Unit
+from pipeline.gem.data.units import UNITS, parse_quantity
 
 QUANTITIES = {
     "time": {
         "24 hours": 24, "24 h": 24, "24hr": 24, " 7  h ": 7, "1 day": 24, "2 days": 48, "0.5 d": 12,
         "1 week": 168, "2 weeks": 336, "90 min": 1.5, "90 minutes": 1.5, "3600 s": 1,
-        "3600 seconds": 1, "2 HOURS": 2,
+        "3600 seconds": 1, "2 HOURS": 2, "8 wk": 1344, "3w": 504, "1 mo": 730.5, "12 months": 8766,
+        "1 year": 8766, "30 yr": 262980, "2y": 17532, "1 sec": 1 / 3600, "5 mins": 5 / 60,
     },
     "molarity": {
         "1 uM": 1, "1000 nM": 1, "1e6 pM": 1, "0.001 mM": 1, "1e-6 M": 1, "1 µM": 1, "1 μM": 1,
-        "10UM": 10,
+        "10UM": 10, "10 µmol/L": 10, "1 nmol/l": 1e-3, "1 fM": 1e-9, "1\xa0mM": 1e3,
     },
     "concentration": {
         "1 mg/mL": 1, "1000 ug/ml": 1, "1000 µg/mL": 1, "1e6 ng/ml": 1, "1e9 pg/ml": 1,
+        "5 ng/µl": 5e-3, "1 ㎍/㎖": 1e-3, "1 g/l": 1, "3 mg/L": 3e-3,
     },
-    "age": {"30 years": 30, "1 year": 1, "30 yr": 30, "30y": 30},
+    "dose by weight": {"10 mg/kg": 10, "5 ug/kg": 5e-3, "1 g/kg": 1e3},
+    "radiation": {"2 Gy": 2, "200 cGy": 2, "2000 mGy": 2},
     "": {"55": 55, "-3": -3, "+.5": 0.5, "1.": 1, "1e3": 1000, "  7  ": 7},
 }  # fmt: skip
 
@@ -45,7 +50,9 @@ def test_a_fraction_of_any_type_is_the_decimal_that_it_prints(kind):
 
 @pytest.mark.parametrize(
     "value",
-    ["", " ", "abc", "uM", "10 foo", "10 %", "1,5 h", "1 2", "10-20 h", "1e h", "--1", "1e400",
+    ["30m", "5 m", "5 ｍ", "30 ms", "10 us", "10²", "10² h", "1e100", "1,000 nM", "2,5 uM",
+     "24 hpf", "1e99 M", "12.5 dpc", "5-10 uM", "~5 h", "10⁻⁹ M", 10**400,
+     "", " ", "abc", "uM", "10 foo", "10 %", "1,5 h", "1 2", "10-20 h", "1e h", "--1", "1e400",
      "nan", "inf", float("nan"), float("inf"), None, True, [1], "1 h 30 min", "0x10", "1_000",
      "10 / h"],
 )  # fmt: skip
@@ -54,6 +61,25 @@ def test_other_values_are_errors_with_their_text(value):
         parse_quantity(value)
 
 
-def test_an_unknown_unit_is_named():
-    with pytest.raises(ValueError, match="unknown unit 'parsec'"):
-        parse_quantity("3 parsec")
+MESSAGES = {
+    "3 parsec": "'3 parsec' has an unknown unit; known: s min h d week month year, fM pM nM uM "
+    "mM M, pg/ml ng/ml ug/ml mg/ml, ug/kg mg/kg g/kg, mGy cGy Gy",
+    "30m": "'30m': m is ambiguous; write min, month, mM or M (mol/l)",
+    "1,000 nM": "'1,000 nM' has a comma; write 2.5 for a fraction and 1000 for a thousand",
+}
+
+
+@pytest.mark.parametrize("text", MESSAGES)
+def test_a_message_says_what_to_write(text):
+    with pytest.raises(ValueError, match=re.escape(MESSAGES[text])):
+        parse_quantity(text)
+
+
+def test_params_declare_the_units_of_the_table():
+    assert set(get_args(Unit)) == {"any"} | {unit for units in UNITS.values() for unit in units}
+
+
+@pytest.mark.parametrize("unit", [name for name in get_args(Unit) if name != "any"])
+def test_a_plain_number_has_the_declared_unit(unit):
+    assert parse_quantity(3, unit) == parse_quantity(f"3 {unit}")
+    assert parse_quantity("2 Gy", unit) == (2.0, "radiation")

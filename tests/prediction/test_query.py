@@ -115,7 +115,7 @@ def test_all_problems_are_reported_with_row_and_suggestion(gem, query):
         "tissue, row 2: 'tissue_11' was never seen in training; did you mean tissue_1?" in message
     )
     assert "tissue, row 3: 'nowhere'" in message
-    assert "perturbation_dose, row 1: '3 parsecs' has the unknown unit" in message
+    assert "perturbation_dose, row 1: '3 parsecs' has an unknown unit" in message
 
 
 def test_unknown_values_may_be_missing_but_bad_quantities_may_not(gem):

@@ -90,10 +90,35 @@ class Multilabel(Frozen):
 
 
 class Numeric(Frozen):
-    """A number, with or without a unit: standardised on the training split."""
+    """A number: standardised on the training split. All cells have one dimension: they are plain,
+    or times, or doses of one kind."""
 
     kind: Literal["numeric"]
     scale: Literal["linear", "log"]
+
+    @property
+    def plain_unit(self) -> str | None:
+        """The unit of cells without one."""
+        return None
+
+
+Unit = Literal[
+    *("any", "s", "min", "h", "d", "week", "month", "year"),
+    *("fM", "pM", "nM", "uM", "mM", "M", "pg/ml", "ng/ml", "ug/ml", "mg/ml"),
+    *("ug/kg", "mg/kg", "g/kg", "mGy", "cGy", "Gy"),
+]
+
+
+class Quantity(Numeric):
+    """A number with a declared unit, that of plain cells: 24 is 24h. `any` is no unit, but allows
+    several dimensions in one column."""
+
+    kind: Literal["quantity"]
+    unit: Unit
+
+    @property
+    def plain_unit(self) -> str | None:
+        return None if self.unit == "any" else self.unit
 
 
 class Embedding(Frozen):
@@ -103,7 +128,9 @@ class Embedding(Frozen):
     table: str
 
 
-Covariate = Annotated[Categorical | Multilabel | Numeric | Embedding, Field(discriminator="kind")]
+Covariate = Annotated[
+    Categorical | Multilabel | Numeric | Quantity | Embedding, Field(discriminator="kind")
+]
 
 
 class Covariates(Frozen):

@@ -3,9 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from pipeline.gem.common.config import Covariates
+from pipeline.gem.common.config import Covariates, Numeric, Quantity
 from pipeline.gem.common.errors import InputError, did_you_mean, examples
-from pipeline.gem.data.covariates import to_scale
 from pipeline.gem.data.labels import (
     distinct_cells,
     label_text,
@@ -13,7 +12,15 @@ from pipeline.gem.data.labels import (
     list_cell_problems,
     looks_missing,
 )
-from pipeline.gem.data.units import DIMENSIONLESS, parse_quantity
+from pipeline.gem.data.units import (
+    DIMENSIONLESS,
+    cell_repr,
+    dimension_name,
+    is_ambiguous,
+    parse_quantity,
+)
+
+_MAX_PROBLEMS = 20  # listed per column; further ones are counted
 
 
 def clean_samples(samples: pd.DataFrame, covariates: Covariates, where: str) -> pd.DataFrame:
@@ -31,9 +38,9 @@ def clean_samples(samples: pd.DataFrame, covariates: Covariates, where: str) -> 
             )
         elif invalid := list_cell_problems(samples[name], f"{where}: {name}"):
             problems += invalid
-        elif covariate.kind != "numeric":
+        elif not isinstance(covariate, Numeric):
             cleaned[name] = label_texts(samples[name])
-        elif invalid := _quantity_problems(samples[name], covariate.scale, f"{where}: {name}"):
+        elif invalid := _quantity_problems(samples[name], covariate, f"{where}: {name}"):
             problems += invalid
         else:
             cleaned[name] = _numbers_or_text(samples[name])
@@ -42,19 +49,40 @@ def clean_samples(samples: pd.DataFrame, covariates: Covariates, where: str) -> 
     return cleaned
 
 
-def _quantity_problems(column: pd.Series, scale: str, where: str) -> list[str]:
-    problems = []
+def _quantity_problems(column: pd.Series, covariate: Numeric, where: str) -> list[str]:
+    problems: list[str] = []
+    by_dimension: dict[str, list[int]] = {}  # positions of the values
     index, values = distinct_cells(column)
     for position, value in enumerate(values):
         try:
-            to_scale(parse_quantity(value)[0], scale)
+            number, dimension = parse_quantity(value, covariate.plain_unit)
+            if number < 0 and covariate.scale == "log":
+                raise ValueError(f"{cell_repr(value)} is negative, which the log scale forbids")
+            by_dimension.setdefault(dimension, []).append(position)
         except ValueError as error:
-            rows = examples(np.flatnonzero(index == position))
+            rows = examples(np.flatnonzero(index == position), 3)
             advice = "declare it categorical, or write a number and a unit"
             if looks_missing(value):
                 advice = "write nothing where a value is missing, or list it in data.missing_values"
             problems.append(f"{where}: {error} (rows {rows}); {advice}")
-    return problems
+    if len(problems) > _MAX_PROBLEMS:
+        further = len(problems) - _MAX_PROBLEMS
+        problems[_MAX_PROBLEMS:] = [f"{where}: and {further:,} more values like these"]
+    if problems or len(by_dimension) < 2:
+        return problems
+    held = "; ".join(
+        f"{dimension_name(dimension)}: {cell_repr(values[positions[0]])} "
+        f"(rows {examples(np.flatnonzero(np.isin(index, positions)), 2)})"
+        for dimension, positions in sorted(by_dimension.items())
+    )
+    if any(is_ambiguous(value, by_dimension) for value in values):
+        return [f"{where}: {held}; M is ambiguous among times: write min, month or mol/l"]
+    if isinstance(covariate, Quantity) and covariate.unit == "any":
+        return []
+    return [
+        f"{where}: {held}; write one dimension, or declare it as kind: quantity with the unit of "
+        "plain numbers, or unit: any"
+    ]
 
 
 def _numbers_or_text(column: pd.Series) -> pd.Series:

@@ -10,14 +10,16 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from pipeline.gem.common.config import Covariate
+from pipeline.gem.common.config import Covariate, Numeric
 from pipeline.gem.common.errors import did_you_mean
 from pipeline.gem.data.features import CLIP, FeatureTable
 from pipeline.gem.data.labels import cell_value, label_text, label_texts, split_labels
-from pipeline.gem.data.units import cell_repr, parse_quantity
+from pipeline.gem.data.units import cell_repr, dimension_name, is_ambiguous, parse_quantity
 
-LOG_OFFSET = 1e-6  # added before the logarithm of a numeric covariate
-# A deviation below this share of the mean is the rounding error of a constant column.
+# Added before the logarithm of a numeric covariate, but at most this share of its smallest positive
+# value in training: otherwise it would swallow doses such as 1e-9 mol/l.
+LOG_OFFSET, LOG_OFFSET_SHARE = 1e-6, 1e-3
+# A deviation up to this share of the largest value is the rounding error of a constant column.
 ROUNDING = 1e-9
 
 
@@ -38,6 +40,7 @@ class CovariateEncoder:
     levels: tuple[str, ...] = ()  # labels, or the dimensions of a numeric covariate
     mean: float = 0.0  # numeric: over the training split, on the scale of the covariate
     deviation: float = 1.0
+    offset: float = LOG_OFFSET  # numeric on the log scale
     features: FeatureTable | None = None  # embedding: standardised over the training labels
 
     @property
@@ -48,7 +51,12 @@ class CovariateEncoder:
     @property
     def feature_size(self) -> int:
         """Columns before the levels: features of a label, or the value of a number."""
-        return self.features.size if self.features else int(self.covariate.kind == "numeric")
+        return self.features.size if self.features else int(isinstance(self.covariate, Numeric))
+
+    @property
+    def scaling(self) -> tuple[float, float, float]:
+        """What standardises a number."""
+        return self.mean, self.deviation, self.offset
 
     @property
     def known_labels(self) -> tuple[str, ...]:
@@ -73,23 +81,27 @@ class CovariateEncoder:
         features: FeatureTable | None = None,
     ) -> "CovariateEncoder":
         """The encoder of a column of the training split."""
-        if covariate.kind != "numeric":
+        if not isinstance(covariate, Numeric):
             labels = set(label_texts(column).dropna())
             if covariate.kind != "categorical":
                 labels = {label for text in labels for label in split_labels(text)}
             standardised = features.standardise(labels) if features else None
             return cls(name, covariate, tuple(sorted(labels)), features=standardised)
         quantities = [
-            parse_quantity(value) for value in map(cell_value, column) if value is not None
+            parse_quantity(value, covariate.plain_unit)
+            for value in map(cell_value, column)
+            if value is not None
         ]
-        numbers = np.array([to_scale(number, covariate.scale) for number, _ in quantities])
         dimensions = tuple(sorted({dimension for _, dimension in quantities}))
-        if not len(numbers):
+        if not quantities:
             return cls(name, covariate, dimensions)
+        smallest = min((number for number, _ in quantities if number > 0), default=1.0)
+        offset = min(LOG_OFFSET, LOG_OFFSET_SHARE * smallest)
+        numbers = np.array([to_scale(number, covariate.scale, offset) for number, _ in quantities])
         mean, deviation = float(numbers.mean()), float(numbers.std())
-        if deviation < ROUNDING * max(1.0, abs(mean)):
+        if deviation <= ROUNDING * np.abs(numbers).max():
             deviation = 1.0
-        return cls(name, covariate, dimensions, mean, deviation)
+        return cls(name, covariate, dimensions, mean, deviation, offset)
 
     def try_encode(self, value: object, unknown: str) -> tuple[np.ndarray | None, str | None]:
         """((size,) encoding or None, error message or None) of a value that is not missing.
@@ -102,8 +114,8 @@ class CovariateEncoder:
             return None, str(error)
         if code is not None or unknown != "refuse":
             return code, None
-        if self.covariate.kind == "numeric":
-            dimensions = " or ".join(level or "plain numbers" for level in self.levels)
+        if isinstance(self.covariate, Numeric):
+            dimensions = " or ".join(map(dimension_name, self.levels))
             return None, f"{cell_repr(value)} has another dimension than in training: {dimensions}"
         suggestion = did_you_mean(value, self.known_labels)
         return None, (
@@ -116,7 +128,7 @@ class CovariateEncoder:
 
         ValueError if a numeric covariate is no quantity.
         """
-        if self.covariate.kind == "numeric":
+        if isinstance(self.covariate, Numeric):
             return self._encode_quantity(value)
         categorical = self.covariate.kind == "categorical"
         labels = [label_text(value)] if categorical else split_labels(value)
@@ -132,10 +144,13 @@ class CovariateEncoder:
         return code
 
     def _encode_quantity(self, value: object) -> np.ndarray | None:
-        number, dimension = parse_quantity(value)
+        number, dimension = parse_quantity(value, self.covariate.plain_unit)
+        if is_ambiguous(value, self.levels):
+            raise ValueError(f"{cell_repr(value)}: M is ambiguous; write min, month or mol/l")
         if dimension not in self._level_positions:
             return None
-        standardised = (to_scale(number, self.covariate.scale) - self.mean) / self.deviation
+        scaled = to_scale(number, self.covariate.scale, self.offset)
+        standardised = (scaled - self.mean) / self.deviation
         code = np.zeros(self.size, dtype=np.float32)
         code[0] = min(max(standardised, -CLIP), CLIP)
         code[1 + self._level_positions[dimension]] = 1
@@ -147,13 +162,13 @@ class CovariateEncoder:
         return np.array(positions, dtype=np.int64)
 
 
-def to_scale(number: float, scale: str) -> float:
+def to_scale(number: float, scale: str, offset: float) -> float:
     """A number on the linear or log scale. ValueError for a negative number on the log scale."""
     if scale == "linear":
         return number
     if number < 0:
-        raise ValueError(f"{number} is negative, which the log scale does not allow")
-    return float(np.log(number + LOG_OFFSET))
+        raise ValueError(f"{number:g} is negative, which the log scale forbids")
+    return float(np.log(number + offset))
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ def _difference(
             f"{len(surplus)} labels of the model that the data lacks ({examples(surplus)}), "
             f"{len(missing)} of the data that the model lacks ({examples(missing)})"
         )
-    if (field.mean, field.deviation) != (other.mean, other.deviation):
+    if field.scaling != other.scaling:
         return (
             f"mean {field.mean:g} and deviation {field.deviation:g} in the model, "
             f"{other.mean:g} and {other.deviation:g} in the data"

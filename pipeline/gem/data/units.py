@@ -1,53 +1,105 @@
-"""Quantities with units as tables hold them: "10 uM", "24 hours", "1 day", "55"."""
+"""Quantities with units as tables hold them: "10 uM", "24 hours", "1 day", "55".
 
-import math
+A table of our own: a library of units reads "m" as metres and "UM" not at all, and evaluates
+expressions.
+"""
+
 import re
+import unicodedata
+from collections.abc import Iterable
 
-# Factors to one base unit per dimension: hours, uM, mg/mL, years.
-_UNITS = {
+# Factors to one base unit per dimension (h, uM, mg/ml, mg/kg, Gy), by the names that params.yaml
+# and messages use (`config.Unit`).
+UNITS = {
     "time": {
-        **dict.fromkeys(("second", "s"), 1 / 3600),
-        **dict.fromkeys(("minute", "min"), 1 / 60),
-        **dict.fromkeys(("hour", "hr", "h"), 1.0),
-        **dict.fromkeys(("day", "d"), 24.0),
+        "s": 1 / 3600,
+        "min": 1 / 60,
+        "h": 1.0,
+        "d": 24.0,
         "week": 168.0,
+        "month": 730.5,  # a twelfth of a year
+        "year": 8766.0,  # 365.25 days
     },
-    "molarity": {"pm": 1e-6, "nm": 1e-3, "um": 1.0, "mm": 1e3, "m": 1e6},
+    "molarity": {"fM": 1e-9, "pM": 1e-6, "nM": 1e-3, "uM": 1.0, "mM": 1e3, "M": 1e6},
     "concentration": {"pg/ml": 1e-9, "ng/ml": 1e-6, "ug/ml": 1e-3, "mg/ml": 1.0},
-    "age": dict.fromkeys(("year", "yr", "y"), 1.0),
+    "dose by weight": {"ug/kg": 1e-3, "mg/kg": 1.0, "g/kg": 1e3},
+    "radiation": {"mGy": 1e-3, "cGy": 1e-2, "Gy": 1.0},
+}
+# Other spellings. Capitals do not matter: "10UM", "24 H".
+_SPELLINGS = {
+    "s": "sec secs second seconds",
+    "min": "mins minute minutes",
+    "h": "hr hrs hour hours",
+    "d": "day days",
+    "week": "w wk wks weeks",
+    "month": "mo mos months",
+    "year": "y yr yrs years",
+    "fM": "fmol/l",
+    "pM": "pmol/l",
+    "nM": "nmol/l",
+    "uM": "umol/l",
+    "mM": "mmol/l",
+    "M": "mol/l",
+    "pg/ml": "ng/l",
+    "ng/ml": "ug/l pg/ul",
+    "ug/ml": "mg/l ng/ul",
+    "mg/ml": "g/l ug/ul",
 }
 _BY_UNIT = {
-    unit: (dimension, factor)
-    for dimension, units in _UNITS.items()
+    spelling.lower(): (dimension, factor)
+    for dimension, units in UNITS.items()
     for unit, factor in units.items()
+    for spelling in (unit, *_SPELLINGS.get(unit, "").split())
 }
-_PATTERN = re.compile(r"^\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([^\d\s].*?)?\s*$")
-_MICRO = str.maketrans("µμ", "uu")  # the micro sign and the Greek letter
+_PATTERN = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([^\d\s].*)?")
+_LARGEST = 1e100  # squares of larger numbers overflow
 
 DIMENSIONLESS = ""
 
 
-def parse_quantity(value: object) -> tuple[float, str]:
+def parse_quantity(value: object, unit: str | None = None) -> tuple[float, str]:
     """(value in the base unit of its dimension, the dimension; "" for a plain number).
 
-    "1 day" gives (24.0, "time"); "100 nM" gives (0.1, "molarity"); 55 gives (55.0, "").
-    ValueError if it is not a finite number with a known unit.
+    "1 day" gives (24.0, "time"); "100 nM" gives (0.1, "molarity"); 55 gives (55.0, ""), or
+    (55.0, "time") if the `unit` of plain numbers is "h". ValueError if the value is not a finite
+    number with a known unit.
     """
-    if type(value) in (int, float) and math.isfinite(value):
-        return float(value), DIMENSIONLESS
-    match = _PATTERN.match(str(value))
+    # A float is exact in its shortest text.
+    match = _PATTERN.fullmatch(str(value).strip())
+    shown = cell_repr(value)
     if not match:
-        raise ValueError(f"{cell_repr(value)} is not a number, or a number and a unit")
-    number, unit = float(match[1]), (match[2] or "").strip().lower().translate(_MICRO)
-    if not math.isfinite(number):
-        raise ValueError(f"{cell_repr(value)} is not finite")
-    if not unit:
-        return number, DIMENSIONLESS
-    entry = _BY_UNIT.get(unit) or (_BY_UNIT.get(unit[:-1]) if unit.endswith("s") else None)
-    if entry is None:
-        raise ValueError(f"{cell_repr(value)} has the unknown unit {match[2]!r}")
-    dimension, factor = entry
+        raise ValueError(f"{shown} is not a number, or a number and a unit")
+    number = float(match[1])
+    # NFKC: one spelling of the micro sign.
+    written = unicodedata.normalize("NFKC", match[2] or "").replace("μ", "u")
+    dimension, factor = _dimension(shown, written, unit)
+    if not abs(number * factor) < _LARGEST:
+        raise ValueError(f"{shown} is too large; expected less than {_LARGEST:g}")
     return number * factor, dimension
+
+
+def _dimension(shown: str, written: str, unit: str | None) -> tuple[str, float]:
+    """(dimension, factor to its base unit) of a unit as it is written."""
+    if not written:
+        return _BY_UNIT.get((unit or "").lower(), (DIMENSIONLESS, 1.0))
+    if written == "m":
+        raise ValueError(f"{shown}: m is ambiguous; write min, month, mM or M (mol/l)")
+    if written.startswith(","):
+        raise ValueError(f"{shown} has a comma; write 2.5 for a fraction and 1000 for a thousand")
+    if written.lower() not in _BY_UNIT:
+        known = ", ".join(" ".join(units) for units in UNITS.values())
+        raise ValueError(f"{shown} has an unknown unit; known: {known}")
+    return _BY_UNIT[written.lower()]
+
+
+def is_ambiguous(value: object, dimensions: Iterable[str]) -> bool:
+    """Whether a quantity is in "M" in a column of these dimensions, where it may be meant as
+    minutes or months."""
+    return "time" in dimensions and re.search(r"[\d.\s]M\s*$", str(value)) is not None
+
+
+def dimension_name(dimension: str) -> str:
+    return dimension or "plain numbers"
 
 
 def cell_repr(value: object) -> str:

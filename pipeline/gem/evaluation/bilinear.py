@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from pipeline.gem.common.config import Data
+from pipeline.gem.common.config import Data, Numeric
 from pipeline.gem.data.covariates import CovariateEncoder
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.data.labels import join_keys, label_key
@@ -224,7 +224,7 @@ def fit_dose_time(data: Data, treated: pd.DataFrame) -> MetadataEncoder:
     encoders = [
         CovariateEncoder.fit(name, covariate, treated[name])
         for name, covariate in data.covariates.perturbation.items()
-        if covariate.kind == "numeric" and name in treated
+        if isinstance(covariate, Numeric) and name in treated
     ]
     return MetadataEncoder({"perturbation": encoders})
 

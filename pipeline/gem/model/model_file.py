@@ -40,19 +40,20 @@ class CovariateState(Frozen):
     levels: tuple[str, ...]
     mean: float
     deviation: Positive
+    offset: Positive
     # Their values are the tensor features.<position of the covariate> (U, E).
     feature_labels: Annotated[tuple[str, ...], Field(min_length=1)] | None
 
     @classmethod
     def from_encoder(cls, encoder: CovariateEncoder) -> "CovariateState":
-        names = ("name", "covariate", "levels", "mean", "deviation")
+        names = ("name", "covariate", "levels", "mean", "deviation", "offset")
         labels = encoder.features and encoder.features.labels
         return cls(**{name: getattr(encoder, name) for name in names}, feature_labels=labels)
 
     def to_encoder(self, values: Tensor | None) -> CovariateEncoder:
         """`values` (U, E) are the features of an embedding."""
         features = None if values is None else FeatureTable(self.feature_labels, values.numpy())
-        learned = self.levels, self.mean, self.deviation
+        learned = self.levels, self.mean, self.deviation, self.offset
         return CovariateEncoder(self.name, self.covariate, *learned, features)
 
 
@@ -148,7 +149,7 @@ def unpack(path: Path) -> tuple[ModelDescription, dict[str, Tensor]]:
 
 
 def refusal(path: Path, *problems: str) -> IntegrityError:
-    """The error for a model file with these problems: one printable line for each."""
+    """The error for a model file with these problems."""
     return tensor_file.refusal(path, *problems, advice=_TRAIN_AGAIN)
 
 

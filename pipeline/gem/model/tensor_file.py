@@ -70,9 +70,8 @@ def require_regular(path: Path) -> None:
 
 
 def refusal(path: Path, *problems: str, advice: str) -> IntegrityError:
-    """The error for a file with these problems: one printable line for each."""
-    lines = ("".join(c if c.isprintable() else "?" for c in problem[:200]) for problem in problems)
-    return IntegrityError(*(f"{path}: {line}; {advice}" for line in lines))
+    """The error for a file with these problems."""
+    return IntegrityError(*(f"{path}: {problem[:150]}; {advice}" for problem in problems))
 
 
 def _header_bytes(content: bytes) -> int:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
-from pipeline.gem.common.config import GROUPS
+from pipeline.gem.common.config import GROUPS, Numeric
 from pipeline.gem.common.errors import InputError
 from pipeline.gem.model.gem import TrainedGEM
 
@@ -156,7 +156,7 @@ def known_columns(gem: TrainedGEM) -> list[str]:
 
 def known_labels(gem: TrainedGEM) -> set[str]:
     """All labels of all covariates. None of them means "missing"."""
-    fields = [field for field in gem.metadata.fields if field.covariate.kind != "numeric"]
+    fields = [field for field in gem.metadata.fields if not isinstance(field.covariate, Numeric)]
     return {label for field in fields for label in field.known_labels}
 
 

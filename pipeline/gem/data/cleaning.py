@@ -1,5 +1,7 @@
 """Metadata of a source in one form: text or numbers, None if missing."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 
@@ -23,16 +25,18 @@ from pipeline.gem.data.units import (
 _MAX_PROBLEMS = 20  # listed per column; further ones are counted
 
 
-def clean_samples(samples: pd.DataFrame, covariates: Covariates, where: str) -> pd.DataFrame:
+def clean_samples(
+    samples: pd.DataFrame, covariates: Covariates, where: str, columns: Iterable[str] = ()
+) -> pd.DataFrame:
     """The declared covariates as text or numbers, None if missing, of samples in `LabelForm`.
 
-    InputError lists every invalid value.
+    InputError lists every invalid value; `columns` are names to suggest for an absent one.
     """
     problems: list[str] = []
     cleaned = samples.copy()
     for name, covariate in covariates.all().items():
         if name not in samples:
-            suggestion = did_you_mean(name, samples.columns)
+            suggestion = did_you_mean(name, columns or samples.columns)
             problems.append(
                 f"{where}: column {name} is declared in data.covariates but absent{suggestion}"
             )

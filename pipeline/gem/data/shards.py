@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.gem.common.errors import InputError, IntegrityError
+from pipeline.gem.common.errors import GemError, InputError, IntegrityError
+from pipeline.gem.data.storage.reading import check_regular, reading
 from pipeline.gem.data.tables import identifiers
 
 ROW_GROUP = 1024  # rows
@@ -59,26 +60,39 @@ class ShardWriter:
         self._rows += len(counts)
 
 
-def read_shard(path: Path, genes: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def read_shard(
+    path: Path,
+    genes: int,
+    advice: str = "restore it, or run the stage that writes it again",
+    error: type[GemError] = IntegrityError,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(sample_id (N,) as text, counts (N, G)) in batches of bounded size.
 
-    IntegrityError if the file is damaged or a row has another length; InputError if counts are
-    not lists of numbers.
+    `error` if the file is damaged or a row has another length; InputError if counts are not lists
+    of numbers.
     """
     rows = max(1, min(ROW_GROUP, BATCH_VALUES // max(1, genes)))
     start = 0
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            _check_columns(path, file.schema_arrow)
-            for batch in file.iter_batches(rows, columns=["sample_id", "counts"]):
-                if len(batch):
-                    names = identifiers(pa.chunked_array([batch["sample_id"]])).to_numpy()
-                    yield names, _matrix(path, batch["counts"], genes, start)
-                start += len(batch)
-    except (OSError, pa.ArrowException) as error:
-        raise IntegrityError(
-            f"{path}: cannot be read ({error}); restore it, or run the stage that writes it again"
-        ) from None
+    check_regular(path, error)
+    with (
+        reading(path, advice, error),
+        pq.ParquetFile(path, page_checksum_verification=True) as file,
+    ):
+        _check_columns(path, file.schema_arrow)
+        _check_sizes(path, file.metadata, genes, advice, error)
+        for batch in file.iter_batches(rows, columns=["sample_id", "counts"]):
+            if len(batch):
+                names = identifiers(pa.chunked_array([batch["sample_id"]])).to_numpy()
+                counts, lengths = _flat(batch["counts"])
+                wrong = np.flatnonzero(lengths != genes)
+                if len(wrong):
+                    row = wrong[0]
+                    raise error(
+                        f"{path}: row {start + row} has {lengths[row]} counts; "
+                        f"expected one for each of {genes} genes; {advice}"
+                    )
+                yield names, counts.reshape(-1, genes)
+            start += len(batch)
 
 
 def _check_columns(path: Path, schema: pa.Schema) -> None:
@@ -95,14 +109,21 @@ def _check_columns(path: Path, schema: pa.Schema) -> None:
         )
 
 
-def _matrix(path: Path, column: pa.Array, genes: int, start: int) -> np.ndarray:
-    """(N, G) of a column of lists that begins at row `start` of the file."""
+def _check_sizes(
+    path: Path, metadata: pq.FileMetaData, genes: int, advice: str, error: type[GemError]
+) -> None:
+    """An error if a row group holds far more counts than its rows: a row is read as a whole."""
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        counts = max(group.column(index).num_values for index in range(group.num_columns))
+        if counts > group.num_rows * max(1, genes) + BATCH_VALUES:
+            raise error(
+                f"{path}: row group {number} has {counts:,} counts; "
+                f"expected {group.num_rows:,} x {genes:,}; {advice}"
+            )
+
+
+def _flat(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(all counts, (N,) number of counts in each row) of a column of lists."""
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-    wrong = np.flatnonzero(lengths != genes)
-    if len(wrong):
-        row = wrong[0]
-        raise IntegrityError(
-            f"{path}: row {start + row} has {lengths[row]} counts; "
-            f"expected one for each of {genes} genes"
-        )
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, genes)
+    return column.flatten().to_numpy(zero_copy_only=False), lengths

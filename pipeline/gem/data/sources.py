@@ -6,7 +6,8 @@ written beside the input.
 B samples of a chunk, G genes.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -16,16 +17,17 @@ import pandas as pd
 from pipeline.gem.common.config import Data
 from pipeline.gem.common.errors import InputError, did_you_mean, examples
 from pipeline.gem.data.shards import read_shard
-from pipeline.gem.data.tables import identifier_series, plain_frame, read_table
+from pipeline.gem.data.storage.reading import RESTORE, reading
+from pipeline.gem.data.tables import read_columns, with_names
 
+logger = logging.getLogger(__name__)
 MAX_COUNT = 2**24  # float32 holds every integer up to here
-CHUNK_VALUES = 2**23  # counts read at a time
-RAW = ".raw"  # as a layer: AnnData's .raw; a layer of the name "raw" is a plain layer
 
 
 class Source(Protocol):
     samples: pd.DataFrame
     genes: pd.DataFrame
+    columns: list[str]  # names of all columns that describe samples, whether read or not
     advice: str  # where raw counts may be if these are none
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -40,10 +42,22 @@ def open_source(data: Data) -> Source:
             f"data.source: {path} does not exist; give a folder of Parquet files or an .h5ad file"
         )
     if path.is_dir():
-        return ParquetSource(path, data.sample_id)
+        # The oracles of a simulation need all columns.
+        columns = None if (path / "truth").is_dir() else _declared_columns(data)
+        return ParquetSource(path, data.sample_id, columns)
     if path.suffix.lower() == ".h5ad":
-        return H5adSource(path, data.layer, data.sample_id)
+        # HDF5 and anndata take a second to import, and only this source needs them.
+        from pipeline.gem.data.storage.h5ad import H5adSource
+
+        return H5adSource(path, data.layer, data.sample_id, _declared_columns(data))
     raise InputError(f"data.source: {path} is neither a folder nor an .h5ad file")
+
+
+def _declared_columns(data: Data) -> set[str]:
+    """The columns of the samples that params.yaml names."""
+    control = data.control.column if data.control else None
+    names = {*data.context_columns, data.date_column, data.study_column, control}
+    return {*data.covariates.all(), *(names - {None})}
 
 
 def checked_chunks(source: Source, where: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -57,10 +71,16 @@ def checked_chunks(source: Source, where: str) -> Iterator[tuple[np.ndarray, np.
 class ParquetSource:
     """samples.parquet, genes.parquet and counts/*.parquet in a folder.
 
-    `sample_id` is the column of sample names if it is not sample_id.
+    `sample_id` is the column of sample names if it is not sample_id; `columns` are those to read
+    beside it, None for all. Hidden files are ignored.
     """
 
-    def __init__(self, folder: Path, sample_id: str | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        sample_id: str | None = None,
+        columns: Collection[str] | None = (),
+    ):
         parts = ("samples.parquet", "genes.parquet", "counts")
         absent = [folder / name for name in parts if not (folder / name).exists()]
         if absent:
@@ -68,17 +88,18 @@ class ParquetSource:
             raise InputError(*(f"{path}: absent; {content}" for path in absent))
         self.folder = folder
         self.advice = f"write the raw counts into {folder / 'counts'}"
-        self.samples = _read_table(
-            folder / "samples.parquet", sample_id or "sample_id", "sample_id"
+        self.samples, self.columns = read_names(
+            folder / "samples.parquet", "sample_id", sample_id, columns
         )
-        self.genes = _read_table(folder / "genes.parquet", "gene_id", "gene_id")
+        self.genes, _ = read_names(folder / "genes.parquet", "gene_id")
+        self._files = _count_files(folder / "counts")
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         sample_ids = self.samples["sample_id"]
         position = pd.Series(np.arange(len(sample_ids)), index=sample_ids)
         read = np.zeros(len(sample_ids), dtype=bool)
-        for path in sorted((self.folder / "counts").glob("[!.]*.parquet")):  # ._x: of macOS
-            for names, counts in read_shard(path, len(self.genes)):
+        for path in self._files:
+            for names, counts in read_shard(path, len(self.genes), RESTORE, InputError):
                 rows = position.reindex(names)
                 if rows.isna().any():
                     unknown = examples(rows.index[rows.isna()])
@@ -96,140 +117,28 @@ class ParquetSource:
             raise InputError(f"{self.folder / 'counts'}: no counts for samples {names}")
 
 
-class H5adSource:
-    """An AnnData file: obs as samples, var as genes, raw counts from X, a layer or .raw.
+def _count_files(folder: Path) -> list[Path]:
+    """Parquet files of a folder; a warning names what is ignored, but for hidden files."""
+    with reading(folder):
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    ignored = [path for path in paths if path.suffix != ".parquet"]
+    if ignored:
+        logger.warning("%s: ignored; only .parquet files are read", examples(ignored))
+    return [path for path in paths if path.suffix == ".parquet"]
 
-    Only obs and var are held in memory. `layer` is None for X and ".raw" for .raw (with the genes
-    of .raw); `sample_id` is a column of obs, None for its index. `layer_option` is the user's name
-    of the layer option in messages.
+
+def read_names(
+    path: Path, key: str, column: str | None = None, columns: Collection[str] | None = ()
+) -> tuple[pd.DataFrame, list[str]]:
+    """(a table with its names, of a `column`, first as `key`; the names of all its columns).
+
+    Beside the names `columns` are read, all if None.
     """
-
-    def __init__(
-        self,
-        path: Path,
-        layer: str | None = None,
-        sample_id: str | None = None,
-        layer_option: str = "data.layer",
-    ):
-        import h5py  # as anndata below: takes a second to import, and only this source needs it
-
-        self.path, self.layer, self.layer_option = path, layer, layer_option
-        try:
-            self._file = h5py.File(path, "r")
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read as AnnData ({error})") from None
-        self._matrix, genes = self._find_matrix()
-        obs, var = self._table("obs"), self._table(genes)
-        if sample_id is not None and sample_id not in obs:
-            suggestion = did_you_mean(sample_id, obs.columns)
-            raise InputError(
-                f"{path}: data.sample_id: no column {sample_id} in obs{suggestion}; "
-                "null takes the obs index"
-            )
-        names = obs.index.to_series() if sample_id is None else obs[sample_id]
-        obs = obs.drop(columns=sample_id or [])
-        self.samples = _with_names(plain_frame(obs), names, "sample_id", f"{path}: obs")
-        self.genes = _with_names(
-            plain_frame(var), var.index.to_series(), "gene_id", f"{path}: {genes}"
-        )
-        shape = (len(obs), len(var))
-        if tuple(self._matrix.shape) != shape:
-            raise InputError(
-                f"{path}: counts of shape {tuple(self._matrix.shape)}; "
-                f"expected samples x genes, {shape}"
-            )
-        others = [name for name in self._layers() if name != (layer or "null")]
-        if others:
-            self.advice = f"point {layer_option} at the raw counts: {examples(others)}"
-        else:
-            self.advice = "this file holds no other matrix; use one with raw counts"
-
-    def _layers(self) -> list[str]:
-        """Valid values of the layer option."""
-        layers = ["null"] if "X" in self._file else []
-        layers += list(self._file.get("layers", ()))
-        return layers + ([RAW] if "raw" in self._file else [])
-
-    def _find_matrix(self) -> tuple:
-        """(matrix on disk, key of the table of its genes). InputError if the file has none."""
-        import anndata
-
-        keys = {None: ("X", "var"), RAW: ("raw/X", "raw/var")}
-        key, genes = keys.get(self.layer, (f"layers/{self.layer}", "var"))
-        if self.layer == RAW and f"layers/{RAW}" in self._file:
-            raise InputError(
-                f"{self.path}: {self.layer_option}: {RAW} names a layer and the .raw of this file; "
-                "rename the layer"
-            )
-        if key not in self._file:
-            descriptions = {None: f"no X, and {self.layer_option} is null", RAW: "no .raw"}
-            description = descriptions.get(self.layer, f"no layer {self.layer!r}")
-            layers = examples(self._layers()) or "nothing: the file holds no counts"
-            raise InputError(f"{self.path}: {description}; {self.layer_option} can be {layers}")
-        stored = self._file[key]
-        try:
-            return (anndata.io.sparse_dataset(stored) if hasattr(stored, "keys") else stored), genes
-        except ValueError as error:
-            raise InputError(
-                f"{self.path}: {key} cannot be read as a sparse matrix ({error})"
-            ) from None
-
-    def _table(self, key: str) -> pd.DataFrame:
-        """obs or var. InputError if the file has none."""
-        import anndata
-
-        try:
-            table = anndata.io.read_elem(self._file[key])
-        except (OSError, KeyError, ValueError, TypeError) as error:
-            reason = next(iter(str(error).splitlines()), key)
-            raise InputError(f"{self.path}: cannot be read as AnnData ({reason})") from None
-        if not isinstance(table, pd.DataFrame):
-            raise InputError(
-                f"{self.path}: {key} is stored in an old format; "
-                "read the file with anndata and write it again"
-            )
-        return table
-
-    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        rows = max(1, CHUNK_VALUES // max(1, len(self.genes)))
-        for start in range(0, len(self.samples), rows):
-            stop = min(start + rows, len(self.samples))
-            yield np.arange(start, stop), self._block(start, stop)
-
-    def _block(self, start: int, stop: int) -> np.ndarray:
-        """(B, G) counts of some rows.
-
-        A matrix in CSC format is read some genes at a time: its rows are spread over the file.
-        """
-        csc = getattr(self._matrix, "format", None) == "csc"
-        width = max(1, CHUNK_VALUES // len(self.samples) if csc else len(self.genes))
-        parts = [
-            self._matrix[start:stop, first : first + width]
-            for first in range(0, max(1, len(self.genes)), width)
-        ]
-        dense = [part.toarray() if hasattr(part, "toarray") else np.asarray(part) for part in parts]
-        return np.concatenate(dense, axis=1)
-
-
-def _read_table(path: Path, column: str, key: str) -> pd.DataFrame:
-    table = read_table(path)
+    column = column or key
+    table, names = read_columns(path, None if columns is None else {*columns, column})
     if column not in table:
-        raise InputError(f"{path}: no column {column}{did_you_mean(column, table.columns)}")
-    return _with_names(table.drop(columns=column), table[column], key, str(path))
-
-
-def _with_names(table: pd.DataFrame, names: pd.Series, key: str, where: str) -> pd.DataFrame:
-    """The table with the names of its rows, as text, in a first column `key`.
-
-    It replaces another column of that name. InputError if a name is missing.
-    """
-    names = identifier_series(names)
-    missing = np.flatnonzero(names.isna().to_numpy())
-    if len(missing):
-        raise InputError(f"{where}: {key} is missing in rows {examples(missing)}; name every row")
-    table = table.drop(columns=key, errors="ignore").reset_index(drop=True)
-    table.insert(0, key, names.to_numpy(dtype=object))
-    return table
+        raise InputError(f"{path}: no column {column}{did_you_mean(column, names)}")
+    return with_names(table.drop(columns=column), table[column], key, str(path)), names
 
 
 def check_unique(table: pd.DataFrame, key: str, where: str) -> list[str]:
@@ -259,7 +168,7 @@ def check_counts(
             f"{where}: sample {samples[row]}, gene {genes[column]}: "
             f"count {counts[row, column]} {message}"
         )
-    return counts.astype(np.int64)
+    return counts.astype(np.int64, copy=False)
 
 
 def _first_invalid(counts: np.ndarray, advice: str) -> tuple[np.ndarray, str] | None:

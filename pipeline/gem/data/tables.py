@@ -5,8 +5,8 @@ table are texts, numbers or booleans, whatever their type on disk.
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
 from datetime import datetime, time
 from pathlib import Path
 
@@ -15,10 +15,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pc_csv
-import pyarrow.parquet as pq
 
-from pipeline.gem.common.errors import InputError
+from pipeline.gem.common.errors import InputError, examples
 from pipeline.gem.data.labels import label_text
+from pipeline.gem.data.storage.parquet import read_parquet
+from pipeline.gem.data.storage.reading import check_regular, reading
 
 logger = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
@@ -45,16 +46,10 @@ def is_table(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES)
 
 
-@contextmanager
-def readable(path: Path, kind: str = "a table") -> Iterator[None]:
+def readable(path: Path, kind: str = "a table") -> AbstractContextManager[None]:
     """Turns errors of Arrow, of decoding and of the system into an InputError about the file."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if isinstance(error, UnicodeError) or "invalid UTF8" in reason:
-            reason = "its text is not UTF-8; save it as UTF-8"
-        raise InputError(f"{path}: cannot be read as {kind} ({reason})") from None
+    check_regular(path)
+    return reading(path, kind=kind, errors=(pa.ArrowException, OSError, ValueError))
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -62,20 +57,39 @@ def read_table(path: Path) -> pd.DataFrame:
 
     The index of a frame that pandas wrote as Parquet comes first, as columns.
     """
+    return read_columns(path)[0]
+
+
+def read_columns(
+    path: Path, columns: Collection[str] | None = None
+) -> tuple[pd.DataFrame, list[str]]:
+    """(those of `columns` that a table has, all if None; the names of all its columns)."""
     if is_text_table(path):
         with readable(path, "a CSV table"):
             table = pa.Table.from_batches(text_batches(path), text_schema(path))
+        names = table.column_names
+        if columns is not None:
+            table = table.select([name for name in names if name in columns])
     else:
-        with readable(path, "a Parquet table"), pq.ParquetFile(path) as file:
-            table = file.read()
-        stored = (table.schema.pandas_metadata or {}).get("index_columns", [])
-        index = [name for name in stored if name in table.column_names]
-        names = index + [name for name in table.column_names if name not in index]
-        if index and len(set(names)) == len(names):
-            table = table.select(names)
+        table, names = read_parquet(path, columns)
     return pd.DataFrame(
-        {position: _to_pandas(plain(column)) for position, column in enumerate(table.columns)}
-    ).set_axis(table.column_names, axis=1)
+        {position: _to_pandas(plain(column)) for position, column in enumerate(table.columns)},
+        index=range(len(table)),
+    ).set_axis(table.column_names, axis=1), names
+
+
+def with_names(table: pd.DataFrame, names: pd.Series, key: str, where: str) -> pd.DataFrame:
+    """The table with the names of its rows, as text, in a first column `key`.
+
+    It replaces another column of that name. InputError if a name is missing.
+    """
+    names = identifier_series(names)
+    missing = np.flatnonzero(names.isna().to_numpy())
+    if len(missing):
+        raise InputError(f"{where}: {key} is missing in rows {examples(missing)}; name every row")
+    table = table.drop(columns=key, errors="ignore").reset_index(drop=True)
+    table.insert(0, key, names.to_numpy(dtype=object))
+    return table
 
 
 def read_lines(path: Path) -> list[str]:

@@ -12,21 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 
-from pipeline.gem.common.errors import InputError, IntegrityError, examples
+from pipeline.gem.common.errors import InputError, examples
 from pipeline.gem.data.expression import log_cpm
 from pipeline.gem.data.shards import read_shard
 from pipeline.gem.data.sources import (
-    CHUNK_VALUES,
-    H5adSource,
     ParquetSource,
     Source,
     check_unique,
     checked_chunks,
+    read_names,
 )
+from pipeline.gem.data.storage.parquet import read_parquet
+from pipeline.gem.data.storage.reading import CHUNK_VALUES, RESTORE, reading
 from pipeline.gem.model.gem import TrainedGEM
-from pipeline.gem.prediction.query_table import readable
 
 logger = logging.getLogger(__name__)
 _NOT_GENES = ("sample_id", "total", "split")  # numeric columns of a wide table that are no genes
@@ -61,6 +60,9 @@ class ReferenceFile:
         if path.is_dir():
             source = ParquetSource(path)
         elif path.suffix.lower() == ".h5ad":
+            # HDF5 and anndata take a second to import, and only this source needs them.
+            from pipeline.gem.data.storage.h5ad import H5adSource
+
             source = H5adSource(path, layer, layer_option="--layer")
         else:
             source = _table_source(path, gem)
@@ -126,10 +128,10 @@ def genes_file(path: Path) -> Path:
 
 
 def _table_source(path: Path, gem: TrainedGEM) -> Source:
-    with readable(path):
-        if "counts" in pq.read_schema(path).names:
-            return ListTable(path)
-        table = pq.read_table(path).to_pandas()
+    if "counts" in read_parquet(path, ())[1]:
+        return ListTable(path)
+    with reading(path):
+        table = read_parquet(path)[0].to_pandas()
     if "sample_id" in table:
         table = table.set_index("sample_id")
     excluded = {*gem.metadata.names, *_NOT_GENES}
@@ -143,7 +145,7 @@ class WideTable:
     advice = "give raw counts"
 
     def __init__(self, counts: pd.DataFrame):
-        self.counts = counts
+        self.counts, self.columns = counts, []
         self.samples = pd.DataFrame({"sample_id": counts.index.astype(str)})
         self.genes = pd.DataFrame({"gene_id": counts.columns.astype(str)})
 
@@ -163,18 +165,12 @@ class ListTable:
         genes = genes_file(path)
         if not genes.exists():
             raise InputError(f"{genes}: absent; it names the genes of the lists in {path.name}")
-        self.path, self.genes = path, pd.read_parquet(genes)
-        if "gene_id" not in self.genes:
-            raise InputError(f"{genes}: no column gene_id")
-        if "sample_id" not in pq.read_schema(path).names:
-            raise InputError(f"{path}: no column sample_id")
-        self.samples = pd.read_parquet(path, columns=["sample_id"]).astype(str)
+        self.path = path
+        self.genes, _ = read_names(genes, "gene_id")
+        self.samples, self.columns = read_names(path, "sample_id")
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         start = 0
-        try:
-            for names, counts in read_shard(self.path, len(self.genes)):
-                yield np.arange(start, start + len(names)), counts
-                start += len(names)
-        except IntegrityError as error:
-            raise InputError(*error.problems) from None
+        for names, counts in read_shard(self.path, len(self.genes), RESTORE, InputError):
+            yield np.arange(start, start + len(names)), counts
+            start += len(names)

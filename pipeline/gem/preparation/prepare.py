@@ -109,9 +109,9 @@ def _validate_tables(source: Source, data: Data) -> tuple[pd.DataFrame, Annotati
         if name in source.samples
     ]
     samples = LabelForm.of(data).table(source.samples)
-    problems += _column_problems(samples, data, where)
+    problems += _column_problems(samples, source.columns, data, where)
     with collect_problems(problems):
-        samples = clean_samples(samples, data.covariates, where)
+        samples = clean_samples(samples, data.covariates, where, source.columns)
     with collect_problems(problems):
         annotations = read_annotations(data, source.genes["gene_id"])
     if problems:
@@ -119,7 +119,7 @@ def _validate_tables(source: Source, data: Data) -> tuple[pd.DataFrame, Annotati
     return samples, annotations
 
 
-def _column_problems(samples: pd.DataFrame, data: Data, where: str) -> list[str]:
+def _column_problems(samples: pd.DataFrame, known: list[str], data: Data, where: str) -> list[str]:
     """Problems of the columns that params.yaml names in addition to the covariates."""
     control = data.control
     columns = {f"data.context_columns: {name}": name for name in data.context_columns}
@@ -130,7 +130,7 @@ def _column_problems(samples: pd.DataFrame, data: Data, where: str) -> list[str]
         if name is None:
             continue
         if name not in samples:
-            suggestion = did_you_mean(name, samples.columns)
+            suggestion = did_you_mean(name, known)
             problems.append(f"{where}: {key}: no column {name}{suggestion}")
         elif list_problems := list_cell_problems(samples[name], f"{where}: {name}"):
             if name not in data.covariates.all():  # clean_samples reports the covariates

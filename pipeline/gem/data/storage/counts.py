@@ -1,0 +1,148 @@
+"""A matrix of counts in an AnnData file, read in blocks of bounded size. N samples, G genes."""
+
+import h5py
+import numpy as np
+import scipy.sparse
+
+from pipeline.gem.common.errors import InputError
+from pipeline.gem.data.storage.hdf5 import H5adFile
+from pipeline.gem.data.storage.reading import RESTORE, check_memory, reading
+
+_FORMATS = {"csr_matrix": "csr", "csc_matrix": "csc", "csr": "csr", "csc": "csc"}
+
+
+class DenseCounts:
+    """An array (N, G)."""
+
+    def __init__(self, file: H5adFile, key: str):
+        self._where, self._values = file.where(key), file.dataset(key)
+        self.shape = tuple(self._values.shape)
+        _check_type(self._values, self._where)
+
+    def block(self, start: int, stop: int, _limit: int) -> np.ndarray:
+        """(B, G) counts of some rows."""
+        with reading(self._where):
+            return self._values[start:stop]
+
+
+class SparseCounts:
+    """A compressed matrix (N, G): by samples (csr) or by genes (csc).
+
+    Several entries of one sample and gene are added up.
+    """
+
+    def __init__(self, file: H5adFile, key: str):
+        self._where = file.where(key)
+        encoding = file.attribute(key, "encoding-type") or file.attribute(key, "h5sparse_format")
+        self._format = _FORMATS.get(encoding) if isinstance(encoding, str) else None
+        if self._format is None:
+            raise InputError(
+                f"{self._where} cannot be read as a sparse matrix (encoding-type {encoding!r}); "
+                "expected csr_matrix or csc_matrix: write it again with anndata"
+            )
+        shape = file.attribute(key, "shape")
+        shape = file.attribute(key, "h5sparse_shape") if shape is None else shape
+        with reading(f"{self._where}: shape"):
+            self.shape = tuple(int(length) for length in shape)
+        self._data, self._indices, indptr = (
+            self._vector(file, f"{key}/{name}") for name in ("data", "indices", "indptr")
+        )
+        _check_type(self._data, self._where)
+        self._starts = self._read_starts(indptr)
+
+    def _vector(self, file: H5adFile, key: str) -> h5py.Dataset:
+        dataset = file.dataset(key)
+        if dataset.ndim != 1 or not (key.endswith("/data") or dataset.dtype.kind in "iu"):
+            raise InputError(
+                f"{file.where(key)}: {dataset.dtype} of shape {dataset.shape}; expected a list of "
+                f"{'numbers' if key.endswith('/data') else 'integers'}; {RESTORE}"
+            )
+        return dataset
+
+    def _read_starts(self, indptr: h5py.Dataset) -> np.ndarray:
+        """(N + 1,) or (G + 1,) the first entry of each sample or gene, and the number of all."""
+        where, entries = f"{self._where}/indptr", len(self._data)
+        if len(self._indices) != entries:
+            raise InputError(
+                f"{self._where}: {entries} data and {len(self._indices)} indices; expected as many "
+                f"of one as of the other; {RESTORE}"
+            )
+        expected = self._lengths()[0] + 1
+        if len(indptr) != expected:
+            raise InputError(f"{where}: {len(indptr)} values; expected {expected}; {RESTORE}")
+        check_memory(where, f"{expected:,} values", 16 * expected)
+        with reading(where):
+            starts = indptr[:]
+        if starts[0] != 0 or starts[-1] != entries:
+            raise InputError(
+                f"{where}: from {starts[0]} to {starts[-1]}; expected 0 to {entries}, the number "
+                f"of entries; {RESTORE}"
+            )
+        falling = np.flatnonzero(starts[1:] < starts[:-1])
+        if len(falling):
+            row = falling[0]
+            raise InputError(
+                f"{where}: value {row + 1} is {starts[row + 1]}, below the one before, "
+                f"{starts[row]}; {RESTORE}"
+            )
+        return starts.astype(np.int64)
+
+    def _lengths(self) -> tuple[int, ...]:
+        """(N, G) if stored by samples, (G, N) by genes."""
+        return self.shape if self._format == "csr" else self.shape[::-1]
+
+    def block(self, start: int, stop: int, limit: int) -> np.ndarray:
+        """(B, G) counts of some rows; of at most `limit` values in memory at a time.
+
+        A matrix by genes is read some genes at a time: its rows are spread over the file.
+        """
+        if self._format == "csr":
+            return self._dense(start, stop, limit)
+        samples, genes = self.shape
+        counts = np.empty((stop - start, genes), dtype=self._sum_type())
+        width = max(1, limit // max(1, samples))
+        for first in range(0, genes, width):
+            last = min(first + width, genes)
+            counts[:, first:last] = self._dense(first, last, limit).T[start:stop]
+        return counts
+
+    def _dense(self, first: int, last: int, limit: int) -> np.ndarray:
+        """Dense rows `first` to `last` of a matrix by samples, or columns of one by genes."""
+        starts, width = self._starts[first : last + 1], self._lengths()[1]
+        dense = np.zeros((last - first, width), dtype=self._sum_type())
+        for begin in range(starts[0], starts[-1], limit):
+            end = min(begin + limit, starts[-1])
+            with reading(self._where):
+                data, indices = self._data[begin:end], self._indices[begin:end]
+            self._check_indices(indices, begin)
+            parts = (
+                data.astype(dense.dtype),
+                indices.astype(np.int64),
+                starts.clip(begin, end) - begin,
+            )
+            dense += scipy.sparse.csr_matrix(parts, shape=dense.shape).toarray()
+        return dense
+
+    def _sum_type(self) -> np.dtype:
+        """A type in which sums of counts do not overflow."""
+        dtype = self._data.dtype
+        if dtype.kind == "f":
+            return np.promote_types(dtype, np.float32)
+        return dtype if dtype == np.uint64 else np.dtype(np.int64)
+
+    def _check_indices(self, indices: np.ndarray, begin: int) -> None:
+        width = self._lengths()[1]
+        outside = np.flatnonzero((indices < 0) | (indices >= width))
+        if len(outside):
+            entry = begin + outside[0]
+            row = np.searchsorted(self._starts, entry, side="right") - 1
+            kinds = ("row", "column") if self._format == "csr" else ("column", "row")
+            raise InputError(
+                f"{self._where}/indices: an entry of {kinds[0]} {row} is in {kinds[1]} "
+                f"{indices[outside[0]]}; expected 0 to {width - 1}; {RESTORE}"
+            )
+
+
+def _check_type(values: h5py.Dataset, where: str) -> None:
+    if values.dtype.kind not in "biuf":
+        raise InputError(f"{where}: counts of type {values.dtype}; expected whole numbers")

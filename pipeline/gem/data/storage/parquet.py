@@ -1,0 +1,62 @@
+"""Parquet tables, checked before they are read."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.gem.common.errors import GemError, InputError, examples
+from pipeline.gem.data.storage.reading import RESTORE, check_memory, check_regular, reading
+
+_CELL_BYTES = 60  # of a text in memory, beside its characters
+
+
+def read_parquet(
+    path: Path,
+    columns: Collection[str] | None = None,
+    advice: str = RESTORE,
+    error: type[GemError] = InputError,
+) -> tuple[pa.Table, list[str]]:
+    """(those of `columns` that a table has, all if None; the names of all its columns).
+
+    Other columns are not read. The index of a frame that pandas wrote comes first, as columns.
+    `error` if the file is damaged, InputError if it is unsuitable.
+    """
+    check_regular(path, error)
+    with reading(path, advice, error, "a Parquet table"):
+        with pq.ParquetFile(path) as file:
+            schema, rows = file.schema_arrow, file.metadata.num_rows
+        index = (schema.pandas_metadata or {}).get("index_columns", [])
+        known = sorted(schema.names, key=lambda name: name not in index)
+        names = known if columns is None else [name for name in known if name in columns]
+        if columns is not None and len(set(names)) < len(names):
+            repeated = {name for name in names if names.count(name) > 1}
+            raise InputError(f"{path}: columns {examples(sorted(repeated))} occur more than once")
+        check_memory(str(path), f"{rows:,} rows", rows * len(names) * 8)
+        # Text is read with one copy of each value: a small file may repeat a long one.
+        texts = [name for name in names if _is_text(schema.field(name).type)]
+        with pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=texts) as file:
+            table = file.read(None if columns is None else names)
+        if len(set(names)) == len(names):
+            table = table.select(names)
+        for position, name in enumerate(table.column_names):
+            if pa.types.is_dictionary(table[name].type) and name in texts:
+                column = _decoded(table[name], f"{path}: {name}")
+                table = table.set_column(position, name, column)
+        return table, schema.names
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    types = pa.types
+    return types.is_string(kind) or types.is_large_string(kind)
+
+
+def _decoded(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    size = len(column) * _CELL_BYTES
+    for chunk in column.chunks:
+        lengths = pc.take(pc.binary_length(chunk.dictionary), chunk.indices)
+        size += pc.sum(lengths).as_py() or 0
+    check_memory(where, "its text", size)
+    return column.cast(column.type.value_type)

@@ -111,6 +111,6 @@ def _reason(failure: Exception) -> str:
     """The first line of a message that has any."""
     text = str(failure.args[0] if isinstance(failure, KeyError) and failure.args else failure)
     if isinstance(failure, UnicodeError) or "invalid UTF8" in text:
-        return "its text is not UTF-8: save it as UTF-8"
+        return "its text is not UTF-8; save it as UTF-8"
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[0] if lines else type(failure).__name__

@@ -76,20 +76,19 @@ class Confirmation:
             search.storage,
             f"{search.name}.confirm-{self.epochs}",
             [objective.direction for objective in search.config.objective],
-            on_lost=search.on_lost,
         )
 
     def candidates(self) -> list[int]:
         """Trial numbers: the baseline (0), then the best others."""
         ranked = self.search.ranked()
-        others = [trial.number for trial in ranked if trial.params != self.search.baseline]
+        others = [trial.number for trial in ranked if trial.number != 0]
         return [0, *others[: self.config.top]]
 
     def values(self, number: int) -> Values:
-        """The values of all searched keys in a trial; 0 is the baseline, also after a retry."""
+        """The values of all searched keys in a trial; 0 is the baseline."""
         if number == 0:
             return self.search.config.baseline_values
-        return self.search.values_of(self.search.queue.trial(number))
+        return self.search.values_of(self.search.queue.trials()[number])
 
     def pairs(self) -> list[dict[str, int]]:
         candidates = self.candidates()

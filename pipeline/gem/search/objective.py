@@ -7,6 +7,7 @@ sample.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -17,10 +18,12 @@ from pipeline.gem.common.config import Params
 from pipeline.gem.common.errors import DivergedError, InputError, StoppedError
 from pipeline.gem.common.processes import StopSignal
 from pipeline.gem.model.latent_probe import linear_probe
-from pipeline.gem.search.search import record_epochs, with_epochs
+from pipeline.gem.search.search import with_epochs
 from pipeline.gem.search.search_config import EPOCH_METRICS, SearchConfig, Values
 from pipeline.gem.search.trial_queue import RUN, RunningTrial
+from pipeline.gem.tracking import runs
 from pipeline.gem.tracking.runs import FIT_SECTIONS, Run
+from pipeline.gem.training.checkpoint import Checkpoint
 from pipeline.gem.training.dataset import TrainingData
 from pipeline.gem.training.trainer import EpochMetrics, FitResult, fit
 from pipeline.gem.training.validation import posterior_terms
@@ -40,7 +43,8 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class ObjectiveFunction:
-    """Evaluates trials, each in an MLflow run below `parent_run`. `digest` is the data's hash."""
+    """Evaluates trials, each in an MLflow run below `parent_run`. An interrupted trial continues
+    in its run, after the last epoch that `checkpoints` has of it. `digest` is the data's hash."""
 
     search: str
     config: SearchConfig
@@ -49,6 +53,7 @@ class ObjectiveFunction:
     digest: str
     parent_run: str
     stop: StopSignal
+    checkpoints: Path
 
     def evaluate(self, trial: RunningTrial) -> float | list[float]:
         """The mean of each objective over the seeds of the search."""
@@ -67,11 +72,7 @@ class ObjectiveFunction:
     def _evaluate(
         self, trial: RunningTrial, settings: FitSettings, labels: dict[str, int]
     ) -> float | list[float]:
-        killed_by = (optuna.TrialPruned, StoppedError)
-        with Run.open(
-            settings.run_name, "tune", parent=self.parent_run, killed_by=killed_by
-        ) as run:
-            trial.set_attributes(**{RUN: run.id})
+        with self._open_run(trial, settings.run_name) as run:
             params = _override(with_epochs(self.params, settings.epochs), settings.values)
             log10 = log10_params(self.config, settings.values)
             run.log_params(params.flat(*FIT_SECTIONS) | log10 | labels)
@@ -82,31 +83,45 @@ class ObjectiveFunction:
             run.log_metrics({f"best/{name}": value for name, value in best})
             return means if len(means) > 1 else means[0]
 
+    def _open_run(self, trial: RunningTrial, name: str) -> Run:
+        killed_by = (optuna.TrialPruned, StoppedError)
+        if trial.run and runs.exists(trial.run):
+            return Run.resume(trial.run, killed_by=killed_by)
+        run = Run.open(name, "tune", parent=self.parent_run, killed_by=killed_by)
+        trial.set_attributes(**{RUN: run.id})
+        return run
+
     def _fit(
         self, trial: RunningTrial, run: Run, params: Params, seeds: tuple[int, ...]
     ) -> list[dict[str, float]]:
         """The metrics of each seed. The curve of the first seed is logged, and decides pruning."""
-        trained, planned, metrics = 0, params.train.epochs, []
+        trained, metrics = 0, []
         names = self.config.metrics
         prunable = len(names) == 1 and names[0] in EPOCH_METRICS
+        checkpoints = [Checkpoint.of(params, self.digest, seed, self.checkpoints) for seed in seeds]
 
         def on_epoch(epoch: EpochMetrics) -> None:
-            nonlocal trained, planned
-            trained, planned = trained + 1, epoch.epochs
-            if metrics:
-                return
+            nonlocal trained
+            trained += 1
             with self.stop.uninterruptible():
-                run.log_metrics(epoch.metrics(), step=epoch.epoch)
-                if prunable:
+                if not metrics and trained > trial.trained_before:
+                    run.log_metrics(epoch.metrics(), epoch.epoch, epoch.end_ms)
+                trial.record_epochs(trained, epoch.epochs * len(seeds))
+                if not metrics and prunable:
                     trial.report(getattr(epoch, f"validation_{names[0]}"), epoch.epoch)
 
+        is_stopped = False
         try:
-            for seed in seeds:
+            for seed, checkpoint in zip(seeds, checkpoints, strict=True):
                 with self.stop.interruptible():
-                    result = fit(self.data, params, seed, on_epoch)
+                    result = fit(self.data, params, seed, on_epoch, checkpoint)
                     metrics.append(selection_metrics(result, self.data, names))
+        except StoppedError:
+            is_stopped = True
+            raise
         finally:
-            record_epochs(trial, trained, planned * len(seeds))
+            for checkpoint in () if is_stopped else checkpoints:
+                checkpoint.path.unlink(missing_ok=True)
         return metrics
 
 

@@ -1,8 +1,10 @@
 """One call of a search: runs trials, confirms the best, writes the results, refits the winner."""
 
 import logging
+import shutil
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 from optuna.trial import FrozenTrial
 
@@ -18,11 +20,13 @@ from pipeline.gem.search.objective import ObjectiveFunction, log10_params
 from pipeline.gem.search.results import log_results, write_results
 from pipeline.gem.search.search import PARENT_RUN, Search
 from pipeline.gem.search.search_config import EXPERIMENTS, SearchConfig
+from pipeline.gem.search.study_db import StudyStorage
 from pipeline.gem.search.trial_queue import RunningTrial, failure_reason
 from pipeline.gem.search.workers import Workers, prepare_to_fork
 from pipeline.gem.tracking import mlflow_client, runs
 from pipeline.gem.tracking.runs import COHORT, FIT_SECTIONS, Run, log_settings
 from pipeline.gem.tracking.training_run import TrainingJob
+from pipeline.gem.training.checkpoint import FOLDER as CHECKPOINTS
 from pipeline.gem.training.dataset import TrainingData
 from pipeline.gem.training.trainer import choose_device
 
@@ -35,6 +39,7 @@ class SearchSession:
     def __init__(self, name: str, config: SearchConfig, params: Params, workers: int):
         self.name, self.config, self.workers = name, config, workers
         self.folder = EXPERIMENTS / name
+        StudyStorage().close()  # before the cohort is read: it may be unusable
         if workers > 1:
             prepare_to_fork()
         # The searched keys have the values of the baseline, so a promotion starts no new search.
@@ -63,23 +68,25 @@ class SearchSession:
         workers = Workers(self.workers, self._work) if self.workers > 1 else None
         with workers or nullcontext():
             search = self._open()
-            self._print_status(search)
-            parent = self._parent_run(search)
-            with Run.resume(parent, killed_by=(StoppedError,)) as run:
-                if workers:
-                    workers.wait(stop)
-                else:
-                    self._run_trials(search, parent, stop)
-                self._finish(search, run, stop)
+            with search.storage.errors():
+                self._print_status(search)
+                parent = self._parent_run(search)
+                with Run.resume(parent, killed_by=(StoppedError,)) as run:
+                    if workers:
+                        workers.wait(stop)
+                    else:
+                        self._run_trials(search, parent, stop)
+                    self._finish(search, run, stop)
 
     def _work(self, stop: StopSignal) -> None:
         """The search in a worker process."""
         search = self._open()
-        self._run_trials(search, self._parent_run(search), stop)
+        with search.storage.errors():
+            self._run_trials(search, self._parent_run(search), stop)
 
     def _open(self) -> Search:
         mlflow_client.connect(self.params.tracking.experiment)
-        return Search(self.name, self.config, self.params, self.data_sha256, runs.mark_killed)
+        return Search(self.name, self.config, self.params, self.data_sha256)
 
     def _parent_run(self, search: Search) -> str:
         def create() -> str:
@@ -110,7 +117,14 @@ class SearchSession:
         # A worker has one thread. The winner is fitted later, with the threads of params.yaml.
         params = self.params.override({"train.threads": 1}) if self.workers > 1 else self.params
         objective = ObjectiveFunction(
-            self.name, self.config, params, self.data, self.digest, parent_run, stop
+            self.name,
+            self.config,
+            params,
+            self.data,
+            self.digest,
+            parent_run,
+            stop,
+            self._checkpoints(search),
         )
         limit = self.config.time_limit
         deadline = None if limit is None else time.monotonic() + 60 * limit
@@ -143,6 +157,11 @@ class SearchSession:
         write_results(self.folder, search, confirmation, decision)
         log_results(run, self.folder, search, decision)
         self._refit(search, decision, run.id, stop)
+        shutil.rmtree(self._checkpoints(search), ignore_errors=True)
+
+    def _checkpoints(self, search: Search) -> Path:
+        """The folder of the interrupted trials of this machine."""
+        return CHECKPOINTS / search.name
 
     def _check_time_limit(self, search: Search) -> None:
         finished, budget = len(search.finished), search.budget(self.trials)

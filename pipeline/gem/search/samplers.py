@@ -1,5 +1,6 @@
 """Optuna's distributions, samplers and pruners for the definition of a search."""
 
+import itertools
 import random
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from optuna.trial import FrozenTrial, Trial
 
 from pipeline.gem.search.search_config import SearchConfig, Values
 from pipeline.gem.search.space import CategoricalSpace, IntegerSpace, Space
+from pipeline.gem.search.trial_queue import POINT
 
 MAX_DUPLICATE_PROPOSALS = 10  # after these a new point is drawn at random
 
@@ -47,19 +49,20 @@ class UniquePointSampler(optuna.samplers.BaseSampler):
     """Samples whole points with the configured sampler and rejects those that were proposed before.
 
     After MAX_DUPLICATE_PROPOSALS rejections it draws a new point at random. The state of a sampler
-    is not stored: it is seeded with the number of the trial, so a resumed search does not repeat
-    its points.
+    is not stored: it is seeded with the number of the trial. So a point depends on the number and
+    the trials before it, and a resumed search does not repeat its points.
     """
 
-    def __init__(
-        self, config: SearchConfig, number: int, proposed_points: Callable[[], list[Values]]
-    ):
+    def __init__(self, config: SearchConfig, proposed_points: Callable[[], list[Values]]):
         self._config, self._proposed_points = config, proposed_points
         self._space = {name: distribution(space) for name, space in config.space.items()}
-        seed = (config.sampler.seed + 1_000_003 * number) % 2**32
+
+    def before_trial(self, study, trial) -> None:
+        seed = (self._config.sampler.seed + 1_000_003 * trial.number) % 2**32
         self._rng = random.Random(seed)
         self._uniform = optuna.samplers.RandomSampler(seed=seed)
-        self._base = _base_sampler(config, seed)
+        self._base = _base_sampler(self._config, seed, trial.number)
+        self._base.before_trial(study, trial)
 
     def infer_relative_search_space(self, study, trial) -> dict[str, BaseDistribution]:
         return self._space
@@ -67,6 +70,8 @@ class UniquePointSampler(optuna.samplers.BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> Values:
+        if POINT in trial.user_attrs:
+            return trial.user_attrs[POINT]
         proposed = self._proposed_points()
         if self._config.sampler.name == "grid":
             # Shuffled, so that half a grid is not a corner of it.
@@ -104,14 +109,20 @@ class UniquePointSampler(optuna.samplers.BaseSampler):
     def sample_independent(self, study, trial, param_name, param_distribution) -> object:
         return self._uniform.sample_independent(study, trial, param_name, param_distribution)
 
-    def before_trial(self, study, trial) -> None:
-        self._base.before_trial(study, trial)
 
-    def after_trial(self, study, trial, state, values) -> None:
-        self._base.after_trial(study, trial, state, values)
+class _QMCSampler(optuna.samplers.QMCSampler):
+    """One sequence for all workers and calls, from a position that depends on the trial alone.
+    Optuna would continue after the last position of any worker, also of one that died."""
+
+    def __init__(self, seed: int, position: int):
+        super().__init__(seed=seed, scramble=True)
+        self._positions = itertools.count(position)
+
+    def _find_sample_id(self, study, search_space) -> int:
+        return next(self._positions)
 
 
-def _base_sampler(config: SearchConfig, seed: int) -> optuna.samplers.BaseSampler:
+def _base_sampler(config: SearchConfig, seed: int, number: int) -> optuna.samplers.BaseSampler:
     sampler = config.sampler
     match sampler.name:
         case "tpe":
@@ -127,8 +138,7 @@ def _base_sampler(config: SearchConfig, seed: int) -> optuna.samplers.BaseSample
         case "cmaes":
             return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=sampler.startup_trials)
         case "qmc":
-            # All workers and calls share one sequence; its position is stored with the study.
-            return optuna.samplers.QMCSampler(seed=sampler.seed, scramble=True)
+            return _QMCSampler(sampler.seed, number - 1)  # trial 0 is the baseline
     return optuna.samplers.RandomSampler(seed=seed)
 
 

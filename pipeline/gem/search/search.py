@@ -14,30 +14,25 @@ from pipeline.gem.search.importance import importance_table, win_rates
 from pipeline.gem.search.samplers import UniquePointSampler, make_pruner, suggest
 from pipeline.gem.search.search_config import NOT_SEARCHABLE, SearchConfig, Values
 from pipeline.gem.search.study_db import StudyStorage
-from pipeline.gem.search.trial_queue import Evaluate, RunningTrial, TrialQueue
+from pipeline.gem.search.trial_queue import (
+    EPOCHS_PLANNED,
+    EPOCHS_TRAINED,
+    Evaluate,
+    TrialQueue,
+)
 
 PARENT_RUN = "mlflow_run"  # attribute of the study
 
-_EPOCHS_TRAINED, _EPOCHS_PLANNED = "epochs_trained", "epochs_planned"
 _STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 
 
 class Search:
     """The name of the study hashes the definition, the parameters that are not searched, and the
     cohort. A change of any of them starts a new study. Trial 0 is the baseline.
-
-    `on_lost` receives the MLflow run of each trial whose worker died.
     """
 
-    def __init__(
-        self,
-        name: str,
-        config: SearchConfig,
-        params: Params,
-        data_sha256: str,
-        on_lost: Callable[[str], None] = lambda run: None,
-    ):
-        self.label, self.config, self.on_lost = f"search {name}", config, on_lost
+    def __init__(self, name: str, config: SearchConfig, params: Params, data_sha256: str):
+        self.label, self.config = f"search {name}", config
         settings = with_epochs(params, config.epochs).flat("model", "train")
         fixed = {
             key: value
@@ -51,7 +46,8 @@ class Search:
         searches = [study for study in studies if study.startswith(f"{name}-") and "." not in study]
         self.replaces_another = self.name not in searches and bool(searches)
         directions = [objective.direction for objective in config.objective]
-        self.queue = TrialQueue(self.storage, self.name, directions, make_pruner(config), on_lost)
+        self.queue = TrialQueue(self.storage, self.name, directions, make_pruner(config))
+        self.queue.study.sampler = UniquePointSampler(config, self.queue.points)
         self.queue.enqueue([self.baseline])
 
     @property
@@ -102,7 +98,6 @@ class Search:
             lambda trial: suggest(trial, self.config),
             evaluate,
             stop,
-            sampler=lambda number: UniquePointSampler(self.config, number, self.queue.points),
             on_trial=on_trial,
             deadline=deadline,
         )
@@ -134,7 +129,7 @@ class Search:
     @staticmethod
     def epochs_of(trial: FrozenTrial) -> int:
         """Epochs that a trial trained, over all its seeds."""
-        return int(trial.user_attrs.get(_EPOCHS_TRAINED, len(trial.intermediate_values)))
+        return int(trial.user_attrs.get(EPOCHS_TRAINED, len(trial.intermediate_values)))
 
     def epochs(self) -> tuple[int, int]:
         """(epochs that all trials trained, epochs that pruning saved)."""
@@ -142,7 +137,7 @@ class Search:
         planned = self.config.epochs * len(self.config.seeds)
         pruned = [trial for trial in self.finished if trial.state == TrialState.PRUNED]
         saved = [
-            trial.user_attrs.get(_EPOCHS_PLANNED, planned) - self.epochs_of(trial)
+            trial.user_attrs.get(EPOCHS_PLANNED, planned) - self.epochs_of(trial)
             for trial in pruned
         ]
         return trained, sum(saved)
@@ -193,10 +188,6 @@ def _values(trial: FrozenTrial, number: int) -> list[float | None]:
         return trial.values
     reported = trial.intermediate_values
     return [reported[max(reported)] if reported else None] * number
-
-
-def record_epochs(trial: RunningTrial, trained: int, planned: int) -> None:
-    trial.set_attributes(**{_EPOCHS_TRAINED: trained, _EPOCHS_PLANNED: planned})
 
 
 def with_epochs(params: Params, epochs: int) -> Params:

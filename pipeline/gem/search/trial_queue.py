@@ -1,18 +1,15 @@
 """A queue of trials that any number of processes and machines share, with an exact total.
 
-A worker starts a trial under the lock of the database. A trial is interrupted if its worker died or
-was told to stop: it fails without a reason, and the next worker queues it again with the same
-parameters. Only trials that ended by themselves count.
+A worker starts a trial under the lock of the database, and holds a lock of its own while the trial
+runs. A trial whose worker died or was told to stop waits again under the same number with the same
+point. So the numbers, points and results of a search by one worker do not depend on interruptions.
 """
 
 import logging
 import time
-import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 
-import filelock
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -24,71 +21,54 @@ from pipeline.gem.search.study_db import StudyStorage
 logger = logging.getLogger(__name__)
 
 Evaluate = Callable[["RunningTrial"], float | list[float]]
-WORKERS = Path(".gem/workers")  # one locked file per running worker of this machine
 
 _POLL_INTERVAL_S = 0.5  # while other workers finish the last trials
-_MAX_ATTEMPTS = 4  # workers that may die on one point before it counts as failed
+_MAX_DEATHS = 4  # workers that die in one epoch of a trial, until it counts as failed
 
 # User attributes of a trial.
-POINT = "point"  # of a queued trial, whose parameters Optuna hides until it starts
+POINT = "point"  # saved before the parameters, which Optuna saves one by one
 REASON = "reason"  # why a trial failed
 RUN = "mlflow_run"
-WORKER = "worker"
-RETRY_OF = "retry_of"  # the number of the interrupted trial
-ATTEMPTS = "attempts"  # workers that died on this point
-RETURNED = "returned"  # the worker was told to stop, and returned the trial to the queue
+EPOCHS_TRAINED, EPOCHS_PLANNED = "epochs_trained", "epochs_planned"  # of all seeds
+_WORKER = "worker"  # set when the trial has all its parameters
+_DEATHS = "deaths"  # [number of workers that died, epoch in which they died]
 
 
 class RunningTrial:
-    """A trial that this process runs: its number and its point of the search space."""
+    """A trial that this process runs: its number and its point of the search space. It may repeat
+    epochs of an attempt that was interrupted."""
 
-    def __init__(self, trial: Trial, values: Values):
+    def __init__(self, trial: Trial, values: Values, last_epoch: int):
+        """`last_epoch`: the last that an interrupted attempt reported, else 0."""
         self._trial, self.number, self.values = trial, trial.number, values
+        self._last_epoch = last_epoch
+        self.trained_before: int = trial.user_attrs.get(EPOCHS_TRAINED, 0)
+
+    @property
+    def run(self) -> str | None:
+        """The MLflow run of an interrupted attempt."""
+        return self._trial.user_attrs.get(RUN)
 
     def report(self, value: float, epoch: int) -> None:
         """Records the value of an epoch. Raises optuna.TrialPruned if the trial should stop."""
-        self._trial.report(value, epoch)
-        if self._trial.should_prune():
+        if epoch > self._last_epoch:
+            self._trial.report(value, epoch)
+        # Pruners look at the last reported epoch only. Earlier ones did not end the trial.
+        if epoch >= self._last_epoch and self._trial.should_prune():
             raise optuna.TrialPruned
+
+    def record_epochs(self, trained: int, planned: int) -> None:
+        """Records the number of epochs so far, and of all that are planned."""
+        if trained > self.trained_before:
+            self.set_attributes(**{EPOCHS_TRAINED: trained, EPOCHS_PLANNED: planned})
 
     def set_attributes(self, **attributes: object) -> None:
         for name, value in attributes.items():
             self._trial.set_user_attr(name, value)
 
 
-class Worker:
-    """The name of this process, and a locked file that shows other processes that it is alive."""
-
-    def __init__(self) -> None:
-        self.name = uuid.uuid4().hex
-        self._lock = file_lock(WORKERS / self.name)
-
-    def __enter__(self) -> "Worker":
-        self._lock.acquire()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._lock.release()
-        (WORKERS / self.name).unlink(missing_ok=True)
-
-    def is_dead(self, name: str) -> bool:
-        """Whether a worker of this machine died. False for other machines: they have heartbeats."""
-        path = WORKERS / name
-        if name == self.name or not path.exists():
-            return False
-        try:
-            with file_lock(path, timeout=0):
-                path.unlink(missing_ok=True)
-        except filelock.Timeout:
-            return False
-        return True
-
-
 class TrialQueue:
-    """An Optuna study whose trials are started one at a time.
-
-    `on_lost` receives the MLflow run of each trial whose worker died.
-    """
+    """An Optuna study whose trials are started one at a time."""
 
     def __init__(
         self,
@@ -96,10 +76,8 @@ class TrialQueue:
         name: str,
         directions: list[str],
         pruner: optuna.pruners.BasePruner | None = None,
-        on_lost: Callable[[str], None] = lambda run: None,
     ):
-        self.storage, self.name, self._on_lost = storage, name, on_lost
-        self._running_number: int | None = None
+        self.storage, self.name = storage, name
         with storage.lock():
             self.study = optuna.create_study(
                 storage=storage.storage,
@@ -110,34 +88,26 @@ class TrialQueue:
                 pruner=pruner or optuna.pruners.NopPruner(),
             )
 
-    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """All trials, or those in one of `states`, by number."""
         return self.study.get_trials(deepcopy=False, states=states or None)
-
-    @property
-    def active_trials(self) -> list[FrozenTrial]:
-        """All trials except the interrupted ones, which their retries replace."""
-        return [trial for trial in self._trials() if not _is_interrupted(trial)]
 
     @property
     def finished(self) -> list[FrozenTrial]:
         """Complete, pruned and failed trials, by number."""
-        return [trial for trial in self.active_trials if trial.state.is_finished()]
+        return [trial for trial in self.trials() if trial.state.is_finished()]
 
     @property
     def complete(self) -> list[FrozenTrial]:
-        return self._trials(TrialState.COMPLETE)
-
-    def trial(self, number: int) -> FrozenTrial:
-        return self._trials()[number]
+        return self.trials(TrialState.COMPLETE)
 
     def points(self) -> list[Values]:
-        """The points of all trials, also of interrupted ones: these will be tried again."""
-        return [trial.user_attrs.get(POINT, trial.params) for trial in self._trials()]
+        """The points of all trials."""
+        return [trial.user_attrs.get(POINT, trial.params) for trial in self.trials()]
 
     def failure_reasons(self) -> list[str]:
         """The distinct reasons of the failed trials."""
-        failed = self._trials(TrialState.FAIL)
-        return sorted({failure_reason(trial) for trial in failed if not _is_interrupted(trial)})
+        return sorted({failure_reason(trial) for trial in self.trials(TrialState.FAIL)})
 
     def enqueue(self, points: list[Values]) -> int:
         """Queues the points that no trial has yet. Returns their number."""
@@ -155,7 +125,6 @@ class TrialQueue:
         evaluate: Evaluate,
         stop: StopSignal,
         *,
-        sampler: Callable[[int], optuna.samplers.BaseSampler] | None = None,
         on_trial: Callable[[FrozenTrial], None] = lambda trial: None,
         deadline: float | None = None,
     ) -> None:
@@ -165,110 +134,90 @@ class TrialQueue:
         Raises:
             StoppedError: the process was told to stop.
         """
-        with Worker() as worker:
-            while deadline is None or time.monotonic() < deadline:
-                stop.check()
-                with ExitStack() as start:
-                    start.enter_context(self.storage.lock())
-                    self._requeue_interrupted(worker)
-                    states = [trial.state for trial in self.active_trials]
+        while deadline is None or time.monotonic() < deadline:
+            stop.check()
+            with ExitStack() as attempt:
+                with self.storage.lock():
+                    self._requeue_interrupted()
+                    states = [trial.state for trial in self.trials()]
                     waiting = states.count(TrialState.WAITING)
                     has_next = waiting if budget is None else len(states) - waiting < budget
                     if has_next:
-                        if sampler:
-                            self.study.sampler = sampler(len(self._trials()))
-                        self._run_trial(worker, suggest, evaluate, start.close, on_trial)
-                        continue
-                if TrialState.RUNNING not in states:
-                    return
-                time.sleep(_POLL_INTERVAL_S)
+                        worker = attempt.enter_context(self.storage.worker())
+                        trial = self._start(suggest, worker)
+                if has_next:
+                    self._run_trial(trial, evaluate, worker)
+                    on_trial(self._trial(trial.number))
+                    continue
+            if TrialState.RUNNING not in states:
+                return
+            time.sleep(_POLL_INTERVAL_S)
 
-    def _run_trial(
-        self,
-        worker: Worker,
-        suggest: Callable[[Trial], Values],
-        evaluate: Evaluate,
-        release_lock: Callable[[], None],
-        on_trial: Callable[[FrozenTrial], None],
-    ) -> None:
-        def objective(trial: Trial) -> float | list[float]:
-            running = RunningTrial(trial, suggest(trial))
-            running.set_attributes(**{WORKER: worker.name})
-            release_lock()
-            self._running_number = trial.number
-            try:
-                return evaluate(running)
-            except DivergedError as error:
-                running.set_attributes(**{REASON: str(error)})
-                raise
-            except StoppedError:
-                running.set_attributes(**{RETURNED: True})
-                raise
+    def _trial(self, number: int) -> FrozenTrial:
+        return self.trials()[number]
 
+    def _start(self, suggest: Callable[[Trial], Values], worker: str) -> RunningTrial:
+        """The next trial. The caller holds the lock."""
+        trial = self.study.ask()
+        if POINT not in trial.user_attrs:
+            trial.set_user_attr(POINT, trial.relative_params)
+        running = RunningTrial(trial, suggest(trial), self._trial(trial.number).last_step or 0)
+        running.set_attributes(**{_WORKER: worker})
+        return running
+
+    def _run_trial(self, trial: RunningTrial, evaluate: Evaluate, worker: str) -> None:
         try:
-            self.study.optimize(
-                objective,
-                n_trials=1,
-                catch=(DivergedError,),
-                callbacks=[lambda study, trial: on_trial(trial)],
-            )
-        except (optuna.exceptions.UpdateFinishedTrialError, ValueError) as error:
-            # This machine slept longer than the grace period, and another worker has the trial.
-            number = self._running_number
-            if number is None or not _is_interrupted(self.trial(number)):
+            try:
+                values, state = evaluate(trial), TrialState.COMPLETE
+            except optuna.TrialPruned:
+                values, state = None, TrialState.PRUNED
+            except DivergedError as error:
+                trial.set_attributes(**{REASON: str(error)})
+                values, state = None, TrialState.FAIL
+            except StoppedError:
+                self._set_waiting(trial.number)
                 raise
-            logger.info(
-                "search %s: another worker took over trial %d (%s)", self.name, number, error
-            )
-        finally:
-            self._running_number = None
+            self.study.tell(trial.number, values, state)
+        except (optuna.exceptions.UpdateFinishedTrialError, ValueError) as error:
+            stored = self._trial(trial.number)
+            if stored.state == TrialState.RUNNING and stored.user_attrs[_WORKER] == worker:
+                raise
+            # The server lost this worker for a time, and another worker has the trial.
+            message = "search %s: another worker took over trial %d (%s)"
+            logger.info(message, self.name, trial.number, error)
 
-    def _requeue_interrupted(self, worker: Worker) -> None:
-        """Fails trials whose worker is gone, and queues all interrupted trials again.
+    def _id(self, number: int) -> int:
+        storage = self.storage.storage
+        study = storage.get_study_id_from_name(self.name)
+        return storage.get_trial_id_from_study_id_trial_number(study, number)
 
-        The caller holds the lock.
-        """
-        optuna.storages.fail_stale_trials(self.study)  # by the heartbeats of other machines
-        for trial in self._trials(TrialState.RUNNING):
+    def _set_waiting(self, number: int) -> None:
+        self.storage.storage.set_trial_state_values(self._id(number), TrialState.WAITING)
+
+    def _set_attribute(self, number: int, name: str, value: object) -> None:
+        self.storage.storage.set_trial_user_attr(self._id(number), name, value)
+
+    def _requeue_interrupted(self) -> None:
+        """Returns the trials whose worker is gone to the queue. The caller holds the lock."""
+        running = self.trials(TrialState.RUNNING)
+        living = self.storage.living_workers() if running else set()
+        for trial in running:
             # A worker sets its name before it releases the lock. So a running trial without one
             # belongs to a process that died while it held the lock.
-            name = trial.user_attrs.get(WORKER)
-            if name is None or worker.is_dead(name):
+            if trial.user_attrs.get(_WORKER) in living:
+                continue
+            # Only deaths without progress in between count: the point may exceed the memory.
+            epoch = trial.user_attrs.get(EPOCHS_TRAINED, 0)
+            deaths, epoch_before = trial.user_attrs.get(_DEATHS, (0, epoch))
+            deaths = deaths + 1 if epoch == epoch_before else 1
+            if deaths < _MAX_DEATHS:
+                self._set_waiting(trial.number)
+                self._set_attribute(trial.number, _DEATHS, [deaths, epoch])
+            else:
+                self._set_attribute(trial.number, REASON, f"its worker died {deaths} times")
                 self.study.tell(trial.number, state=TrialState.FAIL)
-        trials = self._trials()
-        retried = {trial.user_attrs.get(RETRY_OF) for trial in trials}
-        for trial in trials:
-            if _is_interrupted(trial) and trial.number not in retried:
-                self._requeue(trial)
-                if RUN in trial.user_attrs and not trial.user_attrs.get(RETURNED):
-                    self._on_lost(trial.user_attrs[RUN])
-
-    def _requeue(self, trial: FrozenTrial) -> None:
-        # A point of which the worker had suggested only a part is suggested anew.
-        is_whole = WORKER in trial.user_attrs
-        point = trial.params if is_whole else trial.user_attrs.get(POINT, {})
-        died = not trial.user_attrs.get(RETURNED)
-        attempts = trial.user_attrs.get(ATTEMPTS, 0) + died
-        attributes = {RETRY_OF: trial.number, ATTEMPTS: attempts} | (
-            {POINT: point} if point else {}
-        )
-        if attempts < _MAX_ATTEMPTS:
-            self.study.enqueue_trial(point, user_attrs=attributes)
-            return
-        self.study.add_trial(
-            optuna.create_trial(
-                state=TrialState.FAIL,
-                params=trial.params if is_whole else {},
-                distributions=trial.distributions if is_whole else {},
-                user_attrs=attributes | {REASON: f"its worker died {attempts} times"},
-            )
-        )
 
 
 def failure_reason(trial: FrozenTrial) -> str:
     """Why a trial failed, or the empty string."""
     return str(trial.user_attrs.get(REASON, ""))
-
-
-def _is_interrupted(trial: FrozenTrial) -> bool:
-    return trial.state == TrialState.FAIL and REASON not in trial.user_attrs

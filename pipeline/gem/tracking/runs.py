@@ -226,12 +226,6 @@ def exists(run: str) -> bool:
     return BufferedRun(address(), run).is_saved
 
 
-def mark_killed(run: str) -> None:
-    """Ends a run whose process died."""
-    if exists(run):
-        _log_to(run, RunUpdate(status=KILLED, end_time=_now()))
-
-
 def log_results(run: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
     """Adds to a finished run; its status and duration stay those of its own work."""
     _log_to(run, RunUpdate(metrics=_points(metrics, 0), tags=dict(tags)))

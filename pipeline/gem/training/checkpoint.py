@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -35,9 +36,7 @@ class Checkpoint:
     def of(cls, params: Params, data_sha256: str, seed: int, folder: Path = FOLDER) -> "Checkpoint":
         settings = params.flat("model", "train")
         del settings["train.seeds"]
-        files = import_closure("pipeline.gem.training.trainer")
-        code = {file: sha256(ROOT / file) for file in files}
-        name = sha256_of(settings, data_sha256, seed, code, torch.__version__)[:16]
+        name = sha256_of(settings, data_sha256, seed, _code(), torch.__version__)[:16]
         return cls(folder / f"{name}{_SUFFIX}")
 
     @property
@@ -88,3 +87,10 @@ class Checkpoint:
     def discard_finished(self) -> None:
         """Makes the next fit train, even if it was finished before."""
         self.finished_path.unlink(missing_ok=True)
+
+
+@cache
+def _code() -> dict[str, str]:
+    """The hashes of the files that decide the bits of a fit."""
+    files = import_closure("pipeline.gem.training.trainer")
+    return {file: sha256(ROOT / file) for file in files}

@@ -14,7 +14,7 @@ import optuna
 import pandas as pd
 import psycopg
 import pytest
-from support.processes import TrackingServer, free_port, until
+from support.processes import free_port, until
 from support.repository import Repository
 from support.settings import TINY
 
@@ -48,18 +48,6 @@ def postgres() -> Iterator[str]:
     yield f"postgresql://gem@127.0.0.1:{port}/postgres"
     call("pg_ctl", "stop", "--mode", "immediate")
     shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, migrated_store) -> Iterator[str]:
-    """The address of an MLflow server."""
-    folder = tmp_path_factory.mktemp("server")
-    shutil.copy(migrated_store, folder / "mlflow.db")
-    server = TrackingServer(folder)
-    try:
-        yield server.start().address
-    finally:
-        server.kill()
 
 
 @pytest.fixture
@@ -98,11 +86,7 @@ def trials_of(postgres: str) -> list[optuna.trial.FrozenTrial]:
 def test_three_machines_share_the_budget_and_lose_no_trial_of_a_killed_one(
     postgres, server, machines
 ):
-    environment = {
-        "OPTUNA_STORAGE": postgres,
-        "MLFLOW_TRACKING_URI": server,
-        "GEM_HEARTBEAT_SECONDS": "1",
-    }
+    environment = {"OPTUNA_STORAGE": postgres, "MLFLOW_TRACKING_URI": server.address}
     arguments = ("pipeline.tune", "--search", "latent_kl")
     stages = [repository.start(*arguments, **environment) for repository in machines]
     try:
@@ -122,19 +106,15 @@ def test_three_machines_share_the_budget_and_lose_no_trial_of_a_killed_one(
     assert not table.iloc[:, 5:].duplicated().any()
     assert len({(folder / "best.yaml").read_bytes() for folder in folders}) == 1
 
-    trials = trials_of(postgres)
-    (lost,) = (trial for trial in trials if trial.state.name == "FAIL")
-    (retry,) = (trial for trial in trials if trial.user_attrs.get("retry_of") == lost.number)
-    assert retry.params == lost.params and retry.number in set(table["trial"])
-
-    client = mlflow.MlflowClient(server)
+    (lost,) = (trial for trial in trials_of(postgres) if "deaths" in trial.user_attrs)
+    client = mlflow.MlflowClient(server.address)
     runs = client.search_runs([client.get_experiment_by_name("gem").experiment_id], max_results=200)
     names = [run.info.run_name for run in runs]
     assert names.count("latent_kl") == 1 and names.count("latent_kl winner") == 1
-    assert sum(name.startswith("latent_kl trial") for name in names) == TRIALS + 1
+    assert sum(name.startswith("latent_kl trial") for name in names) == TRIALS
     status = {run.info.run_id: run.info.status for run in runs}
-    assert set(status.values()) <= {"FINISHED", "KILLED"}
-    assert status[lost.user_attrs["mlflow_run"]] == "KILLED"
+    assert set(status.values()) <= {"FINISHED", "KILLED"}, "KILLED: pruned"
+    assert lost.user_attrs["mlflow_run"] in status
 
 
 def test_the_lock_of_a_server_is_released_when_its_holder_dies(postgres, monkeypatch):

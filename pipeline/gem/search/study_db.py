@@ -34,6 +34,7 @@ _LIVING_WORKERS = """
 SELECT objid FROM pg_locks JOIN pg_database ON pg_database.oid = database
 WHERE locktype = 'advisory' AND granted AND classid = :key AND datname = current_database()"""
 
+_TABLES = {"studies", "trials", "trial_params", "trial_user_attributes", "trial_values"}
 _DATABASE_ERRORS = (
     sqlalchemy.exc.SQLAlchemyError,
     sqlite3.Error,
@@ -97,6 +98,9 @@ class StudyStorage:
             if self._file:
                 self._check_file()
             self._check_schema()
+            if self._file:
+                # A property of the file: readers and writers do not wait for each other.
+                self._execute("PRAGMA journal_mode = WAL")
             self.storage = self._open()
 
     def close(self) -> None:
@@ -135,13 +139,15 @@ class StudyStorage:
         """Raises an error for a file that is damaged, or that cannot be written now."""
         if self._file.exists() and not self._file.is_file():
             raise self._unusable("is not a file", "correct the address")
+        if self._execute("PRAGMA quick_check(1)") != "ok":
+            raise sqlite3.DatabaseError("database disk image is malformed")
+        self._execute("BEGIN IMMEDIATE")
+
+    def _execute(self, statement: str) -> object:
+        """The first value that a statement of SQLite returns."""
         with closing(sqlite3.connect(self._file, timeout=_OPEN_TIMEOUT_S)) as connection:
-            # WAL is a property of the file. Readers and writers do not wait for each other.
-            connection.execute("PRAGMA journal_mode = WAL")
-            (problem,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-            if problem != "ok":
-                raise sqlite3.DatabaseError("database disk image is malformed")
-            connection.execute("BEGIN IMMEDIATE")
+            row = connection.execute(statement).fetchone()
+            return row and row[0]
 
     def _check_schema(self) -> None:
         """Refuses a database of another program or of another release of Optuna, before Optuna
@@ -157,6 +163,10 @@ class StudyStorage:
                         "name another database",
                     )
                 return
+        # Optuna creates alembic_version last, and would create tables that were dropped again.
+        if "alembic_version" in tables and not tables >= _TABLES:
+            missing = ", ".join(sorted(_TABLES - tables))
+            raise self._unusable(f"lacks the tables {missing}", _REMEDIES["malformed"])
         storage = self._open(skip_table_creation=True)
         with closing_engine(storage.engine) as engine, engine.connect() as connection:
             query = sqlalchemy.text("SELECT library_version FROM version_info")

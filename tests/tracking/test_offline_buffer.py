@@ -81,12 +81,12 @@ def test_runs_during_an_outage_are_logged_after_it(server, tmp_path):
             child.log_metrics({"loss": 2.0}, step=1)
             child.set_tags({"label": "x"})
             child.log_artifacts([note], "notes")
-        with pytest.raises(KeyError), Run.open("failed", "tune", parent=parent.id) as failed:
+        killed_by = {"killed_by": (KeyError,)}
+        with pytest.raises(KeyError), Run.open("killed", "tune", parent=parent.id, **killed_by):
             raise KeyError
     note.write_text("after")
     with Run.resume(parent.id) as resumed:
         resumed.log_metrics({"loss": 1.0}, step=2)
-    runs.mark_killed(failed.id)
     runs.log_results(child.id, {"test/mse": 0.5}, {"predictor": "gem"})
     assert runs.exists(parent.id) and unsent() == 3
     for _ in range(2):
@@ -94,9 +94,9 @@ def test_runs_during_an_outage_are_logged_after_it(server, tmp_path):
         assert unsent() == 0
     logged = logged_runs()
     statuses = {name: run.info.status for name, run in logged.items()}
-    assert statuses == {"parent": "FINISHED", "child": "FINISHED", "failed": "KILLED"}
+    assert statuses == {"parent": "FINISHED", "child": "FINISHED", "killed": "KILLED"}
     parent_id = logged["parent"].info.run_id
-    for name in ("child", "failed"):
+    for name in ("child", "killed"):
         assert logged[name].data.tags["mlflow.parentRunId"] == parent_id
     assert logged["parent"].data.params == {"a": "1"}
     assert logged["parent"].inputs.dataset_inputs[0].dataset.digest == "f" * 32

@@ -104,10 +104,11 @@ class ObjectiveFunction:
             nonlocal trained
             trained += 1
             with self.stop.uninterruptible():
-                if not metrics and trained > trial.trained_before:
-                    run.log_metrics(epoch.metrics(), epoch.epoch, epoch.end_ms)
                 trial.record_epochs(trained, epoch.epochs * len(seeds))
-                if not metrics and prunable:
+                if metrics:
+                    return
+                run.log_metrics(epoch.metrics(), step=epoch.epoch)
+                if prunable:
                     trial.report(getattr(epoch, f"validation_{names[0]}"), epoch.epoch)
 
         is_stopped = False

@@ -42,7 +42,7 @@ class RunningTrial:
         """`last_epoch`: the last that an interrupted attempt reported, else 0."""
         self._trial, self.number, self.values = trial, trial.number, values
         self._last_epoch = last_epoch
-        self.trained_before: int = trial.user_attrs.get(EPOCHS_TRAINED, 0)
+        self._trained_before: int = trial.user_attrs.get(EPOCHS_TRAINED, 0)
 
     @property
     def run(self) -> str | None:
@@ -59,7 +59,7 @@ class RunningTrial:
 
     def record_epochs(self, trained: int, planned: int) -> None:
         """Records the number of epochs so far, and of all that are planned."""
-        if trained > self.trained_before:
+        if trained > self._trained_before:
             self.set_attributes(**{EPOCHS_TRAINED: trained, EPOCHS_PLANNED: planned})
 
     def set_attributes(self, **attributes: object) -> None:

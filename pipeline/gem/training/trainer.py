@@ -49,13 +49,12 @@ class EpochMetrics:
     validation_evidence_lower_bound: float | None  # unweighted
     validation_mse: float | None  # of the mean prediction, log-CPM squared
     seconds: float
-    end_ms: int  # since 1970; tells a metric that is logged twice from two metrics
 
     def metrics(self) -> dict[str, float]:
         """The metrics that are not None, as train/... and validation/..."""
         named = {}
         for name, value in asdict(self).items():
-            if value is None or name in ("epoch", "epochs", "end_ms"):
+            if value is None or name in ("epoch", "epochs"):
                 continue
             section = "validation" if name.startswith("validation_") else "train"
             named[f"{section}/{name.removeprefix('validation_')}"] = value
@@ -285,7 +284,6 @@ class Trainer:
             **absent | dict(zip(terms, means.tolist(), strict=True)),
             **self._validation_metrics(),
             seconds=time.monotonic() - start_time,
-            end_ms=time.time_ns() // 1_000_000,
         )
 
     def batches(self) -> Iterator[Batch]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import filelock
 import optuna
 import sqlalchemy
 from optuna.storages import RDBStorage
@@ -217,11 +218,10 @@ class StudyStorage:
         of the process."""
         number = secrets.randbelow(2**31)
         if self._file:
-            folder = self._workers_folder
-            folder.mkdir(exist_ok=True)
-            with filelock.FileLock(folder / str(number)):
+            path = self._workers_folder / str(number)
+            with file_lock(path):
                 yield str(number)
-                (folder / str(number)).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
             return
         with self._engine().connect() as connection:
             connection.execute(sqlalchemy.text(_KEEP_ALIVE))
@@ -240,13 +240,15 @@ class StudyStorage:
                 query = sqlalchemy.text(_LIVING_WORKERS)
                 rows = connection.execute(query, {"key": _ADVISORY_LOCK})
                 return {str(number) for (number,) in rows}
-        return {path.name for path in self._workers_folder.glob("*") if _is_held(path)}
+        # The name of a lock on a file system without locks has a suffix.
+        paths = {path.with_suffix("") for path in self._workers_folder.glob("*")}
+        return {path.name for path in paths if _is_held(path)}
 
 
 def _is_held(path: Path) -> bool:
     """Whether a process holds the lock of a file; removes the file otherwise."""
     try:
-        with filelock.FileLock(path, timeout=0):
+        with file_lock(path, timeout=0):
             path.unlink(missing_ok=True)
     except filelock.Timeout:
         return True

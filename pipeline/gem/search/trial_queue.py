@@ -14,7 +14,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.gem.common.errors import DivergedError, StoppedError
-from pipeline.gem.common.processes import StopSignal, file_lock
+from pipeline.gem.common.processes import StopSignal
 from pipeline.gem.search.search_config import Values
 from pipeline.gem.search.study_db import StudyStorage
 

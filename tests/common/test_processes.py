@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +45,18 @@ def test_a_signal_waits_for_the_end_of_uninterruptible_work():
             done.append("write")
         done.append("after")
     assert done == ["write"]
+
+
+def test_a_signal_that_a_finalizer_swallows_arrives_again_without_a_traceback(capsys):
+    class Finalized:
+        def __del__(self):
+            send()
+
+    with StopSignal() as stop, pytest.raises(StoppedError), stop.interruptible():
+        Finalized()
+        time.sleep(5)
+        pytest.fail("not interrupted")
+    assert capsys.readouterr().err == ""
 
 
 def test_handlers_are_restored():

@@ -5,10 +5,16 @@ No output of DVC may contain either: equal results must be equal files.
 
 import configparser
 import hashlib
+import logging
+import os
 import subprocess
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from pipeline.gem.common import yaml_file
+
+log = logging.getLogger(__name__)
 
 _SOURCES = ("pipeline", "params.yaml", "requirements.lock")  # a change may change a result
 
@@ -39,20 +45,34 @@ def repository_problem() -> str | None:
     )
 
 
-def code_tags() -> dict[str, str]:
-    """The commit, and whether the working tree differs from it; empty outside of git."""
+@cache
+def code_tags() -> Mapping[str, str]:
+    """The commit, and whether the working tree differs from it. Empty with a warning where git
+    refuses. Determined once a process: an edit during a search is not the code that runs."""
     try:
-        commit = _git("rev-parse", "HEAD").strip()
-        difference = _git("diff", "HEAD", "--", *_SOURCES)
-    except (OSError, subprocess.CalledProcessError):
+        commit = _git("rev-parse", "HEAD").decode().strip()
+        difference = _git("diff", "--no-ext-diff", "--no-textconv", "HEAD", "--", *_SOURCES)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("the runs in MLflow carry no git commit: %s", _git_problem(error))
         return {}
     tags = {"git.commit": commit, "git.dirty": str(bool(difference)).lower()}
     if difference:
-        tags["git.diff_sha256"] = hashlib.sha256(difference.encode()).hexdigest()
+        tags["git.diff_sha256"] = hashlib.sha256(difference).hexdigest()
     return tags
 
 
-def _git(*arguments: str) -> str:
+def _git(*arguments: str) -> bytes:
+    environment = os.environ | {"LC_ALL": "C"}
     return subprocess.run(
-        ["git", *arguments], capture_output=True, text=True, check=True, timeout=30
+        ["git", *arguments], capture_output=True, env=environment, check=True, timeout=30
     ).stdout
+
+
+def _git_problem(error: Exception) -> str:
+    """What git says, with its advice if it gives one."""
+    if not isinstance(error, subprocess.CalledProcessError):
+        return f"git cannot be run ({error})"
+    lines = error.stderr.decode(errors="replace").splitlines()
+    commands = [line.strip() for line in lines if line.strip().startswith("git config")]
+    what = next(iter(lines), "").removeprefix("fatal: ")
+    return f"{what}; run `{commands[0]}`" if commands else f"{what}; see `git status`"

@@ -54,6 +54,7 @@ class SearchSession:
         self.data = TrainingData.load(self.cohort, device, _uses_counts(config, params))
         self.params = self.data.resolve_latent_sizes(params)
         self.data_sha256 = self.cohort.train_validation_sha256
+        provenance.code_tags()  # before the workers are forked: one warning if git refuses
         self.digest = provenance.data_digest(str(COHORT), self.data_sha256)
         self.trials = config.trials or params.tune.trials
 

@@ -122,7 +122,6 @@ def outages(connecting: bool = False) -> Iterator[None]:
         _next_attempt = time.monotonic() + max(RETRY_INTERVAL_S, 60 * seconds)
         _warn_once(error, temporary)
         raise (ServerDownError if temporary else RejectedError)(reason(error)) from error
-    _has_warned = False
 
 
 def _is_temporary(error: BaseException) -> bool:
@@ -145,6 +144,12 @@ def _warn_once(error: BaseException, temporary: bool) -> None:
         fault if temporary else "rejects a request",
         reason(error),
     )
+
+
+def set_recovered() -> None:
+    """The next failure is another one, with a warning of its own."""
+    global _has_warned
+    _has_warned = False
 
 
 def attempt_again() -> None:

@@ -6,6 +6,7 @@ so that nothing is written to the place where it was before.
 
 import logging
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -47,10 +48,8 @@ class LocalStore:
 
     @property
     def address(self) -> str:
-        """For MLflow. Absolute, because a relative path names another file in another folder, but
-        if MLflow would decode a part of the path."""
-        path = self.file.resolve()
-        return self.shown_address if "%" in str(path) or "?" in str(path) else f"sqlite:///{path}"
+        """For MLflow."""
+        return _address(self.file.resolve())
 
     @property
     def shown_address(self) -> str:
@@ -99,10 +98,10 @@ class LocalStore:
         number, stage, location = row
         if stage != "active":
             raise deleted_experiment(name, str(number), self.shown_address)
-        root, path = _artifact_root(location), self.file.resolve()
-        if root and root not in (project_root(), path.parent):
+        place = _place(location)
+        if place and place not in (_text(project_root()), _text(self.file.resolve().parent)):
             raise InputError(
-                f"{self._relative()}: the experiment {name} keeps its files in {root}, another "
+                f"{self._relative()}: the experiment {name} keeps its files in {place}, another "
                 "project; set another tracking.experiment in params.yaml, or MLFLOW_TRACKING_URI"
             )
 
@@ -116,22 +115,23 @@ class LocalStore:
             query, names = (query, ()) if own else (f"{query} WHERE name = ?", (new,))
             locations = [location for (location,) in database.execute(query, names)]
             target = root if own else path.parent
-            old = {_artifact_root(location) for location in locations} - {None, target}
+            old = {_place(location) for location in locations} - {None, _text(target)}
             if old:
                 database.execute("BEGIN IMMEDIATE")
-            for folder in sorted(old):
+            for place in sorted(old):
                 if not new:
-                    self._require_artifacts(folder, target)
-                _replace_folder(database, folder, target, None if own else new)
-        for folder in () if new else sorted(old):
+                    self._require_artifacts(place, target)
+                _replace(database, place, _text(target), None if own else new)
+        for place in () if new else sorted(old):
             message = "tracking: %s was made in %s; its paths of artifacts are corrected"
-            log.info(message, self._relative(), folder)
+            log.info(message, self._relative(), place)
 
-    def _require_artifacts(self, old: Path, root: Path) -> None:
-        if (old / ARTIFACTS).exists() and not (root / ARTIFACTS).exists():
+    def _require_artifacts(self, old: str, root: Path) -> None:
+        before = Path(unquote(urlsplit(old).path) if old.startswith("file:") else old) / ARTIFACTS
+        if before.exists() and not (root / ARTIFACTS).exists():
             raise InputError(
-                f"{self._relative()} is a copy from {old}, without its artifacts; copy "
-                f"{old / ARTIFACTS} here too, or move {self._relative()} aside"
+                f"{self._relative()} is a copy from {before.parent}, without its artifacts; copy "
+                f"{before} here too, or move {self._relative()} aside"
             )
 
     def _create(self) -> None:
@@ -140,7 +140,7 @@ class LocalStore:
             stray.unlink()
         temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}.new")
         try:
-            mlflow.MlflowClient(f"sqlite:///{os.path.relpath(temporary)}").search_experiments()
+            mlflow.MlflowClient(_address(temporary.resolve())).search_experiments()
             os.replace(temporary, self.file)
         finally:
             temporary.unlink(missing_ok=True)
@@ -200,6 +200,13 @@ def deleted_experiment(name: str, number: str, address: str) -> InputError:
     )
 
 
+def _address(file: Path) -> str:
+    """Absolute, because a relative path names another file in another folder; but MLflow decodes
+    an absolute path in part."""
+    encoded = re.search(r"[%?#]", str(file))
+    return f"sqlite:///{os.path.relpath(file) if encoded else file}"
+
+
 def _test_writing(database: sqlite3.Connection) -> None:
     database.execute("BEGIN IMMEDIATE")
     database.execute("PRAGMA user_version = 0")  # MLflow's own value; opens the journal
@@ -214,31 +221,28 @@ def _identity(file: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _artifact_root(location: str | None) -> Path | None:
-    """The folder that holds `mlruns` in MLflow's own places of a local store, else None."""
-    parts = urlsplit(location or "")
-    path = Path(unquote(parts.path) if parts.scheme == "file" else location or "")
-    if parts.scheme not in ("", "file") or not path.is_absolute():
-        return None
-    return path.parent.parent if path.parent.name == ARTIFACTS else None
+def _place(location: str | None) -> str | None:
+    """What stands before mlruns/ID in MLflow's own places of a local store, else None."""
+    match = re.fullmatch(rf"((?:file://)?/.*)/{ARTIFACTS}/[^/]+", location or "")
+    return match and match[1]
 
 
-def _replace_folder(
-    database: sqlite3.Connection, old: Path, root: Path, experiment: str | None
-) -> None:
+def _text(folder: Path) -> str:
+    """A folder as MLflow keeps it: it decodes %41, and cuts a path at # and ?."""
+    return folder.as_uri() if re.search(r"[%?#]", str(folder)) else str(folder)
+
+
+def _replace(database: sqlite3.Connection, old: str, new: str, experiment: str | None) -> None:
     """In all paths, or in the place of one experiment."""
     tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
-    for before, after in (
-        (f"{old}/{ARTIFACTS}/", f"{root}/{ARTIFACTS}/"),
-        (f"{old.as_uri()}/{ARTIFACTS}/", f"{root.as_uri()}/{ARTIFACTS}/"),
-    ):
-        for table, column in _PLACES[:1] if experiment else _PLACES:
-            if table in tables:
-                statement = (
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
-                    f"WHERE substr({column}, 1, ?) = ?"
-                )
-                values = [after, len(before) + 1, len(before), before]
-                if experiment:
-                    statement, values = f"{statement} AND name = ?", [*values, experiment]
-                database.execute(statement, values)
+    before, after = f"{old}/{ARTIFACTS}/", f"{new}/{ARTIFACTS}/"
+    for table, column in _PLACES[:1] if experiment else _PLACES:
+        if table in tables:
+            statement = (
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                f"WHERE substr({column}, 1, ?) = ?"
+            )
+            values = [after, len(before) + 1, len(before), before]
+            if experiment:
+                statement, values = f"{statement} AND name = ?", [*values, experiment]
+            database.execute(statement, values)

@@ -29,6 +29,7 @@ from pipeline.gem.tracking.connection import (
     open_experiment,
     outages,
     reason,
+    set_recovered,
 )
 from pipeline.gem.tracking.offline_buffer import (
     KILLED,
@@ -188,6 +189,8 @@ def flush(buffered: BufferedRun) -> bool:
         if isinstance(error, RejectedError):
             raise
         return False
+    if buffered.may_repeat:
+        set_recovered()
     buffered.set_sent(run_id)
     return True
 

@@ -186,7 +186,8 @@ class BufferedRun:
         return self.folder.rename(f"{self.folder}{REJECTED}")
 
     def release(self) -> None:
-        self._lock.release()
+        if "_lock" in vars(self):
+            self._lock.release()
 
 
 def _start(content: dict | None) -> RunStart | None:

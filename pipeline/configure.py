@@ -15,13 +15,15 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipeline.gem.common import yaml_file
-from pipeline.gem.common.config import Params, flatten, read_params
+from pipeline.gem.common.config import Params, read_params
 from pipeline.gem.common.config_errors import validation_error
 from pipeline.gem.common.errors import GemError, InputError, did_you_mean, exit_with
 from pipeline.gem.common.provenance import repository_problem
+from pipeline.gem.common.yaml_file import flatten
 from pipeline.gem.search.search_config import (
     EXPERIMENTS,
     SEARCHES,
+    SearchConfig,
     misnamed,
     read_search_config,
     search_files,
@@ -41,7 +43,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.set or arguments.budget or arguments.promote):
         check()
-    changes = dict(parse_assignment(text) for text in arguments.set)
+    assignments = [parse_assignment(text) for text in arguments.set]
+    changes = dict(assignments)
+    if len(changes) < len(assignments):
+        raise InputError("--set: a key appears twice; remove one")
     if arguments.budget:
         changes |= set_budget(*parse_assignment(arguments.budget))
     if arguments.promote:
@@ -94,9 +99,15 @@ def set_budget(search: str, trials: object) -> dict[str, object]:
     definition has no `trials`."""
     if read_search_config(search, read_params(PARAMS)).trials is None:
         return {"tune.trials": trials}
-    if not isinstance(trials, int) or trials < 1:
-        raise InputError(f"{search}: trials is {trials!r}; expected an integer of at least 1")
-    edit(SEARCHES / f"{search}.yaml", {"trials": trials})
+    if trials is None:
+        raise InputError(f"--budget {search}: trials is empty; expected a number")
+    path = SEARCHES / f"{search}.yaml"
+    document = yaml_file.read(path)
+    try:
+        SearchConfig.model_validate(document.values | {"trials": trials})
+    except ValidationError as error:
+        raise validation_error(error, SearchConfig, document) from None
+    edit(path, {"trials": trials})
     return {}
 
 

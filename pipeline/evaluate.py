@@ -18,11 +18,12 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from pipeline.gem.common import provenance, yaml_file
-from pipeline.gem.common.config import Params, flatten, read_params
+from pipeline.gem.common.config import Params, read_params
 from pipeline.gem.common.errors import InputError, exit_with
 from pipeline.gem.common.files import sha256, sha256_of
 from pipeline.gem.common.processes import exclusive
 from pipeline.gem.common.progress import duration
+from pipeline.gem.common.yaml_file import flatten
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.evaluation.predictors import MODELS, REFERENCE_SUFFIX
 from pipeline.gem.evaluation.report.console import show_results

@@ -18,11 +18,10 @@ from pipeline.gem.common.config import (
     Covariates,
     Params,
     Splits,
-    flatten,
     read_params,
-    set_dotted,
 )
 from pipeline.gem.common.errors import GemError, InputError
+from pipeline.gem.common.yaml_file import flatten, set_dotted
 
 TEXT = (ROOT / "params.yaml").read_text()
 
@@ -249,7 +248,11 @@ AGE_KEY = "data.covariates.biological.age_years"
             "control: {column: perturbation, valu: control, value: x}",
             "data.control.valu is unknown; did you mean value?",
         ),
-        (CONTEXT, "context_columns: [tissue, 3]", "data.context_columns.1 is 3; expected a string"),
+        (
+            CONTEXT,
+            "context_columns: [tissue, 3]",
+            "data.context_columns.1 is 3; expected text",
+        ),
         (CONTEXT, "context_columns: tissue", "data.context_columns is 'tissue'; expected a list"),
     ],
 )
@@ -266,7 +269,10 @@ def test_a_problem_inside_a_declaration_has_its_key_in_the_file(problems, old, n
         ("{tissue: lung}", "splits.combination is {'tissue': 'lung'}; expected a number"),
         ("[{}]", "splits.combination.0 is {}"),
         ("[lung]", "splits.combination.0 is 'lung'; expected a mapping"),
-        ("[{tissue: lung}, {tissue: 3}]", "splits.combination.1.tissue is 3; expected a string"),
+        (
+            "[{tissue: lung}, {tissue: 3}]",
+            "splits.combination.1.tissue is 3; expected text",
+        ),
     ],
 )
 def test_held_out_pairs_are_a_share_or_mappings_of_text(problems, value, message):

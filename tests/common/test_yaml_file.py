@@ -160,7 +160,7 @@ def test_a_missing_file_and_a_folder_are_errors_with_their_path(tmp_path, name):
     "content", [b"a: \xff\n", "a: é\n".encode("latin-1"), "a: 1\n".encode("utf-16")]
 )
 def test_a_file_that_is_not_utf_8_is_an_error_with_its_path(write, content):
-    assert "file.yaml: cannot be read" in message_of(write(content))
+    assert "file.yaml:1: not UTF-8 text; save it as UTF-8" in message_of(write(content))
 
 
 @pytest.mark.parametrize("text", ["1e-3", "on", "null", "[1, 2]", "x", '"x"', "0x1F", ""])
@@ -208,6 +208,24 @@ def test_an_edit_changes_the_value_and_no_other_byte(write, name, value, old, ne
     before, after = yaml_file.edit(path, {name: value})
     assert (before, after) == (EDITED, EDITED.replace(old, new, 1))
     assert path.read_bytes() == after.encode()
+
+
+@pytest.mark.parametrize(
+    ("before", "value", "after"),
+    [
+        # as `dvc exp run --set-param` writes lists
+        ("a:      # some\n- 1\n- 2\nb: 1\n", [3], "a: [3]  # some\nb: 1\n"),
+        ("s:\n  a:   # some\n  - 1\n  - 2\n  b: 1\n", [], "s:\n  a: []  # some\n  b: 1\n"),
+        ("a:\n  - x: 1\n    y: 2\n  - x: 3\n\n# b\nb: 1\n", 0.5, "a: 0.5\n\n# b\nb: 1\n"),
+        ("b: 1\na:\n- 1", ["x"], "b: 1\na: [x]"),
+        ("a: [1,\n    2]  # some\n", [3], "a: [3]  # some\n"),
+        ("'a':\n- 1\nb: 2\n", [1, 2], "'a': [1, 2]\nb: 2\n"),
+    ],
+)
+def test_a_list_of_several_lines_becomes_one_line(write, before, value, after):
+    path = write(before)
+    name = "s.a" if before.startswith("s") else "a"
+    assert yaml_file.edit(path, {name: value}) == (before, after)
 
 
 def test_several_edits_at_once_are_independent(write):
@@ -258,8 +276,10 @@ def test_an_edit_to_an_equal_value_does_not_write_the_file(write, change):
     [
         ("s:\n  b: 1\n", {"s.b": 2, "s.bb": 1}, "s.bb is not a value of this file; .* s.b?"),
         ("s:\n  b: 1\n", {"s": 1}, "s is not a value of this file"),
-        ("a: 1\nb:\n  - 1\n", {"b": [3]}, "b is not a value of this file"),
-        ("a: [1,   # one\n  2]\n", {"a": [3]}, ":1: a is a list of several lines; edit it by hand"),
+        ("a: [1,   # one\n  2]\n", {"a": [3]}, ":1: a is a list with comments; edit it by hand"),
+        ("a:\n- 1  # one\n- 2\n", {"a": [3]}, ":1: a is a list with comments; edit it by hand"),
+        ("a:\n- 1\n# two\n- 2\n", {"a": [3]}, ":1: a is a list with comments; edit it by hand"),
+        ("a: [[1], [2]]\nb:\n- - 1\n- - 2\n", {"b.0": [3]}, "b.0 is a list in a list"),
         ("a: |\n  text\nb: 1\n", {"a": "new"}, ":1: a is a block of text; edit it by hand"),
         ("a: [1, 2]\n", {"a": [3, 4], "a.0": 5}, "cannot be set to"),
         ("a: !!str 5\nb: 1\n", {"b": 2}, "tag .* is not allowed"),

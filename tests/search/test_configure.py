@@ -12,8 +12,9 @@ from support.settings import ROOT
 
 from pipeline import configure
 from pipeline.gem.common import yaml_file
-from pipeline.gem.common.config import flatten, read_params
+from pipeline.gem.common.config import read_params
 from pipeline.gem.common.errors import GemError, InputError
+from pipeline.gem.common.yaml_file import flatten
 
 BEST = Path("experiments/latent_kl/best.yaml")
 CAPACITY = Path("experiments/searches/capacity.yaml")
@@ -81,6 +82,13 @@ def test_set_to_the_current_value_writes_nothing(call):
         (["splits.seed=\x07"], "splits.seed"),
         (["synthesize.perturbations_per_study=81"], "(81) is more than perturbations (80)"),
         (["tune.trials=40", "train.epochs=0"], "train.epochs"),
+        (["tune.trials=40", "tune.trials=41"], "appears twice"),
+        (["train.learning_rate=1e308"], "train.learning_rate is 1e+308; expected less than"),
+        (["train.learning_rate=" + "9" * 5000], "train.learning_rate"),
+        (["data.source=" + "x" * 10_000], "expected at most 1000 characters"),
+        (["x" * 10_000 + "=4"], "is unknown"),
+        (["data.source=~/x.h5ad"], "only a shell expands ~ and $NAME; write the whole path"),
+        (["train.seeds=[1, 1]"], "1 appears twice; remove one"),
     ],
 )
 def test_set_refuses_invalid_values_and_leaves_the_file(call, assignments, expected):
@@ -118,10 +126,33 @@ def test_the_budget_is_set_in_the_search_if_that_has_one(call):
     assert read_params(PARAMS).tune.trials == 7
 
 
-@pytest.mark.parametrize("budget", ["capacity=0", "capacity=many", "capacity", "latent_kl=0"])
-def test_an_invalid_budget_is_refused(call, budget):
+BUDGETS = ["", "0", "many", "true", "4.5", "1e308", ".nan", "[4]", "{a: 1}", "null", "9" * 5000]
+
+
+@pytest.mark.parametrize("trials", BUDGETS, ids=lambda text: text[:8])
+@pytest.mark.parametrize("search", ["capacity", "latent_kl"])
+def test_an_invalid_budget_is_refused_in_one_line(call, search, trials):
+    before = CAPACITY.read_bytes(), PARAMS.read_bytes()
+    with pytest.raises(InputError, match="trials") as caught:
+        call("--budget", f"{search}={trials}")
+    assert all(len(problem) <= 300 for problem in caught.value.problems)
+    assert before == (CAPACITY.read_bytes(), PARAMS.read_bytes())
+
+
+@pytest.mark.parametrize("budget", ["capacity", "=4", "../x=4", "no_search=4", "x" * 5000 + "=4"])
+def test_a_budget_of_no_search_is_refused(call, budget):
     with pytest.raises(InputError):
         call("--budget", budget)
+
+
+def test_a_list_that_dvc_wrote_in_several_lines_can_be_set(call):
+    text = PARAMS.read_text()
+    lines = "  seeds:                       # one model per seed\n  - 1\n  - 2\n"
+    PARAMS.write_text(re.sub(r"  seeds: \[1\].*\n", lines, text))
+    assert read_params(PARAMS).train.seeds == (1, 2)
+    call("--set", "train.seeds=[3]")
+    assert "  seeds: [3]  # one model per seed\n" in PARAMS.read_text()
+    assert read_params(PARAMS).train.seeds == (3,)
 
 
 def test_promote_changes_exactly_the_searched_keys(call):

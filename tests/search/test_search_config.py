@@ -123,7 +123,7 @@ CHOICES = "type: categorical, choices: "
         ("min_epochs: 2", "min_epochs: 18", "pruner: min_epochs (18) must be below epochs (18)"),
         ("epochs: 18", "epochs: 0", "epochs is 0"),
         ("[2, 3, 4]", "[2, 1]", "confirm: 1 is a seed of the trials"),
-        ("[2, 3, 4]", "[2, 2]", "confirm: 2 appears twice"),
+        ("[2, 3, 4]", "[2, 2]", "confirm.seeds: 2 appears twice"),
         ("seeds: [1]", "seeds: [1, 1]", "seeds: 1 appears twice"),
         # conditions
         (FLOAT, FLOAT + ", when: {a: [64]}", f"{KL}: when: a does not come before it in"),

@@ -3,11 +3,15 @@
 `read_params` reports every unknown key, missing key, wrong type and value out of range at once.
 """
 
+import os
+import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -19,18 +23,61 @@ from pydantic import (
 
 from pipeline.gem.common import yaml_file
 from pipeline.gem.common.config_errors import validation_error
-from pipeline.gem.common.errors import InputError
+from pipeline.gem.common.yaml_file import flatten, set_dotted
 
 GROUPS = ("technical", "biological", "perturbation")
+Value = TypeVar("Value")
 
-Share = Annotated[float, Field(ge=0, le=0.5)]
+SEARCH_NAME = r"^[A-Za-z0-9_]{1,100}$"  # a search names a file and a folder
+FILE_NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
+_CONTROL = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories; surrogates cannot be written to a file
+_NAME_BYTES = 255
+
+
+def _plain(text: str) -> str:
+    if not text.strip() or any(unicodedata.category(character) in _CONTROL for character in text):
+        raise ValueError("expected text, without control characters")
+    return text
+
+
+def _path(text: str) -> str:
+    if re.match(r"~|\$\{?[A-Za-z_]", text):
+        raise ValueError(f"{text!r}: only a shell expands ~ and $NAME; write the whole path")
+    if any(len(os.fsencode(part)) > _NAME_BYTES for part in Path(text).parts):
+        raise ValueError(f"{text!r}: a name in it has more than {_NAME_BYTES} bytes")
+    return text
+
+
+def distinct(values: tuple) -> tuple:
+    """ValueError if a value occurs twice."""
+    for position, value in enumerate(values):
+        if value in values[:position]:
+            raise ValueError(f"{value!r} appears twice; remove one")
+    return values
+
+
+def integer(low: int, high: int) -> type:
+    return Annotated[int, Field(ge=low, le=high)]
+
+
+def number(low: float, high: float) -> type:
+    return Annotated[float, Field(ge=low, le=high)]
+
+
+# Every number has two bounds: what lies beyond is a typing error, and would train for years, or to
+# infinity, or not at all. `capacity` checks what the values need together.
+Share = number(0, 0.5)
 Probability = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0)]
+Count = integer(1, 10**6)
+Weight = number(0, 1e6)
 Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Names = Annotated[tuple[str, ...], Field(strict=False)]
-SEARCH_NAME = r"^[A-Za-z0-9_]+$"  # a search names a file and a folder
+Seeds = Annotated[
+    tuple[Seed, ...], Field(strict=False, min_length=1, max_length=1000), AfterValidator(distinct)
+]
+Text = Annotated[str, Field(max_length=500), AfterValidator(_plain)]
+FilePath = Annotated[str, Field(max_length=1000), AfterValidator(_plain), AfterValidator(_path)]
+Names = Annotated[tuple[Text, ...], Field(strict=False), AfterValidator(distinct)]
 
 
 class Frozen(BaseModel):
@@ -41,10 +88,10 @@ class Frozen(BaseModel):
 
 class Synthesize(Frozen):
     seed: Seed
-    samples: Annotated[int, Field(ge=50)]
-    genes: Annotated[int, Field(ge=20)]
+    samples: integer(50, 10**9)
+    genes: integer(20, 10**6)
     preset: Literal["bulk", "single_cell"]
-    depth: Annotated[int, Field(ge=100, le=10**9)] | None
+    depth: integer(100, 10**9) | None
     studies: Count
     tissues: Count
     cell_types_per_tissue: Count
@@ -58,7 +105,7 @@ class Synthesize(Frozen):
     embedding_size: Count
     null_share: Probability
     missing_sex: Probability
-    missing_age: Annotated[float, Field(ge=0, le=0.5)]
+    missing_age: Share
     wrong_sex: Share
 
     @model_validator(mode="after")
@@ -125,7 +172,7 @@ class Embedding(Frozen):
     """One label or several, with features in a table: their sum, beside a multi-hot identity."""
 
     kind: Literal["embedding"]
-    table: str
+    table: FilePath
 
 
 Covariate = Annotated[
@@ -134,9 +181,9 @@ Covariate = Annotated[
 
 
 class Covariates(Frozen):
-    technical: dict[str, Covariate]
-    biological: dict[str, Covariate]
-    perturbation: dict[str, Covariate]
+    technical: dict[Text, Covariate]
+    biological: dict[Text, Covariate]
+    perturbation: dict[Text, Covariate]
 
     @model_validator(mode="after")
     def _one_group_each(self):
@@ -174,24 +221,24 @@ class Covariates(Frozen):
 
 
 class Control(Frozen):
-    column: str
-    value: str
+    column: Text
+    value: Text
 
 
 class Data(Frozen):
-    source: str
-    layer: str | None
-    sample_id: str | None
+    source: FilePath
+    layer: Text | None
+    sample_id: Text | None
     covariates: Covariates
     context_columns: Names
     control: Control | None
-    target_gene: str | None
-    date_column: str | None
-    study_column: str | None
-    missing_values: dict[str, Names]
-    min_gene_samples: Annotated[int, Field(ge=0)]
-    min_gene_total: Annotated[int, Field(ge=0)]
-    gene_list: str | None
+    target_gene: FilePath | None
+    date_column: Text | None
+    study_column: Text | None
+    missing_values: Annotated[dict[Text, Names], Field(max_length=1000)]
+    min_gene_samples: integer(0, 10**9)
+    min_gene_total: integer(0, 10**15)
+    gene_list: FilePath | None
     highly_variable: Count | None
     empty_samples: Literal["refuse", "drop"]
 
@@ -208,7 +255,7 @@ class Data(Frozen):
 
 
 # Held-out pairs of context and perturbation: a share of them, or mappings of column to value.
-Pairs = Annotated[tuple[Annotated[dict[str, str], Field(min_length=1)], ...], Field(strict=False)]
+Pairs = Annotated[tuple[Annotated[dict[Text, Text], Field(min_length=1)], ...], Field(strict=False)]
 Combination = Annotated[
     Annotated[Share, Tag("share")] | Annotated[Pairs, Tag("pairs")],
     Discriminator(lambda value: "pairs" if isinstance(value, (list, tuple)) else "share"),
@@ -227,23 +274,23 @@ class Splits(Frozen):
 
 
 class Latent(Frozen):
-    technical: Annotated[int, Field(ge=1, le=4096)] | None
-    biological: Annotated[int, Field(ge=1, le=4096)]
-    perturbation: Annotated[int, Field(ge=1, le=4096)]
+    technical: integer(1, 4096) | None
+    biological: integer(1, 4096)
+    perturbation: integer(1, 4096)
 
 
 class Model(Frozen):
     latent: Latent
-    hidden: Count
-    blocks: Annotated[int, Field(ge=0)]
-    prior_blocks: Annotated[int, Field(ge=0)]
-    expansion: Count
+    hidden: integer(1, 2**16)
+    blocks: integer(0, 1000)
+    prior_blocks: integer(0, 1000)
+    expansion: integer(1, 1000)
     dropout: Probability
     linear_decoder: bool
     additive_technical: bool
-    interactions: Annotated[int, Field(ge=0)]
+    interactions: integer(0, 2**16)
     observation: Literal["normal", "negative_binomial", "multinomial"]
-    min_variance: Positive
+    min_variance: number(1e-6, 1000)
 
     @property
     def uses_counts(self) -> bool:
@@ -260,43 +307,44 @@ class Model(Frozen):
         return self
 
 
-class KLWeight(Frozen):
-    technical: NonNegative
-    biological: NonNegative
-    perturbation: NonNegative
-
-
-class MetadataDropout(Frozen):
-    technical: Probability
-    biological: Probability
-    perturbation: Probability
+class ByGroup(Frozen, Generic[Value]):
+    technical: Value
+    biological: Value
+    perturbation: Value
 
 
 class Train(Frozen):
-    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)]
-    kl_weight: KLWeight
-    kl_warmup: Annotated[float, Field(ge=0, le=1)]
-    predictive_weight: NonNegative
-    reference_weight: NonNegative
+    seeds: Seeds
+    kl_weight: ByGroup[Weight]
+    kl_warmup: number(0, 1)
+    predictive_weight: Weight
+    reference_weight: Weight
     reference_share: Annotated[float, Field(gt=0, le=1)]
     simulated_batch_effects: Probability
-    unseen_study_weight: NonNegative
-    partial_metadata_weight: NonNegative
-    classifier_weight: NonNegative
-    free_bits: NonNegative
-    metadata_dropout: MetadataDropout
+    unseen_study_weight: Weight
+    partial_metadata_weight: Weight
+    classifier_weight: Weight
+    free_bits: number(0, 1000)
+    metadata_dropout: ByGroup[Probability]
     identity_dropout: Probability
     epochs: Count
-    min_steps: Annotated[int, Field(ge=0)]
+    min_steps: integer(0, 10**9)
     patience: Count
     batch_size: Count
-    learning_rate: Positive
-    weight_decay: NonNegative
-    small_cohort: Annotated[int, Field(ge=0)]
-    gradient_clip: Positive
+    learning_rate: number(1e-8, 1)
+    weight_decay: number(0, 1000)
+    small_cohort: integer(0, 10**6)
+    gradient_clip: number(1e-6, 1e9)
     predictive_draws: Count
     device: Literal["auto", "cpu", "cuda"]
-    threads: Count
+    threads: integer(1, 1024)
+
+    @model_validator(mode="after")
+    def _decays(self):
+        decay = self.learning_rate * self.weight_decay
+        if decay >= 1:
+            raise ValueError(f"learning_rate x weight_decay is {decay:g}; expected less than 1")
+        return self
 
 
 class Tune(Frozen):
@@ -304,14 +352,14 @@ class Tune(Frozen):
 
 
 class Evaluate(Frozen):
-    search: Annotated[str, Field(pattern=SEARCH_NAME)]
+    search: Annotated[str, Field(pattern=SEARCH_NAME, max_length=100)]
     seed: Seed
-    bootstrap: Annotated[int, Field(ge=20)]
+    bootstrap: integer(20, 10**6)
     prior_draws: Count
 
 
 class Tracking(Frozen):
-    experiment: Annotated[str, Field(min_length=1)]
+    experiment: Text
 
 
 class Params(Frozen):
@@ -331,33 +379,6 @@ class Params(Frozen):
     def override(self, changes: Mapping[str, object]) -> "Params":
         """A validated copy with the changes (by dotted name)."""
         return Params.model_validate(set_dotted(self.model_dump(mode="json"), changes))
-
-
-def flatten(values: Mapping, prefix: str = "") -> dict[str, object]:
-    """Nested mappings as one mapping with dotted names."""
-    flat = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-def set_dotted(values: dict, changes: Mapping[str, object]) -> dict:
-    """Sets `changes` (by dotted name) in the nested `values`; creates absent parents.
-
-    InputError if a parent is not a mapping.
-    """
-    for name, value in changes.items():
-        *parents, last = name.split(".")
-        target = values
-        for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise InputError(f"{name} is unknown: {parent} is a single value, {target!r}")
-        target[last] = value
-    return values
 
 
 def read_params(path: Path | str = "params.yaml") -> Params:

@@ -7,9 +7,16 @@ from typing import get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from pipeline.gem.common.errors import InputError, did_you_mean
+from pipeline.gem.common.logs import printable
 from pipeline.gem.common.yaml_file import Document, Key, dotted
 
-_TYPES = {"a valid dictionary": "a mapping", "a valid tuple": "a list"}  # pydantic's to YAML's
+# pydantic's words, and YAML's.
+_WORDS = {
+    "a valid dictionary": "a mapping",
+    "a valid tuple": "a list",
+    "a valid string": "text",
+    " after validation": "",
+}
 
 
 def validation_error(
@@ -31,15 +38,31 @@ def _message(problem: dict, model: type[BaseModel], document: Document) -> str:
         case "union_tag_invalid":
             context = problem["ctx"]
             field = f"{name}.{context['discriminator'][1:-1]}"
-            return f"{where}: {field} is {context['tag']!r}; expected {context['expected_tags']}"
+            return (
+                f"{where}: {field} is {shown(context['tag'])}; expected {context['expected_tags']}"
+            )
         case "value_error":
-            return f"{where}: {name + ': ' if name else ''}{problem['ctx']['error']}"
-    return f"{where}: {name} is {problem['input']!r}; {_expectation(problem['msg'])}"
+            return f"{where}: {name + ': ' if name else ''}{expectation(problem)}"
+    return f"{where}: {name} is {shown(problem['input'])}; {expectation(problem)}"
 
 
-def _expectation(message: str) -> str:
-    message = message.replace("Input should be", "expected", 1)
-    for phrase, replacement in _TYPES.items():
+def shown(value: object) -> str:
+    """A value of a file, shortened, for a message."""
+    if value is None:
+        return "empty"
+    text = repr(value)
+    return printable(text if len(text) < 1000 else f"{text[:500]}...{text[-500:]}", 60)
+
+
+def expectation(problem: dict) -> str:
+    """What the schema expects instead, in the words of YAML."""
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    if problem["type"] == "string_type" and isinstance(problem["input"], (int, float)):
+        return "expected text: put it in quotes"
+    message = re.sub(r"^(Input should be|\w+ should have)", "expected", problem["msg"])
+    message = re.sub(r" or instance of \w+$", "", message)
+    for phrase, replacement in _WORDS.items():
         message = message.replace(phrase, replacement, 1)
     message = re.sub(r"a valid (?=[aeiou])", "an ", message, count=1)
     return message.replace("a valid ", "a ", 1)

@@ -6,6 +6,7 @@ replaces the text of single values and keeps all comments and columns.
 
 import json
 import re
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from ruamel.yaml.reader import ReaderError
 
 from pipeline.gem.common.errors import InputError, did_you_mean
 from pipeline.gem.common.files import write_atomically
+from pipeline.gem.common.logs import printable
 
 Key = tuple[str | int, ...]
 
+MAX_BYTES = 2**20
 MAX_DEPTH = 50  # params.yaml needs 5; without a limit the composer runs out of stack
 
 _TEXT, _DATE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:timestamp"
@@ -38,7 +41,8 @@ class Document:
     text: str
     values: dict
     lines: dict[Key, int]
-    nodes: dict[Key, Node]  # scalars, and lists in brackets
+    nodes: dict[Key, Node]  # scalars and lists
+    colons: dict[Key, int]  # position after the colon of each key
 
     def where(self, key: Key) -> str:
         """`file:line` of a key, or of its nearest parent in the file."""
@@ -51,11 +55,19 @@ def read(path: Path | str) -> Document:
     """The document at `path`. InputError, with lines, unless it is a plain YAML mapping."""
     path = Path(path)
     try:
+        content = path.read_bytes() if path.is_file() else None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    if content is None:
+        raise InputError(f"{path}: cannot be read: no such file")
+    if len(content) > MAX_BYTES:
+        raise InputError(f"{path}: has {len(content):,} bytes; expected at most {MAX_BYTES:,}")
+    try:
         # As bytes, which keeps the line ends.
-        text = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    return _parse(text, path)
+        return _parse(content.decode("utf-8"), path)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: not UTF-8 text; save it as UTF-8") from None
 
 
 def parse_scalar(text: str) -> object:
@@ -68,6 +80,33 @@ def parse_scalar(text: str) -> object:
 
 def dotted(key: Key) -> str:
     return ".".join(str(part) for part in key)
+
+
+def flatten(values: Mapping, prefix: str = "") -> dict[str, object]:
+    """Nested mappings as one mapping with dotted names."""
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def set_dotted(values: dict, changes: Mapping[str, object]) -> dict:
+    """Sets `changes` (by dotted name) in the nested `values`; creates absent parents.
+
+    InputError if a parent is not a mapping.
+    """
+    for name, value in changes.items():
+        *parents, last = name.split(".")
+        target = values
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise InputError(f"{name} is unknown: {parent} is a single value, {target!r}")
+        target[last] = value
+    return values
 
 
 def _parse(text: str, path: Path) -> Document:
@@ -87,7 +126,7 @@ def _parse(text: str, path: Path) -> Document:
         raise InputError(*composer.problems)
     if not isinstance(values, dict):
         raise InputError(f"{path}:1: expected a mapping of sections, got {type(values).__name__}")
-    return Document(path, text, values, composer.lines, composer.nodes)
+    return Document(path, text, values, composer.lines, composer.nodes, composer.colons)
 
 
 def _yaml() -> YAML:
@@ -117,34 +156,42 @@ class _Composer:
         self.path, self.yaml = path, _yaml()
         self.lines: dict[Key, int] = {}
         self.nodes: dict[Key, Node] = {}
+        self.colons: dict[Key, int] = {}
         self.problems: list[str] = []
 
     def value(self, node: Node, key: Key) -> object:
         if isinstance(node, MappingNode):
             return self._mapping(node, key)
         if isinstance(node, SequenceNode):
-            if node.flow_style:
-                self.nodes[key] = node
+            self.nodes[key] = node
             for index, item in enumerate(node.value):
                 self.lines[(*key, index)] = item.start_mark.line + 1
             return [self.value(item, (*key, index)) for index, item in enumerate(node.value)]
         self.nodes[key] = node
-        return self._scalar(node)
+        return self._scalar(node, key)
 
-    def _scalar(self, node: ScalarNode) -> object:
-        try:
-            if node.tag == _DATE:
-                raise ValueError(f"{node.value} is a date; put it in quotes")
-            return self.yaml.constructor.construct_object(node)
-        except ValueError as error:  # also a number with more digits than Python reads
-            raise MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
+    def _scalar(self, node: ScalarNode, key: Key) -> object:
+        problem = "is a date; put it in quotes"
+        if node.tag != _DATE:
+            try:
+                return self.yaml.constructor.construct_object(node)
+            except MarkedYAMLError:
+                problem = "is no value; put it in quotes"
+            except ValueError:
+                problem = "has more digits than Python reads"
+        where, value = f"{self.path}:{node.start_mark.line + 1}", printable(node.value, 60)
+        self.problems.append(f"{where}: {dotted(key)}: {value} {problem}")
+        return None
 
     def _mapping(self, node: MappingNode, key: Key) -> dict:
         values = {}
         for name_node, value_node in node.value:
             line = name_node.start_mark.line + 1
             if name_node.tag != _TEXT:
-                self.problems.append(f"{self.path}:{line}: a key is not text; put it in quotes")
+                problem = "a key is not text; put it in quotes"
+                if name_node.value == "<<":
+                    problem = "a merge key (<<) is not allowed; write the values out"
+                self.problems.append(f"{self.path}:{line}: {problem}")
                 continue
             child = (*key, name_node.value)
             if child in self.lines:
@@ -154,6 +201,7 @@ class _Composer:
                 )
                 continue
             self.lines[child] = line
+            self.colons[child] = name_node.end_mark.index + 1
             values[name_node.value] = self.value(value_node, child)
         return values
 
@@ -161,8 +209,8 @@ class _Composer:
 def edit(path: Path | str, changes: dict[str, object]) -> tuple[str, str]:
     """Writes new values under dotted keys; returns the text before and after.
 
-    A value is a scalar or a list in brackets; every other character stays. InputError for a key
-    that is not in the file, has another kind of value, or cannot be replaced in place.
+    A value is a scalar or a list; every other character stays. InputError for a key that is not in
+    the file, has another kind of value, or cannot be replaced in place.
     """
     document = read(path)
     keys = {dotted(key): key for key in document.nodes}
@@ -172,7 +220,7 @@ def edit(path: Path | str, changes: dict[str, object]) -> tuple[str, str]:
         if name not in keys
     ]
     for name in changes:
-        if name in keys and (form := _multiline_form(document.nodes[keys[name]])):
+        if name in keys and (form := _fixed_form(document, keys[name])):
             problems.append(f"{document.where(keys[name])}: {name} is {form}; edit it by hand")
     if problems:
         raise InputError(*problems)
@@ -185,18 +233,44 @@ def edit(path: Path | str, changes: dict[str, object]) -> tuple[str, str]:
     text = document.text
     for key in sorted(new, key=lambda key: -document.nodes[key].start_mark.index):
         node = document.nodes[key]
-        start, end = node.start_mark.index, node.end_mark.index
-        text = text[:start] + (" " if start == end else "") + _inline(new[key]) + text[end:]
+        start, end = node.start_mark.index, _end(node)
+        before, after = text[:start], text[end:]
+        if _is_block(node):
+            # `key:  # comment` and `- item` lines become `key: [item]  # comment`.
+            comment = before[document.colons[key] :].rstrip()
+            before = before[: document.colons[key]]
+            after = ("  " + comment.lstrip() if comment else "") + after
+        space = "" if before.endswith((" ", "[", "{", "\n")) else " "
+        text = before + space + _inline(new[key]) + after
     if new:
         _check_edit(document, new, text)
         write_atomically(document.path, text.encode("utf-8"))
     return document.text, text
 
 
-def _multiline_form(node: Node) -> str | None:
+def _is_block(node: Node) -> bool:
+    """Whether a node is a list of `- item` lines."""
+    return isinstance(node, SequenceNode) and not node.flow_style
+
+
+def _end(node: Node) -> int:
+    """The position after a value. The node of a block ends with the next key; its last value does
+    not."""
+    if isinstance(node, ScalarNode) or node.flow_style or not node.value:
+        return node.end_mark.index
+    last = node.value[-1]
+    return _end(last[1] if isinstance(node, MappingNode) else last)
+
+
+def _fixed_form(document: Document, key: Key) -> str | None:
+    """Why a value cannot be replaced without losing more than the value, or None."""
+    node = document.nodes[key]
     if isinstance(node, SequenceNode):
-        multiline = node.start_mark.line != node.end_mark.line
-        return "a list of several lines" if multiline else None
+        line_end = document.text.find("\n", _end(node)) if _is_block(node) else _end(node)
+        lines = document.text[node.start_mark.index : line_end]
+        has_comment = re.search(r"(^|\s)#", lines)
+        nested = _is_block(node) and key not in document.colons
+        return "a list with comments" if has_comment else "a list in a list" if nested else None
     return "a block of text" if node.style in ("|", ">") else None
 
 

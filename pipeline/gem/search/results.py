@@ -5,8 +5,8 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.gem.common import yaml_file
-from pipeline.gem.common.config import set_dotted
 from pipeline.gem.common.files import write_atomically, write_table
+from pipeline.gem.common.yaml_file import set_dotted
 from pipeline.gem.search import figures
 from pipeline.gem.search.confirmation import Confirmation, Decision
 from pipeline.gem.search.search import Search

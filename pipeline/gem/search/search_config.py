@@ -13,12 +13,16 @@ from pipeline.gem.common.config import (
     Count,
     Frozen,
     Params,
-    Positive,
     Seed,
-    flatten,
+    Seeds,
+    Text,
+    integer,
+    number,
     read_model,
 )
+from pipeline.gem.common.config_errors import expectation, shown
 from pipeline.gem.common.errors import InputError, did_you_mean
+from pipeline.gem.common.yaml_file import flatten
 from pipeline.gem.search.space import MAX_POINTS, CategoricalSpace, Space, range_problems
 
 EXPERIMENTS = Path("experiments")  # the results of each search, in a folder of its name
@@ -37,7 +41,6 @@ DIRECTIONS: dict[str, Literal["maximize", "minimize"]] = {
 EPOCH_METRICS = ("predictive_log_likelihood", "evidence_lower_bound", "mse")
 
 Values = dict[str, object]  # a point of the space: dotted keys of params.yaml to values
-Seeds = Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)]
 
 
 class Objective(Frozen):
@@ -78,8 +81,8 @@ class AdaptiveSampler(Frozen):
 
 class MedianPruner(Frozen):
     name: Literal["median"]
-    startup_trials: Annotated[int, Field(ge=0)]
-    warmup_epochs: Annotated[int, Field(ge=0)]
+    startup_trials: integer(0, 10**6)
+    warmup_epochs: integer(0, 10**6)
 
 
 class HalvingPruner(Frozen):
@@ -88,7 +91,7 @@ class HalvingPruner(Frozen):
 
     name: Literal["hyperband", "asha"]
     min_epochs: Count
-    reduction: Annotated[int, Field(ge=2)]
+    reduction: integer(2, 1000)
 
 
 class NoPruner(Frozen):
@@ -101,7 +104,7 @@ class ConfirmationConfig(Frozen):
     top: Count
     seeds: Seeds
     epochs: Count | None = None  # None: train.epochs
-    from_trials: Annotated[int, Field(ge=0)] = 0  # smaller searches get a short confirmation
+    from_trials: integer(0, 10**6) = 0  # smaller searches get a short confirmation
 
 
 def _as_tuple(value: object) -> object:
@@ -111,8 +114,8 @@ def _as_tuple(value: object) -> object:
 class SearchConfig(Frozen):
     """A search. `baseline` is trial 0, and the winner is compared with it."""
 
-    description: str
-    space: Annotated[dict[str, Space], Field(min_length=1)]
+    description: Text
+    space: Annotated[dict[Text, Space], Field(min_length=1, max_length=100)]
     baseline: dict
     objective: Annotated[
         tuple[Objective, ...], BeforeValidator(_as_tuple), Field(strict=False, min_length=1)
@@ -122,7 +125,7 @@ class SearchConfig(Frozen):
     epochs: Count
     seeds: Seeds
     trials: Count | None = None  # None: tune.trials of params.yaml
-    time_limit: Positive | None = None  # minutes of one call, after which no trial starts
+    time_limit: number(0.01, 1e6) | None = None  # minutes of one call, after which no trial starts
     confirm: ConfirmationConfig
 
     @property
@@ -137,6 +140,11 @@ class SearchConfig(Frozen):
     @property
     def baseline_values(self) -> Values:
         return flatten(self.baseline)
+
+    @property
+    def largest_values(self) -> Values:
+        """The corner of the space with the largest networks, batches and rates."""
+        return {name: space.high for name, space in self.space.items()}
 
     @property
     def fingerprint_fields(self) -> dict:
@@ -198,7 +206,7 @@ def read_search_config(name: str, params: Params, folder: Path = SEARCHES) -> Se
         InputError: lists every problem, with file, line and dotted key.
     """
     if not re.fullmatch(SEARCH_NAME, name):
-        raise InputError(f"--search {name!r} is not a name of letters, digits and underscores")
+        raise InputError(f"--search {name!r} is not a name of letters, digits and _")
     path = folder / f"{name}.yaml"
     if not path.exists():
         names = [file.stem for file in search_files(folder)]
@@ -212,6 +220,8 @@ def read_search_config(name: str, params: Params, folder: Path = SEARCHES) -> Se
     for check in (_repetition_problems, _pruner_problems, _sampler_problems):
         for key, problem in check(config):
             problems.append(f"{document.where((key,))}: {key}: {problem}")
+    if not problems and (reason := _params_error(config.largest_values, params)):
+        problems.append(f"{document.where(('space',))}: space: its largest values: {reason}")
     if problems:
         raise InputError(*problems)
     return config
@@ -249,16 +259,17 @@ def _space_problems(name: str, space: Space, config: SearchConfig, params: Param
         return problems
     bounds = space.choices if isinstance(space, CategoricalSpace) else (space.low, space.high)
     for value in bounds:
-        if reason := _params_error(name, value, params):
-            problems.append(f"{value!r} is not allowed by params.yaml: {reason}")
+        if reason := _params_error({name: value}, params):
+            problems.append(f"{shown(value)} is not allowed by params.yaml: {reason}")
     if name not in config.baseline_values:
         return problems
     baseline = config.baseline_values[name]
     if baseline not in space:
-        return [f"the baseline {baseline!r} is outside the space", *problems]
+        return [f"the baseline {shown(baseline)} is outside the space", *problems]
     # 16.0 is inside an integer range, but params.yaml does not allow it.
-    if reason := _params_error(name, baseline, params):
-        return [f"the baseline {baseline!r} is not allowed by params.yaml: {reason}", *problems]
+    if reason := _params_error({name: baseline}, params):
+        reason = f"the baseline {shown(baseline)} is not allowed by params.yaml: {reason}"
+        return [reason, *problems]
     return problems
 
 
@@ -274,27 +285,23 @@ def _when_problems(name: str, space: Space, config: SearchConfig) -> list[str]:
             continue
         for value in allowed:
             if value not in config.space[other]:
-                problems.append(f"when: {other} is never {value!r}; remove it")
+                problems.append(f"when: {other} is never {shown(value)}; remove it")
     return problems
 
 
-def _params_error(name: str, value: object, params: Params) -> str | None:
-    """Why params.yaml does not allow a value, or None."""
+def _params_error(values: Values, params: Params) -> str | None:
+    """Why params.yaml does not allow these values, or None."""
     try:
-        params.override({name: value})
+        params.override(values)
     except ValidationError as error:
-        return error.errors()[0]["msg"]
+        return expectation(error.errors()[0])
     return None
 
 
 def _repetition_problems(config: SearchConfig) -> Iterator[tuple[str, str]]:
-    for key, values in (
-        ("objective", config.metrics),
-        ("seeds", config.seeds),
-        ("confirm", config.confirm.seeds),
-    ):
-        for value in sorted({value for value in values if values.count(value) > 1}):
-            yield key, f"{value} appears twice; remove one"
+    metrics = config.metrics
+    for metric in sorted({metric for metric in metrics if metrics.count(metric) > 1}):
+        yield "objective", f"{metric} appears twice; remove one"
     for seed in sorted(set(config.confirm.seeds) & set(config.seeds)):
         yield "confirm", f"{seed} is a seed of the trials, which selected the best; use a fresh one"
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -161,6 +162,10 @@ def test_a_whole_number_is_valid_for_a_float(valid, name):
 def test_parameters_are_immutable(valid, change):
     with pytest.raises(ValidationError, match="frozen"):
         change(valid)
+
+
+def test_parameters_reach_another_process(valid):
+    assert pickle.loads(pickle.dumps(valid)) == valid
 
 
 def test_an_override_returns_new_parameters(valid):

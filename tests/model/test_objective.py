@@ -9,7 +9,7 @@ import torch
 from support.networks import GENES, METADATA_SIZES, batch, network
 from torch.distributions import Normal, kl_divergence
 
-from pipeline.gem.common.config import GROUPS, ByGroup
+from pipeline.gem.common.config import GROUPS, KLWeight
 from pipeline.gem.model.network import Gaussian, Network
 from pipeline.gem.model.objective import Batch, objective, objective_terms
 from pipeline.gem.model.observation import LatentSource, Observed
@@ -260,7 +260,7 @@ def test_objective_is_the_weighted_sum_of_its_terms(params, small_model, generat
         "partial_metadata_weight": 19.0,
         "classifier_weight": 13.0,
     }
-    kl_weight = ByGroup[float](technical=2.0, biological=3.0, perturbation=5.0)
+    kl_weight = KLWeight(technical=2.0, biological=3.0, perturbation=5.0)
     update = weights | {"kl_weight": kl_weight, "free_bits": 0.0}
     train = params.train.model_copy(update=update)
     sums = {name: float(value.sum()) for name, value in terms.items()}
@@ -282,7 +282,7 @@ def test_dimensions_below_the_free_bits_have_no_gradient(params):
     kl, zero = torch.tensor([0.1, 0.4, 2.0], requires_grad=True), torch.zeros(())
     terms = dict.fromkeys(("nll_reconstruction", "nll_predictive", "classification"), zero)
     terms |= {"kl_technical": kl, "kl_biological": zero, "kl_perturbation": zero}
-    kl_weight = ByGroup[float](technical=1.0, biological=0.0, perturbation=0.0)
+    kl_weight = KLWeight(technical=1.0, biological=0.0, perturbation=0.0)
     train = params.train.model_copy(update={"free_bits": 0.5, "kl_weight": kl_weight})
     loss = objective(terms, train, 1.0)
     assert_close(loss, torch.tensor(0.5 + 0.5 + 2.0))

@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -26,7 +26,6 @@ from pipeline.gem.common.config_errors import validation_error
 from pipeline.gem.common.yaml_file import flatten, set_dotted
 
 GROUPS = ("technical", "biological", "perturbation")
-Value = TypeVar("Value")
 
 SEARCH_NAME = r"^[A-Za-z0-9_]{1,100}$"  # a search names a file and a folder
 FILE_NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
@@ -70,7 +69,6 @@ Share = number(0, 0.5)
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Count = integer(1, 10**6)
 Weight = number(0, 1e6)
-Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Seeds = Annotated[
     tuple[Seed, ...], Field(strict=False, min_length=1, max_length=1000), AfterValidator(distinct)
@@ -307,15 +305,21 @@ class Model(Frozen):
         return self
 
 
-class ByGroup(Frozen, Generic[Value]):
-    technical: Value
-    biological: Value
-    perturbation: Value
+class KLWeight(Frozen):
+    technical: Weight
+    biological: Weight
+    perturbation: Weight
+
+
+class MetadataDropout(Frozen):
+    technical: Probability
+    biological: Probability
+    perturbation: Probability
 
 
 class Train(Frozen):
     seeds: Seeds
-    kl_weight: ByGroup[Weight]
+    kl_weight: KLWeight
     kl_warmup: number(0, 1)
     predictive_weight: Weight
     reference_weight: Weight
@@ -325,7 +329,7 @@ class Train(Frozen):
     partial_metadata_weight: Weight
     classifier_weight: Weight
     free_bits: number(0, 1000)
-    metadata_dropout: ByGroup[Probability]
+    metadata_dropout: MetadataDropout
     identity_dropout: Probability
     epochs: Count
     min_steps: integer(0, 10**9)

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from pipeline.gem.common.config import GROUPS, Covariate, Frozen, Model, Positive, Seed
+from pipeline.gem.common.config import GROUPS, Covariate, Frozen, Model, Seed
 from pipeline.gem.common.errors import InputError, IntegrityError, examples
 from pipeline.gem.common.files import sha256_of
 from pipeline.gem.data.covariates import CovariateEncoder, FunctionalDependency
@@ -39,8 +39,8 @@ class CovariateState(Frozen):
     covariate: Covariate
     levels: tuple[str, ...]
     mean: float
-    deviation: Positive
-    offset: Positive
+    deviation: Annotated[float, Field(gt=0)]
+    offset: Annotated[float, Field(gt=0)]
     # Their values are the tensor features.<position of the covariate> (U, E).
     feature_labels: Annotated[tuple[str, ...], Field(min_length=1)] | None
 

@@ -105,11 +105,16 @@ def _notes_of_column(name: str, cells: Counter, form: LabelForm) -> Iterator[str
         others = [label for label in labels if label != own_control]
         for separator in _SEPARATORS:
             holding = [label for label in others if separator in label.strip(separator)]
-            if len(holding) > max(1, _SHARE * len(others)):
+            sets = [label for label in holding if labels.keys() >= _parts(label, separator)]
+            if sets or len(holding) >= max(2, _SHARE * len(others)):
                 yield (
                     f"{len(holding)} of {len(others)} labels hold {separator!r}, as "
                     f"{_show(holding[0])}: if it separates labels, write {SEPARATOR!r} instead"
                 )
+
+
+def _parts(label: str, separator: str) -> set[str]:
+    return {normal_text(part) for part in label.split(separator)}
 
 
 def _holds(cell: str, control: str) -> bool:

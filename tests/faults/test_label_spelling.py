@@ -14,7 +14,7 @@ from pipeline.gem.data.shards import ShardWriter
 from pipeline.gem.data.sources import open_source
 from pipeline.gem.preparation.prepare import write_cohort
 
-SAMPLES, GENES = 600, 30
+SAMPLES, GENES = 500, 25
 DRUGS = ["caf\u00e9ine", "5\u03bc-drug", "drug / C", "D", "E", "?"]
 CONTEXTS = [
     ("lung / airway", "epithelium"),

@@ -33,7 +33,7 @@ _ESCAPED = re.compile(r"\\|(?<![^ ])/|/(?![^ ])|^\?$")
 
 def _visible(text: str) -> str:
     """Without invisible characters; every run of space is one blank, none at the ends."""
-    if not (text.isascii() and text.isprintable()):
+    if not text.isprintable() or INVISIBLE.search(text):
         text = "".join(character for character in text if not _is_invisible(character))
     return " ".join(text.split())
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -111,14 +112,15 @@ class Entities:
         if not self.multilabel:
             return self.perturbation.isin(names)
         sets = [set(split_labels(name)) for name in names]
-        values = self.perturbation.dropna().unique()
-        return self.perturbation.isin(
-            [
-                value
-                for value in values
-                if any(labels <= set(split_labels(value)) for labels in sets)
-            ]
-        )
+        values = [
+            value for value, labels in self._labels.items() if any(part <= labels for part in sets)
+        ]
+        return self.perturbation.isin(values)
+
+    @cached_property
+    def _labels(self) -> dict[str, set[str]]:
+        """Of each perturbation."""
+        return {value: set(split_labels(value)) for value in self.perturbation.dropna().unique()}
 
 
 def split_sizes(samples: pd.DataFrame, split: pd.Series, data: Data) -> pd.DataFrame:

@@ -244,17 +244,25 @@ def test_one_seed_has_no_standard_deviation(synthetic, measured):
 
 
 def test_texts_from_a_cohort_are_escaped(synthetic):
-    attack = '<script>alert("x")</script>'
+    attack = """<script>alert("x")</script> & '"""
     evaluation = synthetic.data.evaluation
+    latents = evaluation.tables["latents"]
+    scores = evaluation.tables["scores"]
     changed = replace(
         evaluation,
         conditions=[replace(evaluation.conditions[0], name=attack)],
-        maps=[replace(map_, levels=(attack,)) for map_ in evaluation.maps],
+        maps=[replace(map_, covariate=attack, levels=(attack,)) for map_ in evaluation.maps],
+        tables=evaluation.tables
+        | {
+            "latents": latents.assign(covariate=attack + latents["covariate"], reason=attack),
+            "scores": scores.assign(reason=scores["reason"].where(scores["reason"] == "", attack)),
+        },
     )
     text = page.render(
         ReportData(changed, attack, {"notes": attack}, {"model": {"x": attack}}, attack)
     )
-    assert "<script" not in text and text.count("&lt;script") >= 6
+    assert "<script" not in text and 'alert("' not in text and "& '" not in text
+    assert text.count("&lt;script") >= 30
     Document(text)
 
 

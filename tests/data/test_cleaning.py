@@ -43,7 +43,8 @@ def test_numbers_are_converted_and_quantities_stay_as_written():
     plain = clean(["1", " 2.5 ", ""], LINEAR)
     assert plain.tolist()[:2] == [1.0, 2.5] and np.isnan(plain.iloc[2])
     assert clean(["1 uM", "2 nM", None], LOG).tolist() == ["1 uM", "2 nM", None]
-    assert clean(["1 uM", "2", None], quantity("nM")).tolist() == ["1 uM", "2", None]
+    in_nanomolar = clean(["1 uM", "2", None], quantity("nM"))
+    assert in_nanomolar.tolist()[:2] == [1000.0, 2.0] and np.isnan(in_nanomolar.iloc[2])
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_a_unit_in_one_cell_does_not_change_the_text_of_others(column):
     """Otherwise the metadata of a test sample would change the hash of the training data."""
     years = quantity("year")
     plain, mixed = clean([*column, 3.0], years), clean([*column, "3 years"], years)
-    assert plain.dtype == float and mixed.iloc[-1] == "3 years"
+    assert plain.dtype == float and mixed.dtype == float
     expected = ["55", "0.1", "1e-07", None]
     assert label_texts(plain).tolist()[:-1] == label_texts(mixed).tolist()[:-1] == expected
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.gem.common.config import Unit
-from pipeline.gem.data.units import UNITS, parse_quantity
+from pipeline.gem.data.units import UNITS, parse_quantity, plain_quantity
 
 QUANTITIES = {
     "time": {
@@ -83,3 +83,33 @@ def test_params_declare_the_units_of_the_table():
 def test_a_plain_number_has_the_declared_unit(unit):
     assert parse_quantity(3, unit) == parse_quantity(f"3 {unit}")
     assert parse_quantity("2 Gy", unit) == (2.0, "radiation")
+
+
+@pytest.mark.parametrize(
+    ("texts", "unit", "cell"),
+    [
+        (["24 hours", "24h", "1 day", "1440 min", "86400 s", "24\u00a0hrs"], None, "24 hours"),
+        (["72 h", "3 days", "3 d"], None, "3 days"),
+        (["30 min", "0.5 h", "1800 s"], None, "30 minutes"),
+        (["50 h"], None, "50 hours"),
+        (["1.5 uM"], None, "1.5 uM"),
+        (["-36 h"], None, "-36 hours"),
+        (["12.3 years"], None, "12.3 years"),
+        (["0.1 uM", "100 nM", "1e5 pM", "100 nmol/l"], None, "100 nM"),
+        (["1 µM", "1 μM", "1000 nM", "0.001 mM"], None, "1 uM"),
+        (["0 nM", "0 uM"], None, "0 fM"),
+        (["24", "24 h", "1 day"], "h", 24.0),
+        (["55", 55, "55.0"], None, 55.0),
+    ],
+)
+def test_equal_quantities_have_one_form(texts, unit, cell):
+    assert {plain_quantity(text, unit) for text in texts} == {cell}
+    assert parse_quantity(cell, unit) == (
+        pytest.approx(parse_quantity(texts[0], unit)[0], rel=1e-11),
+        parse_quantity(texts[0], unit)[1],
+    )
+
+
+@pytest.mark.parametrize("text", ["6 hours", "24 hours", "3 days", "100 nM", "1 uM", "10 uM"])
+def test_the_usual_forms_stay_as_they_are(text):
+    assert plain_quantity(text, None) == text

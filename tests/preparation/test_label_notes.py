@@ -43,6 +43,7 @@ def notes_of(params):
         ("multilabel", ["a", "b|unknown"], "'unknown' in 1 samples: missing?"),
         ("numeric", [1, 2, -9, -9], "-9 in 2 samples, far from the other numbers: missing?"),
         ("numeric", [1.0, 2, 999, 999, np.nan], "999 in 2 samples"),
+        ("numeric", ["1 day", "24 hours", "2 h"], "merged: '1 day' and '24 hours'"),
         ("multilabel", ["A+B", "B+C", "A"], "2 of 4 labels hold '+', as 'A+B'"),
         ("multilabel", [*LABELS, "drugB & drugA"], "1 of 7 labels hold '&'"),
         ("multilabel", ["A;B", "B;C"], "hold ';'"),
@@ -66,7 +67,8 @@ def test_a_doubt_is_noted_once_in_one_line(notes_of, kind, cells, note):
         ("multilabel", ["A+", "B", "C"]),
         ("numeric", [-9.0, -9.0, -5, 3]),
         ("numeric", [999.0, 999.0, 800]),
-        ("numeric", ["1 day", "24 hours"]),
+        ("numeric", ["1 day", "36 hours", " 1 day", None]),
+        ("numeric", ["1", "1.0", 1]),
     ],
 )
 def test_ordinary_labels_have_no_note(notes_of, kind, cells):
@@ -87,6 +89,6 @@ def test_what_the_setting_lists_is_not_asked_again(notes_of):
 
 
 def test_many_and_enormous_labels_are_one_line_each(notes_of):
-    cells = [f"{letter}{'x' * 10**5}{number}" for number in range(9) for letter in "Aa"]
+    cells = [f"{letter}{'x' * 10**4}{number}" for number in range(9) for letter in "Aa"]
     (note,) = notes_of(cells)
     assert len(note) <= 300 and "(9 in all)" in note

@@ -15,11 +15,11 @@ from pipeline.gem.data.labels import (
     looks_missing,
 )
 from pipeline.gem.data.units import (
-    DIMENSIONLESS,
     cell_repr,
     dimension_name,
     is_ambiguous,
     parse_quantity,
+    plain_quantity,
 )
 
 _MAX_PROBLEMS = 20  # listed per column; further ones are counted
@@ -47,7 +47,7 @@ def clean_samples(
         elif invalid := _quantity_problems(samples[name], covariate, f"{where}: {name}"):
             problems += invalid
         else:
-            cleaned[name] = _numbers_or_text(samples[name])
+            cleaned[name] = _numbers_or_text(samples[name], covariate.plain_unit)
     if problems:
         raise InputError(*problems)
     return cleaned
@@ -89,29 +89,14 @@ def _quantity_problems(column: pd.Series, covariate: Numeric, where: str) -> lis
     ]
 
 
-def _numbers_or_text(column: pd.Series) -> pd.Series:
-    """Numbers if no cell has a unit; else text, with each quantity as it is written, in one
-    spelling: of "24 hours" and "1 day" the shorter.
+def _numbers_or_text(column: pd.Series, unit: str | None) -> pd.Series:
+    """Numbers if all cells are plain numbers or in the declared `unit`; else text.
 
-    The text of a number does not depend on whether another cell has a unit.
+    The text of a cell does not depend on other cells.
     """
     index, values = distinct_cells(column)
-    quantities = [parse_quantity(value) for value in values]
-    if all(dimension == DIMENSIONLESS for _, dimension in quantities):
-        numbers = np.array([number for number, _ in quantities] + [np.nan])
-        return pd.Series(numbers[index], index=column.index)
-    texts = [
-        label_text(number) if dimension == DIMENSIONLESS else label_text(value)
-        for value, (number, dimension) in zip(values, quantities, strict=True)
-    ]
-    # Products with the factors of units differ in their last digits.
-    quantities = [(f"{number:.12g}", dimension) for number, dimension in quantities]
-    spelling: dict[tuple[str, str], str] = {}
-    for text, quantity in sorted(zip(texts, quantities, strict=True), key=_length_first):
-        spelling.setdefault(quantity, text)
-    texts = np.array([*(spelling[quantity] for quantity in quantities), None], dtype=object)
+    cells = [plain_quantity(value, unit) for value in values]
+    if not any(isinstance(cell, str) for cell in cells):
+        return pd.Series(np.array([*cells, np.nan])[index], index=column.index)
+    texts = np.array([*map(label_text, cells), None], dtype=object)
     return pd.Series(texts[index], index=column.index, dtype=object)
-
-
-def _length_first(spelling: tuple[str, tuple[str, str]]) -> tuple[int, str]:
-    return len(spelling[0]), spelling[0]

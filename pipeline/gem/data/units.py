@@ -45,6 +45,8 @@ _SPELLINGS = {
     "ug/ml": "mg/l ng/ul",
     "mg/ml": "g/l ug/ul",
 }
+_WORDS = {"s": "second", "min": "minute", "h": "hour", "d": "day"}
+_WORDS |= {word: word for word in ("week", "month", "year")}
 _BY_UNIT = {
     spelling.lower(): (dimension, factor)
     for dimension, units in UNITS.items()
@@ -90,6 +92,28 @@ def _dimension(shown: str, written: str, unit: str | None) -> tuple[str, float]:
         known = ", ".join(" ".join(units) for units in UNITS.values())
         raise ValueError(f"{shown} has an unknown unit; known: {known}")
     return _BY_UNIT[written.lower()]
+
+
+def plain_quantity(value: object, unit: str | None) -> float | str:
+    """The one form of equal quantities: a number if plain or if a `unit` is declared, in that unit;
+    else text, "24 hours" for "1 day" and "24h".
+
+    The unit of the text is the one with the fewest digits, of which there are at least one, of a
+    day or more at least two.
+    """
+    number, dimension = parse_quantity(value, unit)
+    if dimension == DIMENSIONLESS:
+        return number
+    # Products with factors differ in their last digits.
+    numbers = {u: float(f"{number / factor:.12g}") for u, factor in UNITS[dimension].items()}
+    if unit is not None:
+        return numbers[unit]
+    long = {u for u, factor in UNITS["time"].items() if factor > 1}
+    texts = {u: f"{number:.12g}" for u, number in numbers.items()}
+    enough = [u for u in reversed(texts) if abs(numbers[u]) >= (2 if u in long else 1)]
+    chosen = min(enough or texts, key=lambda u: len(texts[u]))  # the largest of equal ones
+    plural = "s" if chosen in _WORDS and texts[chosen] != "1" else ""
+    return f"{texts[chosen]} {_WORDS.get(chosen, chosen)}{plural}"
 
 
 def is_ambiguous(value: object, dimensions: Iterable[str]) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import pandas as pd
 
-from pipeline.gem.common.config import Data
+from pipeline.gem.common.config import Data, Numeric
 from pipeline.gem.common.logs import printable
 from pipeline.gem.data.labels import (
     SEPARATOR,
@@ -21,6 +21,7 @@ from pipeline.gem.data.labels import (
     normal_text,
     split_labels,
 )
+from pipeline.gem.data.units import plain_quantity
 
 _EXAMPLES, _LENGTH = 3, 40  # labels in a note, characters of a label
 # Letters that print as Latin ones.
@@ -43,15 +44,20 @@ def label_notes(samples: pd.DataFrame, data: Data) -> list[str]:
     columns = [*covariates, *data.context_columns, data.study_column]
     columns += form.control[:1] if form.control else ()
     for name in dict.fromkeys(name for name in columns if name is not None):
-        if name in covariates and covariates[name].kind == "numeric":
-            own_notes = _number_notes(form.table(samples[[name]])[name])
+        if isinstance(numeric := covariates.get(name), Numeric):
+            own_notes = _number_notes(form.table(samples[[name]])[name], numeric)
         else:
             own_notes = _notes_of_column(name, Counter(_written(samples[name])), form)
         notes += [f"{name}: {note}" for note in own_notes]
     return list(map(printable, notes))
 
 
-def _number_notes(column: pd.Series) -> Iterator[str]:
+def _number_notes(column: pd.Series, covariate: Numeric) -> Iterator[str]:
+    if covariate.plain_unit is None:
+        texts = {text.strip() for text in _written(column)}
+        texts = {text for text in texts if isinstance(plain_quantity(text, None), str)}
+        if merged := _groups(texts, lambda text: plain_quantity(text, None)):
+            yield f"spellings of one quantity, merged: {_listing(merged)}"
     values = pd.to_numeric(column, errors="coerce").dropna()
     for code in _CODES:
         others = values[values != code]

@@ -19,7 +19,12 @@ from pipeline.gem.data.labels import (
 )
 from pipeline.gem.data.splits import Entities, contexts
 
-FORM = LabelForm(("drug",), {"drug": ("NA",), "age": ("-9", "NA")}, ("drug", "control"))
+FORM = LabelForm(
+    sets=("drug",),
+    missing={"drug": ("NA",), "age": ("-9", "NA")},
+    control=("drug", "control"),
+    units={"time": None, "days": "d"},
+)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +84,10 @@ def test_a_label_has_one_text(written, text):
         ("age", -9.0, None),
         ("age", "NA", None),
         ("age", 9.0, 9.0),
+        ("time", "1 day", "24 hours"),
+        ("time", "55.0", 55.0),
+        ("days", "24 h", 1.0),
+        ("time", "soon", "soon"),
         ("tissue", "B|A", "B|A"),  # one label
         ("tissue", "NA", "NA"),
         ("tissue", " A ", "A"),

@@ -97,7 +97,7 @@ def test_a_plain_number_has_the_declared_unit(unit):
         (["12.3 years"], None, "12.3 years"),
         (["0.1 uM", "100 nM", "1e5 pM", "100 nmol/l"], None, "100 nM"),
         (["1 µM", "1 μM", "1000 nM", "0.001 mM"], None, "1 uM"),
-        (["0 nM", "0 uM"], None, "0 fM"),
+        (["0 nM", "0 uM"], None, "0 uM"),
         (["24", "24 h", "1 day"], "h", 24.0),
         (["55", 55, "55.0"], None, 55.0),
     ],

@@ -64,6 +64,11 @@ def respell_set(cell: str, rng: np.random.Generator) -> str:
     )
 
 
+def line(text: str) -> str:
+    """params.yaml allows no control characters."""
+    return text.replace("\n", " ").replace("\t", " ")
+
+
 def respell_table(samples: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
     spelled = samples.copy()
     for name in ("study", "tissue", "cell"):
@@ -105,12 +110,12 @@ def prepare(source: Path, params: Params, rng: np.random.Generator | None) -> Co
         source=str(source),
         covariates=kinds,
         context_columns=["tissue", "cell"],
-        control={"column": "drugs", "value": one("DMSO", rng)},
+        control={"column": "drugs", "value": line(one("DMSO", rng))},
         target_gene=str(source / "targets.parquet"),
         date_column=None,
         min_gene_samples=0,
     )
-    listed = [{"tissue": one("lung / airway", rng), "drugs": many("D|E", rng)}]
+    listed = [{"tissue": line(one("lung / airway", rng)), "drugs": line(many("D|E", rng))}]
     splits = params.splits.model_dump() | {"validation_combination": listed, "combination": 0.2}
     folder = source.parent / f"{source.name} cohort"
     write_cohort(open_source(data), data, Splits.model_validate(splits), folder)

@@ -67,7 +67,8 @@ def test_a_doubt_is_noted_once_in_one_line(notes_of, kind, cells, note):
         ("multilabel", ["A+", "B", "C"]),
         ("numeric", [-9.0, -9.0, -5, 3]),
         ("numeric", [999.0, 999.0, 800]),
-        ("numeric", ["1 day", "36 hours", " 1 day", None]),
+        ("numeric", ["1 day", "36 hours", " 1\u200b day", None, "", " "]),
+        ("numeric", [1, 2.5, float("nan"), pd.NA]),
         ("numeric", ["1", "1.0", 1]),
     ],
 )

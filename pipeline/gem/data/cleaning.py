@@ -8,6 +8,7 @@ import pandas as pd
 from pipeline.gem.common.config import Covariates, Numeric, Quantity
 from pipeline.gem.common.errors import InputError, did_you_mean, examples
 from pipeline.gem.data.labels import (
+    MISSING_ADVICE,
     distinct_cells,
     label_text,
     label_texts,
@@ -67,7 +68,7 @@ def _quantity_problems(column: pd.Series, covariate: Numeric, where: str) -> lis
             rows = examples(np.flatnonzero(index == position), 3)
             advice = "declare it categorical, or write a number and a unit"
             if looks_missing(value):
-                advice = "write nothing where a value is missing, or list it in data.missing_values"
+                advice = MISSING_ADVICE
             problems.append(f"{where}: {error} (rows {rows}); {advice}")
     if len(problems) > _MAX_PROBLEMS:
         further = len(problems) - _MAX_PROBLEMS

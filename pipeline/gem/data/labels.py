@@ -9,18 +9,21 @@
 import re
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 
-from pipeline.gem.common.config import Data
+from pipeline.gem.common.config import Data, Numeric
 from pipeline.gem.common.errors import examples
 from pipeline.gem.common.logs import INVISIBLE
+from pipeline.gem.data.units import plain_quantity
 
 SEPARATOR = "|"  # between the labels of one value
 KEY_SEPARATOR = " / "  # between the parts of a joined key
 MISSING_KEY = "?"  # the part of a joined key for a missing value
+MISSING_ADVICE = "write nothing where a value is missing, or list it in data.missing_values"
 # Texts that stand for a missing value in tables of others, without case.
 _LIKE_MISSING = re.compile(
     r"#?n[./]?a[./]?[nt]?|<n/?an?>|none|null|nil|-+|\?+|\.+|unknown|missing|undefined|unspecified|"
@@ -110,24 +113,35 @@ class LabelForm:
     sets: tuple[str, ...] = ()  # columns whose cells hold several labels
     missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # column to texts
     control: tuple[str, str] | None = None  # column and value of untreated samples
+    # Numeric columns of the context and the control, which are compared as texts, to their unit.
+    units: Mapping[str, str | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, data: Data) -> "LabelForm":
         """The form that params.yaml declares."""
-        covariates = data.covariates.all().items()
-        sets = tuple(name for name, item in covariates if item.kind in ("multilabel", "embedding"))
+        covariates, control = data.covariates.all(), data.control
+        sets = tuple(
+            n for n, item in covariates.items() if item.kind in ("multilabel", "embedding")
+        )
+        compared = [*data.context_columns, control and control.column]
+        units = {
+            name: covariates[name].plain_unit
+            for name in compared
+            if isinstance(covariates.get(name), Numeric)
+        }
         missing = {
             name: tuple(sorted({normal_text(text) for text in texts}))
             for name, texts in data.missing_values.items()
         }
-        form = cls(sets, missing)
-        if data.control is None:
+        form = cls(sets, missing, units=units)
+        if control is None:
             return form
-        column, value = data.control.column, data.control.value
-        return cls(sets, missing, (column, form.text(column, value) or value))
+        value = form.text(control.column, control.value) or control.value
+        return replace(form, control=(control.column, value))
 
     def cell(self, column: str, value: object) -> object:
-        """The value of a cell: None if missing, the text of a set of labels, else as it is.
+        """The value of a cell: None if missing, the text of a set of labels, the one form of a
+        quantity in `units`, else as it is.
 
         ValueError if the cell holds a list.
         """
@@ -135,6 +149,9 @@ class LabelForm:
         missing = self.missing.get(column, ())
         if value is None or (missing and label_text(value) in missing):
             return None
+        if column in self.units:
+            with suppress(ValueError):  # no quantity: an error where the column is checked
+                return plain_quantity(value, self.units[column])
         if column not in self.sets:
             return value
         labels = [label for label in split_labels(value) if label not in missing]
@@ -149,7 +166,7 @@ class LabelForm:
     def table(self, samples: pd.DataFrame) -> pd.DataFrame:
         """`cell` of every cell. A column with lists in its cells stays as it is."""
         changed = {}
-        for name in dict.fromkeys([*self.sets, *self.missing]):
+        for name in dict.fromkeys([*self.sets, *self.missing, *self.units]):
             if name in samples and not list_cell_problems(samples[name], name):
                 index, values = distinct_cells(samples[name])
                 cells = [*(self.cell(name, value) for value in values), None]

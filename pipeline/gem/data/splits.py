@@ -9,7 +9,14 @@ import pandas as pd
 
 from pipeline.gem.common.config import Data
 from pipeline.gem.common.errors import examples
-from pipeline.gem.data.labels import join_keys, label_key, label_texts, split_labels
+from pipeline.gem.data.labels import (
+    MISSING_ADVICE,
+    join_keys,
+    label_key,
+    label_texts,
+    looks_missing,
+    split_labels,
+)
 
 TRAIN = "train"
 VALIDATIONS = (
@@ -64,7 +71,7 @@ def date_problems(column: pd.Series, where: str) -> list[str]:
     return [
         f"{where}: {value!r} is not a date "
         f"(rows {examples(np.flatnonzero((texts == value).to_numpy()))}); "
-        "write numbers, or dates as 2014-06-01"
+        + (MISSING_ADVICE if looks_missing(value) else "write numbers, or dates as 2014-06-01")
         for value in unreadable.unique()
     ]
 

@@ -111,7 +111,8 @@ def plain_quantity(value: object, unit: str | None) -> float | str:
     long = {u for u, factor in UNITS["time"].items() if factor > 1}
     texts = {u: f"{number:.12g}" for u, number in numbers.items()}
     enough = [u for u in reversed(texts) if abs(numbers[u]) >= (2 if u in long else 1)]
-    chosen = min(enough or texts, key=lambda u: len(texts[u]))  # the largest of equal ones
+    base = [u for u, factor in UNITS[dimension].items() if factor == 1]  # of zero
+    chosen = min(enough or base, key=lambda u: len(texts[u]))  # the largest of equal ones
     plural = "s" if chosen in _WORDS and texts[chosen] != "1" else ""
     return f"{texts[chosen]} {_WORDS.get(chosen, chosen)}{plural}"
 

@@ -16,6 +16,7 @@ from pipeline.gem.common.logs import printable
 from pipeline.gem.data.labels import (
     SEPARATOR,
     LabelForm,
+    cell_value,
     label_text,
     looks_missing,
     normal_text,
@@ -54,8 +55,8 @@ def label_notes(samples: pd.DataFrame, data: Data) -> list[str]:
 
 def _number_notes(column: pd.Series, covariate: Numeric) -> Iterator[str]:
     if covariate.plain_unit is None:
-        texts = {text.strip() for text in _written(column)}
-        texts = {text for text in texts if isinstance(plain_quantity(text, None), str)}
+        forms = {text: plain_quantity(text, None) for text in set(map(cell_value, column)) - {None}}
+        texts = {str(text) for text, form in forms.items() if isinstance(form, str)}
         if merged := _groups(texts, lambda text: plain_quantity(text, None)):
             yield f"spellings of one quantity, merged: {_listing(merged)}"
     values = pd.to_numeric(column, errors="coerce").dropna()

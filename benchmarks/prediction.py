@@ -147,7 +147,7 @@ def compare(
 
 
 def run_predictor(gem: TrainedGEM, query_path: Path, output: Path) -> None:
-    query = QueryFile.open(query_path)
+    query = QueryFile.open(query_path, gem)
     blocks = Predictor([gem], Request()).blocks(query)
     progress = Progress("predict", query.rows, "rows")
     output_files.write_blocks(output, gem.genes, {}, blocks, progress)

@@ -20,6 +20,7 @@ from pipeline.gem.common.config_errors import validation_error
 from pipeline.gem.common.errors import GemError, InputError, did_you_mean, exit_with
 from pipeline.gem.common.provenance import repository_problem
 from pipeline.gem.common.yaml_file import flatten
+from pipeline.gem.data.tables import reserved_name_problems
 from pipeline.gem.search.search_config import (
     EXPERIMENTS,
     SEARCHES,
@@ -67,6 +68,8 @@ def check() -> None:
             read_search_config(path.stem, params)
         except GemError as error:
             problems += error.problems
+    where = yaml_file.read(PARAMS).where(("data",))
+    problems += [f"{where}: {problem}" for problem in reserved_name_problems(params.data)]
     if problem := source_problem(Path(params.data.source)):
         where = yaml_file.read(PARAMS).where(("data", "source"))
         problems.append(f"{where}: data.source: {problem}")

@@ -1,6 +1,6 @@
 """Predicts the expression of experiments with a trained model: a tool for users, not a stage.
 
-Reads   a model directory, a query (.csv or .parquet, one row per experiment), reference samples
+Reads   a model directory, a query (one row per experiment), reference samples
 Writes  OUT.parquet (query columns, extrapolated, counts) and OUT.genes.parquet, or OUT.h5ad
 Run     python -m pipeline.predict --model experiments/default --query QUERY.csv --output OUT.h5ad
 """
@@ -16,9 +16,9 @@ from pipeline.gem.common.files import sha256
 from pipeline.gem.common.progress import Progress
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.model_file import MODEL_FILE
-from pipeline.gem.prediction.output_files import SUFFIXES, write_blocks
+from pipeline.gem.prediction.output_files import SUFFIXES, output_problems, write_blocks
 from pipeline.gem.prediction.predictor import MODES, Predictor, Request, reconstruct
-from pipeline.gem.prediction.query_table import QueryFile, known_labels
+from pipeline.gem.prediction.query_table import QueryFile
 from pipeline.gem.prediction.reference_samples import ReferenceFile
 
 
@@ -40,7 +40,7 @@ def main() -> None:
         progress = Progress("predict", len(reference.names), "samples")
         blocks = reconstruct(models[0], reference, request.total_count)
     else:
-        query = QueryFile.open(options.query, known_labels(models[0]))
+        query = QueryFile.open(options.query, models[0])
         progress = Progress("predict", query.rows * request.draws, "rows")
         blocks = Predictor(models, request, reference).blocks(query)
     write_blocks(options.output, genes, provenance, blocks, progress)
@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
         add(name, f"{help} (%(default)s)", type=int, default=value, metavar="N")
 
     add("--model", "model directory, such as experiments/default", type=Path, required=True)
-    add("--query", "table of experiments, .csv or .parquet", type=Path)
+    add("--query", "table of experiments: .csv, .tsv (or .gz) or .parquet", type=Path)
     add("--output", ".parquet or .h5ad", type=Path, required=True)
     add("--reference", "raw counts: a source folder, an .h5ad or a .parquet table", type=Path)
     add("--layer", "layer of the raw counts in an .h5ad reference (X)")
@@ -117,6 +117,7 @@ def check_files(options: argparse.Namespace) -> None:
             problems.append("--reconstruct: the models of an ensemble have no latents in common")
     elif options.query is None:
         problems.append("--query is needed: a table of experiments, .csv or .parquet")
+    problems += output_problems(options.output, options.model, options.query, options.reference)
     if problems:
         raise InputError(*problems)
 

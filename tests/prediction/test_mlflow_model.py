@@ -27,10 +27,28 @@ def test_reference_counts_of_a_row_are_its_reference(model, gem, query, referenc
     pd.testing.assert_frame_equal(predictions, expected.drop(columns="reference_id"))
 
 
+def test_names_that_json_made_floats_are_texts_again(model, query, reference):
+    names = {"sample_id": [1, None, 3], "reference_id": [2.0, 0.0, np.nan]}
+    rows = query.head(3).assign(**names)
+    assert model.predict(rows.drop(columns="reference_id"))["sample_id"].tolist() == [
+        "1",
+        None,
+        "3",
+    ]
+    predictions = model.gem.predict(
+        rows.head(2), reference=reference.set_axis([0.0, 1.0, 2.0, 3.0, 4.0])
+    )
+    expected = model.gem.predict(
+        rows.head(2).assign(reference_id=reference.index[[2, 0]]), reference=reference
+    )
+    np.testing.assert_array_equal(predictions[model.gem.genes], expected[model.gem.genes])
+
+
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
         ({"tissue": "tissue_l"}, {}, "did you mean tissue_"),
+        ({"sample_id": 2.0**53}, {}, "sample_id: a number too long to be read exactly"),
         ({}, {"mode": "sampel"}, "mode: 'sampel' is unknown; did you mean"),
         ({"reference_counts": [[1, 2]]}, {}, "reference_counts, rows 0: expected a list of"),
         ({"reference_counts": 7}, {}, "reference_counts, rows 0: expected a list of"),

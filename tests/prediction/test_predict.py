@@ -120,6 +120,72 @@ def test_options_that_do_not_go_together_are_refused(run_predict, options, messa
         run_predict(*options)
 
 
+def _link(target: Path, path: Path) -> Path:
+    path.symlink_to(target)
+    return path
+
+
+def _hard_link(target: Path, path: Path) -> Path:
+    path.hardlink_to(target)
+    return path
+
+
+# What --output names, in a folder with q.genes.parquet, ref.parquet and the model directory m.
+OUTPUTS = {
+    "the query": lambda folder: folder / "q.genes.parquet",
+    "the query by its genes": lambda folder: folder / "q.parquet",
+    "by dots": lambda folder: folder / "m" / ".." / "q.genes.parquet",
+    "by a relative path": lambda folder: Path(os.path.relpath(folder / "q.genes.parquet")),
+    "by a link": lambda folder: _link(folder / "q.genes.parquet", folder / "l.parquet"),
+    "by a hard link": lambda folder: _hard_link(folder / "q.genes.parquet", folder / "h.parquet"),
+    "by a linked folder": lambda folder: _link(folder, folder / "other") / "q.genes.parquet",
+    "the reference": lambda folder: folder / "ref.parquet",
+    "into the model": lambda folder: folder / "m" / "new" / "out.h5ad",
+    "into the model by a link": lambda folder: _link(folder / "m", folder / "lm") / "out.h5ad",
+    "a seed by a link": lambda folder: _link(folder / "m/seeds/2.safetensors", folder / "l.h5ad"),
+    "a seed by a hard link": lambda folder: _hard_link(
+        folder / "m/seeds/2.safetensors", folder / "h.h5ad"
+    ),
+    "a folder": lambda folder: folder / "d.parquet",
+}
+
+
+@pytest.mark.parametrize("model", ["m", "m/model.safetensors"])
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_the_output_replaces_nothing_that_is_read(
+    run_predict, tmp_path, model_directory, output, model
+):
+    shutil.copytree(model_directory, tmp_path / "m")
+    for name in ("q.genes.parquet", "ref.parquet"):
+        (tmp_path / name).write_bytes(b"content")
+    (tmp_path / "d.parquet").mkdir()
+    path = OUTPUTS[output](tmp_path)
+    before = {file: file.stat() for file in sorted(tmp_path.rglob("*"))}
+    files = ["--query", tmp_path / "q.genes.parquet", "--reference", tmp_path / "ref.parquet"]
+    with pytest.raises(InputError, match=r"--output: .* (would replace|is inside|is a folder)"):
+        run_predict("--model", tmp_path / model, *files, "--output", path)
+    assert before == {file: file.stat() for file in sorted(tmp_path.rglob("*"))}
+
+
+def test_the_output_may_replace_an_earlier_one_and_never_the_target_of_a_link(
+    run_predict, tmp_path, query_file
+):
+    (tmp_path / "mine").write_bytes(b"mine")
+    output = _link(tmp_path / "mine", tmp_path / "out.parquet")
+    for _ in range(2):
+        run_predict("--query", query_file, "--output", output)
+        assert len(pd.read_parquet(output)) == 40 and not output.is_symlink()
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+
+
+def test_any_name_of_a_column_is_written_to_h5ad(run_predict, tmp_path, query):
+    names = ["a/b", "a_b", ".", "_", "µ %", "index", "cell.line"]
+    query.head(2).assign(**dict.fromkeys(names, "x")).to_csv(tmp_path / "query.csv", index=False)
+    run_predict("--query", tmp_path / "query.csv", "--output", tmp_path / "out.h5ad")
+    obs = anndata.read_h5ad(tmp_path / "out.h5ad").obs
+    assert {"a_b", "a_b_", "_", "__", "µ %", "index", "cell.line"} < set(obs)
+
+
 @pytest.mark.integration
 def test_an_invalid_query_exits_with_2_and_leaves_no_file(tmp_path, model_directory, query):
     bad = query.head(4).astype(object)

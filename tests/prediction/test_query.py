@@ -1,16 +1,18 @@
 """Query tables: reading, distinct rows, and the check against a model."""
 
+import decimal
 import logging
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.gem.common.errors import InputError
 from pipeline.gem.prediction import query_table
 from pipeline.gem.prediction.query_check import check_query
-from pipeline.gem.prediction.query_table import DistinctRows, QueryFile, QueryFrame, known_labels
+from pipeline.gem.prediction.query_table import DistinctRows, QueryFile, QueryFrame
 
 
 def check(frame: pd.DataFrame, gem, unknown: str = "refuse", reference_ids=None) -> None:
@@ -18,33 +20,42 @@ def check(frame: pd.DataFrame, gem, unknown: str = "refuse", reference_ids=None)
 
 
 @pytest.mark.parametrize("rows", [7, 13, 100])
-def test_a_csv_has_the_values_of_the_parquet_table(tmp_path, query, rows):
-    table = query.assign(sample_id=[f"{row:03d}" for row in range(40)], count=range(40))
+def test_a_csv_has_the_values_of_the_parquet_table(tmp_path, query, gem, rows):
+    table = query.assign(sample_id=[f"{row:03d}" for row in range(40)])
     table.to_csv(tmp_path / "query.csv", index=False)
     table.to_parquet(tmp_path / "query.parquet", index=False)
-    csv, parquet = (
-        QueryFile.open(tmp_path / name, ["control"]) for name in ("query.csv", "query.parquet")
-    )
+    csv, parquet = (QueryFile.open(tmp_path / name, gem) for name in ("query.csv", "query.parquet"))
     assert csv.rows == parquet.rows == 40
-    assert csv.schema.field("count").type == pa.int64()
     assert csv.schema.field("age_years").type == pa.float64()
-    assert csv.schema.field("sample_id").type == pa.string()  # leading zeros
     blocks = list(zip(csv.blocks(rows), parquet.blocks(rows), strict=True))
     assert [len(block) for block, _ in blocks[:-1]] == [rows] * (len(blocks) - 1)
     for block, expected in blocks:
         pd.testing.assert_frame_equal(block.to_pandas(), expected.to_pandas())
 
 
-def test_na_in_a_csv_is_missing_unless_it_is_a_label(tmp_path, gem):
-    (tmp_path / "query.csv").write_text('a,b\nNA,1\n"NA",\nx,3\n')
-    (missing,) = QueryFile.open(tmp_path / "query.csv", known_labels(gem)).blocks(9)
-    assert missing["a"].to_pylist() == [None, "NA", "x"] and missing["b"].to_pylist() == [
-        1,
-        None,
-        3,
-    ]
-    (label,) = QueryFile.open(tmp_path / "query.csv", ["NA"]).blocks(9)
-    assert label["a"].to_pylist() == ["NA", "NA", "x"]
+def test_only_numeric_covariates_of_a_text_query_become_numbers(tmp_path, gem):
+    texts = ["00123", "2.10", "1e5", "1.0", "NA", "True", "nan"]
+    lines = [f"{text};{text};{age}" for text, age in zip(texts, range(40, 47), strict=True)]
+    path = tmp_path / "query.csv"
+    path.write_text("\n".join(["sample_id; tissue;age_years", *lines, ";;"]), encoding="utf-16")
+    (block,) = QueryFile.open(path, gem).blocks(9)
+    assert block.column_names == ["sample_id", "tissue", "age_years"]
+    assert block["sample_id"].to_pylist() == block["tissue"].to_pylist() == [*texts, None]
+    assert block["age_years"].to_pylist() == [*range(40, 47), None]
+
+
+def test_types_that_arrow_cannot_take_from_are_read_as_plain_ones(tmp_path, gem):
+    columns = {
+        "tissue": pa.array(["tissue_1", None, "tissue_1"], pa.string_view()),
+        "age_years": pa.array([decimal.Decimal("40.0")] * 3, pa.decimal128(5, 1)),
+        "remark": pa.array([b"\xff", b"x", None], pa.binary_view()),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "query.parquet")
+    query = QueryFile.open(tmp_path / "query.parquet", gem)
+    check_query(query, gem, "refuse", None)
+    (block,) = query.blocks(9)
+    assert DistinctRows.of(block, ["tissue", "age_years"]).index.tolist() == [0, 1, 0]
+    assert block["remark"].to_pylist() == [b"\xff", b"x", None]
 
 
 @pytest.mark.parametrize(
@@ -59,11 +70,11 @@ def test_na_in_a_csv_is_missing_unless_it_is_a_label(tmp_path, gem):
         ("query.csv", b"a,counts\n1,2\n", "column counts has the name of a column of the output"),
     ],
 )
-def test_a_file_that_is_no_query_is_refused(tmp_path, name, content, message):
+def test_a_file_that_is_no_query_is_refused(tmp_path, gem, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
-        QueryFile.open(tmp_path / name)
+        QueryFile.open(tmp_path / name, gem)
 
 
 @pytest.mark.parametrize("name", ["counts", "extrapolated", "low", "draw", "latent_technical"])
@@ -138,7 +149,10 @@ def test_a_value_is_reported_once_and_further_ones_are_counted(gem, monkeypatch)
     ("frame", "message"),
     [
         (pd.DataFrame({"tissue": []}), "no rows"),
-        (pd.DataFrame({"tisue": ["x"]}), "none of its columns is known to the model"),
+        (pd.DataFrame({"tisue": ["x"]}), "none of its columns is known to the model: it has tisue"),
+        (pd.DataFrame({" Tissue": ["x"]}), "column ' Tissue' is not 'tissue'; rename it"),
+        (pd.DataFrame({"cell.type": ["x"]}), "column 'cell.type' is not 'cell_type'; rename it"),
+        (pd.DataFrame({"tissue": ["x"], "ReferenceID": "x"}), "is not 'reference_id'"),
         (pd.DataFrame({"tissue": [["a", "b"]]}), "expected one value per cell"),
     ],
 )

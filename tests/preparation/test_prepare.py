@@ -52,6 +52,59 @@ def test_the_target_of_a_sample_is_the_position_of_its_gene_in_the_cohort(cohort
     assert not set(perturbations[~has_target]) & set(targeted)
 
 
+def test_a_table_with_none_of_the_labels_is_refused_before_counts_are_read(prepare, source):
+    for name in (TABLE, "targets.parquet"):
+        edit(source / name, lambda table: table.assign(perturbation=table["perturbation"] + "x"))
+    with pytest.raises(InputError) as caught:
+        prepare(source)
+    features, targets = caught.value.problems
+    assert features.startswith(f"{source / TABLE}: none of its 8 labels (")
+    assert targets.startswith(f"{source / 'targets.parquet'}: none of its ")
+    assert "is among the 8 of perturbation (" in features
+
+
+def test_targets_that_match_in_part_are_noted_with_numbers(prepare, source):
+    number = len(pd.read_parquet(source / "targets.parquet"))
+    edit(
+        source / "targets.parquet",
+        lambda table: pd.concat([table, table.head(1).assign(perturbation="other")]),
+    )
+    note = f"data.target_gene: no sample has perturbation other (1 of {number + 1})"
+    assert note in prepare(source).manifest["notes"]
+
+
+@pytest.mark.parametrize("name", ["tissue", "study_date", "low", "sample_id"])
+def test_a_gene_with_the_name_of_a_column_is_refused(prepare, source, name):
+    edit(source / "genes.parquet", lambda table: table.replace(table["gene_id"][0], name))
+    with pytest.raises(InputError, match=f"{name}: the name of a gene and of a column"):
+        prepare(source, target_gene=None)
+
+
+def test_labels_and_names_of_csv_tables_are_texts(prepare, source, params):
+    """Labels and genes that look like numbers: in the samples, the features and the targets."""
+    samples = pd.read_parquet(source / "samples.parquet")
+    labels = samples["perturbation"].unique()
+    texts = ["00123", "2.10", "1e5", "1.0", "NA", "nan", "True", "0x1F", "007"]
+    rename = dict(zip(labels[labels != "control"], texts, strict=False))
+    genes = pd.read_parquet(source / "genes.parquet")
+    name_of = {gene: f"{row:03d}" for row, gene in enumerate(genes["gene_id"])}
+    genes.replace({"gene_id": name_of}).to_parquet(source / "genes.parquet")
+    samples.replace({"perturbation": rename}).to_parquet(source / "samples.parquet")
+    for name in ("embeddings/perturbation", "targets"):
+        table = pd.read_parquet(source / f"{name}.parquet")
+        table.replace({"perturbation": rename, "gene_id": name_of}).to_csv(
+            source / f"{name}.csv", index=False
+        )
+    covariates = identities(params)
+    path = str(source / "embeddings" / "perturbation.csv")
+    covariates["perturbation"]["perturbation"] = {"kind": "embedding", "table": path}
+    cohort = prepare(source, covariates=covariates, target_gene=str(source / "targets.csv"))
+    assert set(cohort.features["perturbation"].labels) == set(rename.values())
+    assert set(cohort.samples["perturbation"]) == {"control", *rename.values()}
+    assert set(cohort.targets) <= set(name_of.values()) and len(cohort.targets)
+    assert not [note for note in cohort.manifest["notes"] if "features" in note]
+
+
 def test_a_target_gene_outside_the_cohort_has_no_position(prepare, source):
     genes, few = pd.read_parquet(source / "genes.parquet")["gene_id"], 10_000
     excluded = sorted(set(genes) - set(prepare(source, "before", min_gene_total=few).genes))

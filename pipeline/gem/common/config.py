@@ -240,15 +240,16 @@ class Data(Frozen):
     highly_variable: Count | None
     empty_samples: Literal["refuse", "drop"]
 
+    def columns(self) -> set[str]:
+        """All columns of the samples that are declared."""
+        others = {self.date_column, self.study_column, self.control and self.control.column}
+        return {*self.covariates.all(), *self.context_columns} | others - {None}
+
     @model_validator(mode="after")
     def _missing_values_of_columns(self):
-        columns = [*self.covariates.all(), *self.context_columns]
-        columns += [self.date_column, self.study_column]
-        columns += [self.control.column] if self.control else []
-        if unknown := [name for name in self.missing_values if name not in columns]:
-            raise ValueError(
-                f"missing_values names {', '.join(unknown)}, no column that data declares"
-            )
+        if unknown := sorted(self.missing_values.keys() - self.columns()):
+            names = ", ".join(unknown)
+            raise ValueError(f"missing_values names {names}, no column that data declares")
         return self
 
 

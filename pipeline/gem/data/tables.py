@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pc_csv
 
+from pipeline.gem.common.config import GROUPS, Data
 from pipeline.gem.common.errors import InputError, examples
 from pipeline.gem.data.labels import label_text
 from pipeline.gem.data.storage.parquet import read_parquet
@@ -33,6 +34,27 @@ _BYTE_ORDER_MARKS = {  # the longest first: the mark of UTF-32 begins with that 
     b"\xfe\xff": "utf-16",
     b"\xef\xbb\xbf": "utf-8-sig",
 }
+
+# Columns with a meaning of their own. No declared column and no gene may have such a name: the
+# model could not be asked for it.
+COHORT_COLUMNS = ("sample_id", "total", "split")  # that the cohort adds to the samples
+QUERY_COLUMNS = ("sample_id", "reference_id", "reference_counts")  # that a query may have
+LATENT_COLUMNS = tuple(f"latent_{group}" for group in GROUPS)
+OUTPUT_COLUMNS = ("extrapolated", "draw", *LATENT_COLUMNS, "counts", "low", "high")
+ANNDATA_COLUMNS = ("_index", "__categories")  # that AnnData keeps beside those of obs
+RESERVED_COLUMNS = (*COHORT_COLUMNS, *QUERY_COLUMNS, *OUTPUT_COLUMNS, *ANNDATA_COLUMNS)
+
+
+def reserved_name_problems(data: Data) -> list[str]:
+    """A message for each declared column with a reserved name."""
+    taken = dict.fromkeys(RESERVED_COLUMNS, "the cohort or a prediction has one of this name")
+    # A reconstruction has the likeliest label of a covariate, and its probability.
+    taken |= {f"{name}_probability": f"it is added beside {name}" for name in data.covariates.all()}
+    taken |= {data.sample_id: "data.sample_id names it"}
+    return [
+        f"data: no column can be called {name}: {taken[name]}; rename it in the source"
+        for name in sorted(data.columns() & taken.keys())
+    ]
 
 
 # files
@@ -66,7 +88,9 @@ def read_columns(
     """(those of `columns` that a table has, all if None; the names of all its columns)."""
     if is_text_table(path):
         with readable(path, "a CSV table"):
-            table = pa.Table.from_batches(text_batches(path), text_schema(path))
+            schema = text_schema(path)
+            batches = (batch.rename_columns(schema.names) for batch in text_batches(path))
+            table = pa.Table.from_batches(batches, schema)
         names = table.column_names
         if columns is not None:
             table = table.select([name for name in names if name in columns])
@@ -100,26 +124,28 @@ def read_lines(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def text_schema(path: Path) -> pa.Schema:
-    """Text columns with the names of the header. A warning tells of an unusual delimiter."""
+def text_schema(path: Path, known: Collection[str] = ()) -> pa.Schema:
+    """Text columns, named as in the header without the space around a name that is not `known`;
+    one without a name is called by its position. A warning tells of an unusual delimiter."""
     with readable(path, "a CSV table"):
         encoding, delimiter, usual = _text_format(path)
-        if not usual:
-            logger.warning(
-                "%s: its columns are separated by %s; read as such", path, _DELIMITERS[delimiter]
-            )
         with _open_text(path, encoding, delimiter, None) as reader:
-            return pa.schema([(name, pa.string()) for name in _stripped(reader.schema.names)])
+            names = reader.schema.names
+    if not usual:
+        separator = _DELIMITERS[delimiter]
+        logger.warning("%s: its columns are separated by %s; read as such", path, separator)
+    names = [name if name in known else name.strip() for name in names]
+    names = [name or f"column_{number}" for number, name in enumerate(names, start=1)]
+    return pa.schema([(name, pa.string()) for name in names])
 
 
 def text_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    """Batches of a text table, of bounded size."""
+    """Batches of a text table, of bounded size, with the names of the header as they are."""
     encoding, delimiter, _ = _text_format(path)
     with _open_text(path, encoding, delimiter, None) as reader:
         names = reader.schema.names
     with _open_text(path, encoding, delimiter, dict.fromkeys(names, pa.string())) as reader:
-        for batch in reader:
-            yield batch.rename_columns(_stripped(names))
+        yield from reader
 
 
 def _open_text(path: Path, encoding: str, delimiter: str, types: dict | None):
@@ -153,11 +179,6 @@ def _encoding(head: bytes) -> str:
     if not encoding and b"\0" in head:
         raise ValueError("it is no text, or UTF-16 without a byte-order mark; save it as UTF-8")
     return encoding or "utf-8"
-
-
-def _stripped(names: list[str]) -> list[str]:
-    """Names of columns; one without a name is called by its position."""
-    return [name.strip() or f"column_{number}" for number, name in enumerate(names, start=1)]
 
 
 # columns
@@ -225,6 +246,11 @@ def identifiers(column: pa.ChunkedArray) -> pa.ChunkedArray:
         return _texts(column)
     texts = pc.utf8_trim_whitespace(column)
     return pc.if_else(pc.equal(texts, ""), None, texts)
+
+
+def identifier(value: object) -> str | None:
+    """The name of one sample or gene as text; None if missing or empty."""
+    return value.strip() or None if isinstance(value, str) else label_text(value)
 
 
 def identifier_series(names: pd.Series | pd.Index) -> pd.Series:

@@ -12,17 +12,16 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 
 from pipeline.gem.common.errors import InputError, examples
+from pipeline.gem.data.tables import LATENT_COLUMNS, identifier_series
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.prediction.api import GEM
 from pipeline.gem.prediction.predictor import Request
 from pipeline.gem.prediction.query_table import (
-    LATENT_COLUMNS,
+    REFERENCE_COUNTS,
     REFERENCE_ID,
     SAMPLE_ID,
     known_columns,
 )
-
-REFERENCE_COUNTS = "reference_counts"  # column of a query: raw counts (G,) in the order of genes
 
 
 def _load_pyfunc(path: str) -> "PredictionModel":
@@ -47,6 +46,7 @@ class PredictionModel:
         if "conditioning" in options:
             options["conditioning"] = tuple(map(str, options["conditioning"]))
         try:
+            query = _with_text_names(query)
             if REFERENCE_COUNTS not in query:
                 return self.gem.predict(query, **options)
             counts = self._reference(query[REFERENCE_COUNTS])
@@ -74,6 +74,16 @@ class PredictionModel:
         except (TypeError, ValueError) as error:
             raise InputError(f"{where}: {error}; expected raw counts") from None
         return pd.DataFrame(counts, index=[str(row) for row in range(len(counts))], columns=genes)
+
+
+def _with_text_names(query: pd.DataFrame) -> pd.DataFrame:
+    """The names of samples as text where pandas read integers of JSON as floats."""
+    names = [name for name in (SAMPLE_ID, REFERENCE_ID) if name in query]
+    for name in (name for name in names if pd.api.types.is_float_dtype(query[name])):
+        if (query[name].abs() >= 2**53).any():
+            raise InputError(f"query: {name}: a number too long to be read exactly; write texts")
+        query = query.assign(**{name: identifier_series(query[name])})
+    return query
 
 
 def inputs(gem: TrainedGEM) -> list[str]:

@@ -29,6 +29,33 @@ _CHUNK_VALUES = 2**18  # values of a compressed chunk of an .h5ad
 _H5_OPTIONS = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 
 
+def output_problems(output: Path, model: Path, *inputs: Path | None) -> list[str]:
+    """A message for each file that the output would replace although the prediction reads it.
+
+    The name of a file does not matter: it may be a link, or lead through one. Nothing is written
+    into a folder that is read.
+    """
+    outputs = [output, genes_file(output)] if output.suffix == ".parquet" else [output]
+    folder = model.parent if (model.parent / "seeds").is_dir() else model  # --model may be a file
+    read = [path for path in (model, folder, *inputs) if path is not None and path.exists()]
+    read += [genes for path in read if (genes := genes_file(path)).exists()]
+    problems = [f"--output: {path} is a folder; name a file" for path in outputs if path.is_dir()]
+    for path in read:
+        files = [path, *path.rglob("*")] if path.is_dir() else [path]
+        if any(new.exists() and new.samefile(file) for new in outputs for file in files):
+            problems.append(f"--output: {output} would replace {path}; name another file")
+        elif path.is_dir() and any(_is_inside(new, path) for new in outputs):
+            problems.append(f"--output: {output} is inside {path}; name another folder")
+    return list(dict.fromkeys(problems))
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether the file, or the file that it links to, is in the folder or below."""
+    places = (Path(os.path.realpath(path.parent)), Path(os.path.realpath(path)).parent)
+    parents = (parent for place in places for parent in (place, *place.parents))
+    return any(parent.exists() and parent.samefile(folder) for parent in parents)
+
+
 @contextmanager
 def open_output(
     path: Path, genes: np.ndarray, provenance: Mapping[str, object]
@@ -184,9 +211,8 @@ class H5adOutput:
                 self._append(key, values)
             else:
                 self._create(key, values)
-        names = [name.replace("/", "_") for name in block.columns.column_names]  # "/" nests groups
         columns = [_obs_column(column) for column in block.columns.columns]
-        self.obs.append(pa.table(columns, names))
+        self.obs.append(pa.table(columns, _obs_names(block.columns.column_names)))
         self.disk.check()
 
     def _create(self, key: str, values: np.ndarray) -> None:
@@ -213,6 +239,20 @@ class H5adOutput:
         table = pa.concat_tables(self.obs).unify_dictionaries()
         obs = pd.DataFrame({name: _to_pandas(table[name]) for name in table.column_names})
         self.anndata.io.write_elem(self.file, "obs", obs.set_axis(obs.index.astype(str)))
+
+
+def _obs_names(names: list[str]) -> list[str]:
+    """Distinct names without "/", which nests groups of HDF5, and ".", which is a group itself."""
+    taken = {name for name in names if "/" not in name and name != "."}
+    result = []
+    for name in names:
+        if name not in taken:
+            name = "_" if name == "." else name.replace("/", "_")
+            while name in taken:
+                name += "_"
+            taken.add(name)
+        result.append(name)
+    return result
 
 
 def _obs_column(column: pa.ChunkedArray) -> pa.ChunkedArray:

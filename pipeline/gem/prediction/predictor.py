@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.gem.common.config import GROUPS
 from pipeline.gem.common.errors import InputError, did_you_mean
 from pipeline.gem.data.expression import CPM, round_to_totals
+from pipeline.gem.data.tables import identifier
 from pipeline.gem.model.gem import DEFAULT_CONDITIONING, TrainedGEM
 from pipeline.gem.model.normal import sample_normal
 from pipeline.gem.model.query import DecoderInput, add_offsets
@@ -140,7 +141,7 @@ class Predictor:
             return model.decoder_input(distinct.samples, unknown=self.request.unknown)
         references = np.zeros(len(distinct.samples), dtype=np.int64)
         if distinct.reference_ids is not None:
-            names = [str(name) for name in distinct.reference_ids]
+            names = [identifier(name) for name in distinct.reference_ids]
             references = pd.Index(self.reference.names).get_indexer(names)
         used, position = np.unique(references, return_inverse=True)
         return model.decoder_input(

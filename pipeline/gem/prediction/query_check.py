@@ -1,6 +1,7 @@
 """Validation of a query against a model, before anything is predicted."""
 
 import logging
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,9 +9,10 @@ from functools import partial
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.gem.common.errors import InputError, did_you_mean
+from pipeline.gem.common.errors import InputError, did_you_mean, examples
 from pipeline.gem.data.covariates import CovariateEncoder
 from pipeline.gem.data.labels import LabelForm, cell_value
+from pipeline.gem.data.tables import identifier
 from pipeline.gem.data.units import cell_repr
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.prediction.query_table import (
@@ -67,15 +69,27 @@ def _table_problems(
     names, problems = query.schema.names, []
     if not query.rows:
         problems.append(f"{query.path}: no rows; give one row per experiment")
-    if reference_ids is None and not set(names) & set(known):
-        suggestion = did_you_mean("", known)
-        problems.append(f"{query.path}: none of its columns is known to the model{suggestion}")
+    near = {_alike(name): name for name in (*known, REFERENCE_ID)}
+    for name in names:
+        meant = near.get(_alike(name))
+        if meant and meant not in names and name not in known:
+            problems.append(f"{query.path}: column {name!r} is not {meant!r}; rename it")
+    if reference_ids is None and not problems and not set(names) & set(known):
+        problems.append(
+            f"{query.path}: none of its columns is known to the model: "
+            f"it has {examples(names)}; known: {examples(known, 12)}"
+        )
     if reference_ids is not None and len(reference_ids) > 1 and REFERENCE_ID not in names:
         problems.append(
             f"{query.path}: {len(reference_ids):,} references; add a column {REFERENCE_ID} "
             "with the reference of each row"
         )
     return problems
+
+
+def _alike(name: str) -> str:
+    """A name of a column without what is easily written differently: case, space, punctuation."""
+    return re.sub(r"[\W_]+", "", name.casefold()) or name
 
 
 def _warn_of_unused_columns(
@@ -154,7 +168,7 @@ def _covariate_problem(
 def _reference_problem(reference_ids: frozenset[str], value: object) -> str | None:
     if value is None:
         return "no reference; name one in every row"
-    if str(value) in reference_ids:
+    if identifier(value) in reference_ids:
         return None
     suggestion = did_you_mean(value, sorted(reference_ids))
     return f"no reference is named {cell_repr(value)}{suggestion}"

@@ -4,7 +4,6 @@ A query is read in blocks, so its length does not matter for memory. N rows of a
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,18 +11,28 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
-from pipeline.gem.common.config import GROUPS, Numeric
+from pipeline.gem.common.config import Numeric
 from pipeline.gem.common.errors import InputError
+from pipeline.gem.data.tables import (
+    ANNDATA_COLUMNS,
+    OUTPUT_COLUMNS,
+    QUERY_COLUMNS,
+    arrow_column,
+    is_table,
+    is_text_table,
+    plain,
+    readable,
+    storable,
+    text_batches,
+    text_schema,
+)
 from pipeline.gem.model.gem import TrainedGEM
 
-SAMPLE_ID, REFERENCE_ID = "sample_id", "reference_id"  # columns that are no covariates
-LATENT_COLUMNS = tuple(f"latent_{group}" for group in GROUPS)
-RESERVED_COLUMNS = ("extrapolated", "draw", *LATENT_COLUMNS, "counts", "low", "high")
+SAMPLE_ID, REFERENCE_ID, REFERENCE_COUNTS = QUERY_COLUMNS  # columns that are no covariates
 SCAN_ROWS = 2**16  # rows read at a time where nothing is predicted
-_CSV_TYPES = (pa.int64(), pa.float64(), pa.string())  # narrowest first
+_NUMBER_TYPES = (pa.int64(), pa.float64(), pa.string())  # narrowest first
 
 
 @dataclass(frozen=True)
@@ -32,72 +41,67 @@ class QueryFile:
 
     path: Path
     schema: pa.Schema
-    rows: int = 0
-    null_values: tuple[str, ...] = ()  # texts that mean "missing" in a CSV
+    rows: int
 
     @classmethod
-    def open(cls, path: Path, labels: Iterable[str] = ()) -> "QueryFile":
-        """Opens a .csv or .parquet file. InputError if it is not readable or a column not allowed.
+    def open(cls, path: Path, gem: TrainedGEM) -> "QueryFile":
+        """InputError if the file is not readable or a column not allowed.
 
-        In a CSV, "NA" and the like mean a missing value, unless they are one of the `labels`.
+        Columns of a text table are texts as written. Those of numeric covariates become numbers
+        where all their cells are.
         """
         path = Path(path)
         if not path.exists():
             raise InputError(f"{path}: absent; a query is a CSV or Parquet table of experiments")
-        if path.suffix not in (".csv", ".parquet"):
-            raise InputError(f"{path}: neither .csv nor .parquet")
-        with readable(path):
-            if path.suffix == ".parquet":
-                with pq.ParquetFile(path) as file:
-                    query = cls(path, file.schema_arrow, file.metadata.num_rows)
-                check_column_names(path, query.schema.names)
-                return query
-            null_values = sorted(set(pc_csv.ConvertOptions().null_values) - set(labels))
-            with pc_csv.open_csv(path) as reader:
-                names = reader.schema.names
-            check_column_names(path, names)
-            text = pa.schema([(name, pa.string()) for name in names])
-            return cls(path, text, null_values=tuple(null_values))._with_types()
+        if not is_table(path):
+            raise InputError(f"{path}: neither .csv nor .parquet (nor .tsv, .csv.gz, .tsv.gz)")
+        if is_text_table(path):
+            query = cls(path, text_schema(path, known_columns(gem)), 0)
+            check_column_names(path, query.schema.names)
+            return query._with_numbers(gem)
+        with readable(path), pq.ParquetFile(path) as file:
+            schema = _storable(file.schema_arrow.empty_table()).schema
+            query = cls(path, schema, file.metadata.num_rows)
+        check_column_names(path, query.schema.names)
+        return query
 
     def blocks(self, rows: int) -> Iterator[pa.Table]:
         """The table in blocks of `rows` rows. The last block may be shorter."""
         pending = self.schema.empty_table()
         with readable(self.path):
-            for batch in self._batches(rows):
-                pending = pa.concat_tables([pending, pa.Table.from_batches([batch], self.schema)])
+            for table in self._tables(rows):
+                pending = pa.concat_tables([pending, table])
                 while len(pending) >= rows:
                     yield pending.slice(0, rows).combine_chunks()
                     pending = pending.slice(rows)
         if len(pending):
             yield pending.combine_chunks()
 
-    def _batches(self, rows: int) -> Iterator[pa.RecordBatch]:
-        if self.path.suffix == ".parquet":
-            with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
-                yield from file.iter_batches(rows)
+    def _tables(self, rows: int) -> Iterator[pa.Table]:
+        if is_text_table(self.path):
+            for batch in text_batches(self.path):
+                table = pa.Table.from_batches([batch.rename_columns(self.schema.names)])
+                yield table.cast(self.schema)
             return
-        convert = pc_csv.ConvertOptions(
-            column_types=self.schema,
-            null_values=list(self.null_values),
-            strings_can_be_null=True,
-            quoted_strings_can_be_null=False,
-        )
-        parse = pc_csv.ParseOptions(newlines_in_values=True)
-        with pc_csv.open_csv(self.path, convert_options=convert, parse_options=parse) as reader:
-            yield from reader
+        with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(rows):
+                yield _storable(pa.Table.from_batches([batch]))
 
-    def _with_types(self) -> "QueryFile":
-        """The same CSV with the narrowest type that holds all values of each column.
-
-        Arrow infers types from the first block of a file only, and reads "007" as a number.
-        """
-        levels, rows = dict.fromkeys(self.schema.names, 0), 0
+    def _with_numbers(self, gem: TrainedGEM) -> "QueryFile":
+        """The same text table with the narrowest type that holds all values of numeric columns."""
+        numeric = [
+            field.name for field in gem.metadata.fields if isinstance(field.covariate, Numeric)
+        ]
+        levels, rows = {name: 0 for name in self.schema.names if name in numeric}, 0
         for table in self.blocks(SCAN_ROWS):
             rows += len(table)
             for name in levels:
-                while not _castable(table[name], _CSV_TYPES[levels[name]]):
+                while not _castable(table[name], _NUMBER_TYPES[levels[name]]):
                     levels[name] += 1
-        schema = pa.schema([(name, _CSV_TYPES[level]) for name, level in levels.items()])
+        schema = self.schema
+        for name, level in levels.items():
+            position = schema.get_field_index(name)
+            schema = schema.set(position, pa.field(name, _NUMBER_TYPES[level]))
         return replace(self, schema=schema, rows=rows)
 
 
@@ -112,7 +116,7 @@ class QueryFrame:
     def of(cls, frame: pd.DataFrame) -> "QueryFrame":
         """InputError if a column name is not allowed."""
         check_column_names("query", [str(name) for name in frame.columns])
-        return cls(pa.table({str(name): _arrow_column(frame[name]) for name in frame.columns}))
+        return cls(pa.table({str(name): arrow_column(frame[name]) for name in frame.columns}))
 
     @property
     def schema(self) -> pa.Schema:
@@ -126,25 +130,21 @@ class QueryFrame:
         return (self.table.slice(start, rows) for start in range(0, len(self.table), rows))
 
 
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turns errors of Arrow and of the system into an InputError about the file."""
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{path}: cannot be read ({reason})") from None
+def _storable(table: pa.Table) -> pa.Table:
+    return pa.table([storable(column) for column in table.columns], table.column_names)
 
 
 def check_column_names(path: Path | str, names: list[str]) -> None:
-    """InputError if a column occurs twice, or has the name of a column of the output."""
+    """InputError if a column has no name, occurs twice, or has the name of one of the output."""
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     problems = [f"{path}: column {name} occurs more than once" for name in twice]
     problems += [
         f"{path}: column {name} has the name of a column of the output; rename it"
-        for name in RESERVED_COLUMNS
+        for name in (*OUTPUT_COLUMNS, *ANNDATA_COLUMNS)
         if name in names
     ]
+    if "" in names:
+        problems.append(f"{path}: column {names.index('') + 1} has no name; name it")
     if problems:
         raise InputError(*problems)
 
@@ -152,12 +152,6 @@ def check_column_names(path: Path | str, names: list[str]) -> None:
 def known_columns(gem: TrainedGEM) -> list[str]:
     """Covariates, and the columns that decide whether a prediction extrapolates."""
     return list(dict.fromkeys([*gem.metadata.names, *gem.training_support.columns]))
-
-
-def known_labels(gem: TrainedGEM) -> set[str]:
-    """All labels of all covariates. None of them means "missing"."""
-    fields = [field for field in gem.metadata.fields if not isinstance(field.covariate, Numeric)]
-    return {label for field in fields for label in field.known_labels}
 
 
 @dataclass(frozen=True)
@@ -195,18 +189,15 @@ def categorical_frame(table: pa.Table, names: list[str]) -> pd.DataFrame:
 
 
 def plain_values(column: pa.ChunkedArray) -> pa.Array:
-    """One array without dictionary and NaN (pandas writes it for "missing"), so that equal cells
-    are equal values. A column without any value becomes text."""
-    if pa.types.is_null(column.type):
-        column = column.cast(pa.string())
+    """One `plain` array without coding and NaN (pandas writes it for "missing"), so that equal
+    cells are equal values."""
+    column = plain(column)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     values = column.combine_chunks()
-    return pc.if_else(pc.is_nan(values), None, values) if _is_float(values) else values
-
-
-def _is_float(values: pa.Array) -> bool:
-    return pa.types.is_floating(values.type)
+    return (
+        pc.if_else(pc.is_nan(values), None, values) if pa.types.is_floating(values.type) else values
+    )
 
 
 def _dictionary_array(column: pa.ChunkedArray) -> pa.DictionaryArray:
@@ -221,7 +212,7 @@ def _codes(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _castable(texts: pa.ChunkedArray, kind: pa.DataType) -> bool:
-    """Whether all texts of a CSV column are numbers of this type, none with leading zeros."""
+    """Whether all texts are numbers of this type, none with leading zeros."""
     if kind == pa.string():
         return True
     if pc.any(pc.match_substring_regex(texts, r"^\s*[-+]?0\d")).as_py():
@@ -231,13 +222,3 @@ def _castable(texts: pa.ChunkedArray, kind: pa.DataType) -> bool:
     except pa.ArrowInvalid:
         return False
     return texts.null_count < len(texts)
-
-
-def _arrow_column(column: pd.Series) -> pa.Array:
-    """A column of a frame; as text if it mixes types, such as 55 and "24 hours"."""
-    try:
-        return pa.Array.from_pandas(column)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        missing = [pd.api.types.is_scalar(value) and pd.isna(value) for value in column]
-        texts = [None if no else str(value) for value, no in zip(column, missing, strict=True)]
-        return pa.array(texts, pa.string())

@@ -25,10 +25,10 @@ from pipeline.gem.data.sources import (
 )
 from pipeline.gem.data.storage.parquet import read_parquet
 from pipeline.gem.data.storage.reading import CHUNK_VALUES, RESTORE, reading
+from pipeline.gem.data.tables import COHORT_COLUMNS, identifier_series
 from pipeline.gem.model.gem import TrainedGEM
 
 logger = logging.getLogger(__name__)
-_NOT_GENES = ("sample_id", "total", "split")  # numeric columns of a wide table that are no genes
 
 
 class ReferenceFile:
@@ -134,7 +134,7 @@ def _table_source(path: Path, gem: TrainedGEM) -> Source:
         table = read_parquet(path)[0].to_pandas()
     if "sample_id" in table:
         table = table.set_index("sample_id")
-    excluded = {*gem.metadata.names, *_NOT_GENES}
+    excluded = {*gem.metadata.names, *COHORT_COLUMNS}
     numeric = [name for name in table if pd.api.types.is_numeric_dtype(table[name])]
     return WideTable(table[[name for name in numeric if name not in excluded]])
 
@@ -146,8 +146,8 @@ class WideTable:
 
     def __init__(self, counts: pd.DataFrame):
         self.counts, self.columns = counts, []
-        self.samples = pd.DataFrame({"sample_id": counts.index.astype(str)})
-        self.genes = pd.DataFrame({"gene_id": counts.columns.astype(str)})
+        self.samples = pd.DataFrame({"sample_id": identifier_series(counts.index)})
+        self.genes = pd.DataFrame({"gene_id": identifier_series(counts.columns)})
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         step = max(1, CHUNK_VALUES // max(1, len(self.genes)))

@@ -17,6 +17,7 @@ from pipeline.gem.data.cohort import DECLARED, FORMAT_VERSION, TARGETS, embeddin
 from pipeline.gem.data.labels import LabelForm, label_texts, list_cell_problems
 from pipeline.gem.data.sources import Source, check_unique
 from pipeline.gem.data.splits import SPLIT_ROLES, date_problems, role_of, split_sizes
+from pipeline.gem.data.tables import COHORT_COLUMNS, RESERVED_COLUMNS, reserved_name_problems
 from pipeline.gem.preparation.annotations import (
     Annotations,
     collect_problems,
@@ -30,7 +31,6 @@ from pipeline.gem.preparation.leakage import check_duplicate_samples, check_spli
 from pipeline.gem.preparation.qc import summarise_counts
 from pipeline.gem.preparation.shuffle import RoleSamples, write_shuffled_shards
 
-RESERVED_COLUMNS = ("total", "split")  # that the cohort adds to its samples
 TABLES = Path("data/tables")  # where DVC tracks tables beside those in data.source
 
 
@@ -103,11 +103,16 @@ def _validate_tables(source: Source, data: Data) -> tuple[pd.DataFrame, Annotati
             problems.append(f"{where}: no {name}; expected at least one")
     problems += check_unique(source.samples, "sample_id", f"{where}: samples")
     problems += check_unique(source.genes, "gene_id", f"{where}: genes")
+    problems += reserved_name_problems(data)
     problems += [
         f"{where}: rename the column {name}: the cohort adds a column of that name"
-        for name in RESERVED_COLUMNS
-        if name in source.samples
+        for name in COHORT_COLUMNS
+        if name in source.samples and name != "sample_id"
     ]
+    if clash := {*data.columns(), *RESERVED_COLUMNS} & set(source.genes["gene_id"]):
+        problems.append(
+            f"{where}: {examples(sorted(clash))}: the name of a gene and of a column; rename one"
+        )
     samples = LabelForm.of(data).table(source.samples)
     problems += _column_problems(samples, source.columns, data, where)
     with collect_problems(problems):

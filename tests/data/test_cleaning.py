@@ -75,9 +75,9 @@ def test_all_problems_of_a_table_are_reported_at_once():
         clean_samples(samples, covariates, "table")
     starts = [
         "table: column studdy is declared in data.covariates but absent; did you mean study?",
-        "table: age: 'old' is not a number, or a number and a unit (rows 1, 3); declare it",
-        "table: dose: '-1 uM' is negative, which the log scale forbids (rows 1); declare it",
-        "table: time: '1 fortnight' has an unknown unit; known: s min h",
+        "table: age: 'old' is not a number; write a number, or a number and a unit (rows 1, 3)",
+        "table: dose: '-1 uM' is negative, which the log scale forbids (rows 1)",
+        "table: time: '1 fortnight' has an unknown unit; write one of s min h",
         "table: time: 'inf' is not a number",
         "table: list: more than one value in a cell (rows 0, 1, 2, 3)",
     ]
@@ -107,7 +107,7 @@ COLUMNS = {
         "molarity: '30 M' (rows 0); time: '1h' (rows 1); M",
     ),
     "molarity, any": (["30 mM", "1h"], "any", None),
-    "unknown unit": (["1 foo"], "any", "'1 foo' has an unknown unit; known: s min h"),
+    "unknown unit": (["1 foo"], "any", "'1 foo' has an unknown unit; write one of s min h"),
 }
 
 

@@ -62,8 +62,8 @@ def test_other_values_are_errors_with_their_text(value):
 
 
 MESSAGES = {
-    "3 parsec": "'3 parsec' has an unknown unit; known: s min h d week month year, fM pM nM uM "
-    "mM M, pg/ml ng/ml ug/ml mg/ml, ug/kg mg/kg g/kg, mGy cGy Gy",
+    "3 parsec": "'3 parsec' has an unknown unit; write one of s min h d week month year, fM pM "
+    "nM uM mM M, pg/ml ng/ml ug/ml mg/ml, ug/kg mg/kg g/kg, mGy cGy Gy",
     "30m": "'30m': m is ambiguous; write min, month, mM or M (mol/l)",
     "1,000 nM": "'1,000 nM' has a comma; write 2.5 for a fraction and 1000 for a thousand",
 }

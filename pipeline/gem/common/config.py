@@ -189,6 +189,8 @@ class Covariates(Frozen):
         duplicates = sorted({name for name in names if names.count(name) > 1})
         if duplicates:
             raise ValueError(f"{', '.join(duplicates)} is declared in more than one group")
+        for name in sorted({f"{name}_probability" for name in names} & set(names)):
+            raise ValueError(f"{name}: predictions have a column of that name; rename it")
         return self
 
     def embeddings(self) -> dict[str, str]:

@@ -66,10 +66,10 @@ def _quantity_problems(column: pd.Series, covariate: Numeric, where: str) -> lis
             by_dimension.setdefault(dimension, []).append(position)
         except ValueError as error:
             rows = examples(np.flatnonzero(index == position), 3)
-            advice = "declare it categorical, or write a number and a unit"
+            advice = ""
             if looks_missing(value):
-                advice = MISSING_ADVICE
-            problems.append(f"{where}: {error} (rows {rows}); {advice}")
+                advice = f"; or {MISSING_ADVICE}"
+            problems.append(f"{where}: {error} (rows {rows}){advice}")
     if len(problems) > _MAX_PROBLEMS:
         further = len(problems) - _MAX_PROBLEMS
         problems[_MAX_PROBLEMS:] = [f"{where}: and {further:,} more values like these"]

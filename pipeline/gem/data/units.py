@@ -70,7 +70,7 @@ def parse_quantity(value: object, unit: str | None = None) -> tuple[float, str]:
     match = _PATTERN.fullmatch(str(value).strip())
     shown = cell_repr(value)
     if not match:
-        raise ValueError(f"{shown} is not a number, or a number and a unit")
+        raise ValueError(f"{shown} is not a number; write a number, or a number and a unit")
     number = float(match[1])
     # NFKC: one spelling of the micro sign.
     written = unicodedata.normalize("NFKC", match[2] or "").replace("μ", "u")
@@ -90,7 +90,7 @@ def _dimension(shown: str, written: str, unit: str | None) -> tuple[str, float]:
         raise ValueError(f"{shown} has a comma; write 2.5 for a fraction and 1000 for a thousand")
     if written.lower() not in _BY_UNIT:
         known = ", ".join(" ".join(units) for units in UNITS.values())
-        raise ValueError(f"{shown} has an unknown unit; known: {known}")
+        raise ValueError(f"{shown} has an unknown unit; write one of {known}")
     return _BY_UNIT[written.lower()]
 
 

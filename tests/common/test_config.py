@@ -223,10 +223,6 @@ def test_flatten_and_set_dotted_are_inverse():
             [("      platform: {kind: categorical}", "      tissue: {kind: categorical}")],
             "data.covariates: tissue is declared in more than one group",
         ),
-        (
-            [("      platform: {kind: categorical}", "      sex_probability: {kind: categorical}")],
-            "data.covariates: sex_probability: predictions have a column of that name; rename it",
-        ),
     ],
 )
 def test_values_that_contradict_each_other_are_one_problem(problems, replacements, message):

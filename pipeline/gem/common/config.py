@@ -189,8 +189,6 @@ class Covariates(Frozen):
         duplicates = sorted({name for name in names if names.count(name) > 1})
         if duplicates:
             raise ValueError(f"{', '.join(duplicates)} is declared in more than one group")
-        for name in sorted({f"{name}_probability" for name in names} & set(names)):
-            raise ValueError(f"{name}: predictions have a column of that name; rename it")
         return self
 
     def embeddings(self) -> dict[str, str]:
@@ -203,14 +201,12 @@ class Covariates(Frozen):
 
     def identities(self) -> "Covariates":
         """The same with each embedding as a multilabel, without features."""
-        multilabel = Multilabel(kind="multilabel")
-        return Covariates.model_validate(
-            {
-                group: {
-                    name: multilabel if covariate.kind == "embedding" else covariate
-                    for name, covariate in getattr(self, group).items()
-                }
-                for group in GROUPS
+        labels = dict.fromkeys(self.embeddings(), Multilabel(kind="multilabel"))
+        groups = {group: getattr(self, group) for group in GROUPS}
+        return self.model_copy(
+            update={
+                group: declared | {name: labels[name] for name in declared.keys() & labels}
+                for group, declared in groups.items()
             }
         )
 

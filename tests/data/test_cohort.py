@@ -13,7 +13,7 @@ from pipeline.gem.common.config import Data
 from pipeline.gem.common.errors import InputError, IntegrityError
 from pipeline.gem.common.files import sha256
 from pipeline.gem.data import shards
-from pipeline.gem.data.cohort import Cohort
+from pipeline.gem.data.cohort import Cohort, with_checksum
 from pipeline.gem.data.expression import log_cpm
 from pipeline.gem.data.shards import ShardWriter, read_shard
 from pipeline.gem.data.sources import checked_chunks, open_source
@@ -84,7 +84,7 @@ def kept_genes(cohort: Cohort, genes: pd.DataFrame) -> np.ndarray:
 
 
 def names_in_shards(cohort: Cohort, role: str) -> list[str]:
-    paths = [cohort.folder / shard["path"] for shard in cohort.manifest["shards"][role]]
+    paths = [cohort.folder / name for name in cohort.manifest["shards"][role]]
     batches = (batch for path in paths for batch in read_shard(path, len(cohort.genes)))
     return [name for names, _ in batches for name in names]
 
@@ -340,10 +340,11 @@ def test_an_invalid_manifest_or_another_format_is_an_error(copy, content):
 
 def test_a_manifest_cannot_name_a_file_outside_of_the_cohort(copy, tmp_path):
     manifest = json.loads((copy / "manifest.json").read_text())
-    shard = manifest["shards"]["train"][0]
-    shutil.copy(copy / shard["path"], tmp_path / "outside.parquet")
-    shard["path"] = "../outside.parquet"
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    shards = manifest["shards"]["train"]
+    name, shard = shards.popitem()
+    shutil.copy(copy / name, tmp_path / "outside.parquet")
+    shards["../outside.parquet"] = shard
+    (copy / "manifest.json").write_text(json.dumps(with_checksum(manifest)))
     with pytest.raises(IntegrityError, match="shards"):
         Cohort(copy)
 
@@ -382,7 +383,7 @@ def test_a_failure_while_rewriting_leaves_the_earlier_cohort(data, params, write
 def test_shards_of_an_earlier_cohort_are_removed(write):
     folder = write().folder
     shutil.copy(folder / "counts/train-00000.parquet", folder / "counts/train-00007.parquet")
-    listed = [shard["path"] for shards in write().manifest["shards"].values() for shard in shards]
+    listed = [name for shards in write().manifest["shards"].values() for name in shards]
     paths = (folder / "counts").iterdir()
     assert sorted(str(path.relative_to(folder)) for path in paths) == sorted(listed)
 

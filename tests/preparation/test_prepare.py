@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from pipeline.gem.common.errors import InputError, IntegrityError
-from pipeline.gem.data.cohort import Cohort
+from pipeline.gem.data.cohort import Cohort, with_checksum
 from pipeline.gem.data.shards import ShardWriter, read_shard
 from pipeline.gem.model.query import TargetGenes
 
@@ -232,6 +232,6 @@ def test_a_table_missing_from_the_manifest_or_outside_the_cohort_is_refused(copy
         del manifest["tables"][name]
     else:
         manifest["tables"]["embeddings/../../outside.parquet"] = "0"
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    (copy / "manifest.json").write_text(json.dumps(with_checksum(manifest)))
     with pytest.raises(IntegrityError, match=rf"tables.*{name or ''}"):
         Cohort(copy)

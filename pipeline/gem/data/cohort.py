@@ -1,6 +1,6 @@
 """The prepared cohort on disk: samples, genes, splits, counts by role, and a manifest.
 
-samples.parquet   sample_id, the columns of the source, `total` (counts over all its genes)
+samples.parquet   sample_id, the declared columns, `total` (counts over all genes of the source)
 genes.parquet     gene_id of the kept genes, in the order of the counts
 splits.parquet    sample_id, split
 sizes.csv         a row per split: samples, studies, contexts, perturbations, pairs, controls
@@ -8,7 +8,8 @@ targets.parquet   perturbation, gene_id of its target gene; empty if unknown
 embeddings/       a table of features per embedding covariate, by its position
 counts/           train-*.parquet, validation-*.parquet, test-*.parquet (never read in training)
 truth/            parameters of the simulator, for a synthetic cohort
-manifest.json     format version, declarations, integer type by role, checksums; written last
+manifest.json     format version, declarations, integer type by role, checksums of all files and
+                  of itself; written last
 """
 
 import json
@@ -29,6 +30,7 @@ from pipeline.gem.data.features import FeatureTable
 from pipeline.gem.data.labels import label_texts
 from pipeline.gem.data.shards import read_shard
 from pipeline.gem.data.splits import role_of
+from pipeline.gem.data.storage.reading import check_regular, reading
 
 FORMAT_VERSION = 4
 # Keys of params.yaml: data that later stages read.
@@ -51,13 +53,18 @@ _UNDECLARED = {
     "min_gene_total": 0,
     "empty_samples": "refuse",
 }
-TARGETS = "targets.parquet"
+TARGETS, SIZES = "targets.parquet", "sizes.csv"
+TRUTH = ("truth/parameters.npz", "truth/samples.parquet")  # of a synthetic cohort
+_CHANGED = "its sha256 differs: the file was changed or is damaged"
 _REBUILD = "run `dvc repro --force prepare`"
 
 Role = Literal["train", "validation", "test"]
+# The patterns keep the paths inside the folder of the cohort.
 _TablePath = Annotated[
-    str, Field(pattern=r"^(samples|genes|splits|targets|embeddings/[0-9]+)\.parquet$")
+    str,
+    Field(pattern=r"^(sizes\.csv|(samples|genes|splits|targets|embeddings/[0-9]+)\.parquet)$"),
 ]
+_ShardPath = Annotated[str, Field(pattern=r"^counts/[a-z]+-[0-9]{5,}\.parquet$")]
 
 
 def embedding_files(covariates: Covariates) -> dict[str, str]:
@@ -66,16 +73,19 @@ def embedding_files(covariates: Covariates) -> dict[str, str]:
     return {name: f"embeddings/{position}.parquet" for position, name in enumerate(names)}
 
 
-class Shard(Frozen):
-    # The pattern keeps the path inside the folder of the cohort.
-    path: Annotated[str, Field(pattern=r"^counts/[a-z]+-[0-9]{5,}\.parquet$")]
+class StoredFile(Frozen):
     bytes: int
     sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> dict:
+        return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 class Manifest(Frozen):
     """The schema of manifest.json, validated before any file that it names is opened."""
 
+    sha256: str  # of all other keys
     format_version: int
     samples: int
     genes: int
@@ -85,8 +95,15 @@ class Manifest(Frozen):
     splits: dict[str, int]
     missing: dict[str, int]
     notes: list[str]
-    tables: dict[_TablePath, str]
-    shards: dict[Role, list[Shard]]
+    tables: dict[_TablePath, StoredFile]
+    truth: dict[Literal[TRUTH], StoredFile]
+    shards: dict[Role, dict[_ShardPath, StoredFile]]
+
+
+def with_checksum(manifest: dict) -> dict:
+    """The manifest with a checksum of its content."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return {"sha256": sha256_of(content)} | content
 
 
 class Cohort:
@@ -96,26 +113,23 @@ class Cohort:
         self.folder = Path(folder)
         self.manifest, self.declared = self._read_manifest()
         self._verify_tables()
-        self.samples = pd.read_parquet(self.folder / "samples.parquet")
-        self.samples["split"] = pd.read_parquet(self.folder / "splits.parquet")["split"].to_numpy()
-        self.genes = pd.read_parquet(self.folder / "genes.parquet")["gene_id"].to_numpy(
-            dtype=object
-        )
+        self.samples = self._read("samples.parquet")
+        self.samples["split"] = self._read("splits.parquet")["split"].to_numpy()
+        self.genes = self._read("genes.parquet")["gene_id"].to_numpy(dtype=object)
         self.features = {
             name: FeatureTable.read(self.folder / file)
             for name, file in embedding_files(self.declared.covariates).items()
         }
-        self.targets = pd.read_parquet(self.folder / TARGETS).set_index("perturbation")["gene_id"]
+        self.targets = self._read(TARGETS).set_index("perturbation")["gene_id"]
 
     def _read_manifest(self) -> tuple[dict, Data]:
         """(manifest, its declarations), both validated."""
         path = self.folder / "manifest.json"
-        try:
+        if not path.exists():
+            raise InputError(f"{path}: absent; `dvc repro prepare` writes the cohort")
+        check_regular(path, IntegrityError)
+        with reading(path, _REBUILD, IntegrityError, "JSON"):
             manifest = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{path}: absent; `dvc repro prepare` writes the cohort") from None
-        except ValueError as error:
-            raise IntegrityError(f"{path}: not JSON ({error}); {_REBUILD}") from None
         version = manifest.get("format_version") if isinstance(manifest, dict) else None
         if version != FORMAT_VERSION:
             raise IntegrityError(
@@ -123,6 +137,8 @@ class Cohort:
             )
         try:
             declared = Manifest.model_validate(manifest).declared
+            if with_checksum(manifest)["sha256"] != manifest["sha256"]:
+                raise IntegrityError(f"{path}: {_CHANGED}; {_REBUILD}")
             data = {**_UNDECLARED, "source": str(self.folder), **declared}
             return manifest, Data.model_validate(data)
         except ValidationError as error:
@@ -137,6 +153,7 @@ class Cohort:
             "genes.parquet",
             "splits.parquet",
             TARGETS,
+            SIZES,
             *embedding_files(self.declared.covariates).values(),
         }
         listed = set(self.manifest["tables"])
@@ -147,23 +164,29 @@ class Cohort:
             )
         self._verify(self.manifest["tables"])
 
-    def _verify(self, checksums: dict[str, str]) -> None:
-        for name, checksum in checksums.items():
+    def _verify(self, files: dict[str, dict]) -> None:
+        for name, stored in files.items():
             path = self.folder / name
             if not path.exists():
                 raise IntegrityError(
                     f"{path}: absent, though the manifest lists it; run `dvc repro prepare`"
                 )
-            if sha256(path) != checksum:
-                raise IntegrityError(
-                    f"{path}: its sha256 differs from the manifest: "
-                    f"the file was changed or is damaged; {_REBUILD}"
-                )
+            check_regular(path, IntegrityError)
+            if path.stat().st_size != stored["bytes"] or sha256(path) != stored["sha256"]:
+                raise IntegrityError(f"{path}: {_CHANGED}; {_REBUILD}")
 
-    @property
+    def _read(self, name: str) -> pd.DataFrame:
+        with reading(self.folder / name, _REBUILD, IntegrityError):
+            return pd.read_parquet(self.folder / name)
+
+    @cached_property
     def truth_folder(self) -> Path | None:
+        """Of a synthetic cohort, unless it was removed. IntegrityError if a file is damaged."""
         folder = self.folder / "truth"
-        return folder if (folder / "parameters.npz").exists() else None
+        if not self.manifest["truth"] or not folder.exists():
+            return None
+        self._verify(self.manifest["truth"])
+        return folder
 
     def has(self, split: str) -> bool:
         return self.manifest["splits"].get(split, 0) > 0
@@ -180,9 +203,12 @@ class Cohort:
         roles = dict.fromkeys(role_of(split) for split in splits)
         dtype = np.result_type(*(self.manifest["integer_type"][role] for role in roles))
         counts = np.empty((len(names), len(self.genes)), dtype=dtype)
-        for shard in (shard for role in roles for shard in self.manifest["shards"][role]):
-            self._verify({shard["path"]: shard["sha256"]})
-            for sample_ids, block in read_shard(self.folder / shard["path"], len(self.genes)):
+        shards = {}
+        for role in roles:
+            shards |= self.manifest["shards"][role]
+        for name, stored in shards.items():
+            self._verify({name: stored})
+            for sample_ids, block in read_shard(self.folder / name, len(self.genes)):
                 rows = position.reindex(sample_ids).to_numpy()
                 inside = ~np.isnan(rows)
                 rows = rows[inside].astype(np.int64)
@@ -210,11 +236,11 @@ class Cohort:
         shards = [
             shard["sha256"]
             for role in ("train", "validation")
-            for shard in self.manifest["shards"][role]
+            for shard in self.manifest["shards"][role].values()
         ]
         tables = {
-            name: checksum
-            for name, checksum in self.manifest["tables"].items()
+            name: table["sha256"]
+            for name, table in self.manifest["tables"].items()
             if name.startswith((TARGETS, "embeddings/"))
         }
         return sha256_of(

@@ -43,7 +43,7 @@ def open_source(data: Data) -> Source:
         )
     if path.is_dir():
         # The oracles of a simulation need all columns.
-        columns = None if (path / "truth").is_dir() else _declared_columns(data)
+        columns = None if (path / "truth" / "parameters.npz").exists() else _declared_columns(data)
         return ParquetSource(path, data.sample_id, columns)
     if path.suffix.lower() == ".h5ad":
         # HDF5 and anndata take a second to import, and only this source needs them.

@@ -11,9 +11,18 @@ import pandas as pd
 
 from pipeline.gem.common.config import Control, Data, Splits
 from pipeline.gem.common.errors import InputError, did_you_mean, examples
-from pipeline.gem.common.files import folder_replacement, sha256, sha256_of, write_json, write_table
+from pipeline.gem.common.files import folder_replacement, sha256_of, write_json, write_table
 from pipeline.gem.data.cleaning import clean_samples
-from pipeline.gem.data.cohort import DECLARED, FORMAT_VERSION, TARGETS, embedding_files
+from pipeline.gem.data.cohort import (
+    DECLARED,
+    FORMAT_VERSION,
+    SIZES,
+    TARGETS,
+    TRUTH,
+    StoredFile,
+    embedding_files,
+    with_checksum,
+)
 from pipeline.gem.data.labels import LabelForm, label_texts, list_cell_problems
 from pipeline.gem.data.sources import Source, check_unique
 from pipeline.gem.data.splits import SPLIT_ROLES, date_problems, role_of, split_sizes
@@ -79,10 +88,11 @@ def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> di
             source, data.source, genes, roles, params.seed, temporary / "counts"
         )
         tables = _write_tables(samples, gene_table, split, annotations, data, temporary)
-        write_table(temporary / "sizes.csv", split_sizes(samples, split, data))
-        _copy_truth(Path(data.source) / "truth", temporary / "truth")
-        checksums = {name: sha256(temporary / name) for name in tables}
-        manifest |= {"tables": checksums, "shards": shards}
+        write_table(temporary / SIZES, split_sizes(samples, split, data))
+        truth = _copy_truth(Path(data.source), temporary)
+        for key, names in (("tables", [*tables, SIZES]), ("truth", truth)):
+            manifest[key] = {name: StoredFile.of(temporary / name) for name in names}
+        manifest = with_checksum(manifest | {"shards": shards})
         write_json(temporary / "manifest.json", manifest)
     return manifest
 
@@ -217,9 +227,10 @@ def _write_tables(
     return [*tables, *files.values()]
 
 
-def _copy_truth(source: Path, target: Path) -> None:
-    """Copies the simulator's truth; without one, makes an empty folder, as DVC expects a folder."""
-    if source.is_dir():
-        shutil.copytree(source, target)
-    else:
-        target.mkdir()
+def _copy_truth(source: Path, folder: Path) -> list[str]:
+    """Copies the files of the simulator's truth, if there are any; returns their names."""
+    (folder / "truth").mkdir()
+    names = [name for name in TRUTH if (source / name).exists()]
+    for name in names:
+        shutil.copyfile(source / name, folder / name)
+    return names

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.gem.common.files import sha256
 from pipeline.gem.common.progress import Progress
+from pipeline.gem.data.cohort import StoredFile
 from pipeline.gem.data.shards import ShardWriter, read_shard
 from pipeline.gem.data.sources import Source, checked_chunks
 
@@ -31,7 +31,7 @@ def write_shuffled_shards(
     roles: dict[str, RoleSamples],
     seed: int,
     folder: Path,
-) -> dict[str, list[dict]]:
+) -> dict[str, dict[str, dict]]:
     """Writes the counts of `genes` (G,) bool in shards by role; returns the manifest's entries."""
     rng, width = np.random.default_rng(seed), int(genes.sum())
     bucket_of = np.full(len(source.samples), -1)
@@ -51,7 +51,7 @@ def write_shuffled_shards(
                 for bucket in buckets_of[role]:
                     if bucket.paths:  # a bucket may be empty by chance
                         writer.write(*_shuffled(bucket.paths, width, rng))
-            shards[role] = [_manifest_entry(path) for path in writer.paths]
+            shards[role] = {f"counts/{path.name}": StoredFile.of(path) for path in writer.paths}
     return shards
 
 
@@ -79,8 +79,3 @@ def _shuffled(
     names, counts = (np.concatenate(part) for part in parts)
     order = rng.permutation(len(names))
     return names[order], counts[order]
-
-
-def _manifest_entry(path: Path) -> dict:
-    size = path.stat().st_size
-    return {"path": f"counts/{path.name}", "bytes": size, "sha256": sha256(path)}

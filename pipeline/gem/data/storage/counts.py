@@ -33,17 +33,18 @@ class SparseCounts:
 
     def __init__(self, file: H5adFile, key: str):
         self._where = file.where(key)
-        encoding = file.attribute(key, "encoding-type") or file.attribute(key, "h5sparse_format")
-        self._format = _FORMATS.get(encoding) if isinstance(encoding, str) else None
+        encoding = file.text(key, "encoding-type") or file.text(key, "h5sparse_format")
+        self._format = _FORMATS.get(encoding)
         if self._format is None:
             raise InputError(
                 f"{self._where} cannot be read as a sparse matrix (encoding-type {encoding!r}); "
                 "expected csr_matrix or csc_matrix: write it again with anndata"
             )
-        shape = file.attribute(key, "shape")
-        shape = file.attribute(key, "h5sparse_shape") if shape is None else shape
         with reading(f"{self._where}: shape"):
-            self.shape = tuple(int(length) for length in shape)
+            attributes = file.member(key).attrs
+            shape = attributes["shape" if "shape" in attributes else "h5sparse_shape"]
+            samples, genes = (int(length) for length in shape)
+        self.shape = (samples, genes)
         self._data, self._indices, indptr = (
             self._vector(file, f"{key}/{name}") for name in ("data", "indices", "indptr")
         )

@@ -83,14 +83,14 @@ class H5adFile:
         with reading(self.where(key)):
             return list(group) if isinstance(group, h5py.Group) else []
 
-    def attribute(self, key: str, name: str):
-        """An attribute, text as str; None if absent."""
+    def text(self, key: str, name: str) -> str | None:
+        """An attribute as text; None if absent."""
         with reading(self.where(key)):
             attributes = self.member(key).attrs
             if name not in attributes:
                 return None
             value = attributes[name]
-            return value.decode() if isinstance(value, bytes) else value
+            return value.decode() if isinstance(value, bytes) else str(value)
 
     def dataset(self, key: str) -> h5py.Dataset:
         """A dataset whose declared content is in the file and can be decoded here."""
@@ -146,7 +146,7 @@ class H5adFile:
         group = self.member(key)
         if group is None:
             raise InputError(f"{self.path}: cannot be read as AnnData (no {key}); {RESTORE}")
-        encoding = self.attribute(key, "encoding-type"), self.attribute(key, "encoding-version")
+        encoding = self.text(key, "encoding-type"), self.text(key, "encoding-version")
         if not isinstance(group, h5py.Group) or encoding not in _TABLE_ENCODINGS:
             version = "an old format" if encoding == (None, None) else f"the format {encoding}"
             raise InputError(
@@ -155,7 +155,7 @@ class H5adFile:
             )
         with reading(self.where(key)):
             names = [str(name) for name in np.atleast_1d(group.attrs["column-order"])]
-            index = self._column(f"{key}/{self.attribute(key, '_index')}")
+            index = self._column(f"{key}/{self.text(key, '_index')}")
         table = pd.DataFrame(index=pd.Index(index))
         for name in dict.fromkeys(name for name in names if name in columns):
             column = self._column(f"{key}/{name}")

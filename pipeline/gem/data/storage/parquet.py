@@ -39,12 +39,16 @@ def read_parquet(
         texts = [name for name in names if _is_text(schema.field(name).type)]
         with pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=texts) as file:
             table = file.read(None if columns is None else names)
+        table.validate(full=True)
         if len(set(names)) == len(names):
             table = table.select(names)
         for position, name in enumerate(table.column_names):
-            if pa.types.is_dictionary(table[name].type) and name in texts:
-                column = _decoded(table[name], f"{path}: {name}")
-                table = table.set_column(position, name, column)
+            column = table.column(position)
+            if pa.types.is_dictionary(column.type) and _is_text(column.type.value_type):
+                _check_text(column, f"{path}: {name}")
+                if name in texts:
+                    column = column.cast(column.type.value_type)
+                    table = table.set_column(position, name, column)
         return table, schema.names
 
 
@@ -53,10 +57,10 @@ def _is_text(kind: pa.DataType) -> bool:
     return types.is_string(kind) or types.is_large_string(kind)
 
 
-def _decoded(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+def _check_text(column: pa.ChunkedArray, where: str) -> None:
+    """InputError if the texts of a column of codes need more memory than is free."""
     size = len(column) * _CELL_BYTES
     for chunk in column.chunks:
         lengths = pc.take(pc.binary_length(chunk.dictionary), chunk.indices)
         size += pc.sum(lengths).as_py() or 0
     check_memory(where, "its text", size)
-    return column.cast(column.type.value_type)

@@ -112,5 +112,7 @@ def _reason(failure: Exception) -> str:
     text = str(failure.args[0] if isinstance(failure, KeyError) and failure.args else failure)
     if isinstance(failure, UnicodeError) or "invalid UTF8" in text:
         return "its text is not UTF-8; save it as UTF-8"
+    if type(failure).__name__ == "IORegistryError":
+        return "an encoding that this anndata does not know"
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[0] if lines else type(failure).__name__

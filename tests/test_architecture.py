@@ -158,6 +158,49 @@ def test_a_verb_states_how_it_is_run(verb):
     )
 
 
+# What writes files, and the modules that may call it: into a new folder, a temporary file of
+# `atomic_replacement`, or memory.
+WRITERS = {
+    "open": {"prediction/output_files"},
+    "File": {"prediction/output_files"},
+    "ParquetWriter": {"data/shards", "prediction/output_files"},
+    "write_table": {"evaluation/run", "prediction/output_files"},
+    "savefig": {"common/plotting"},
+    "savez": {"simulation/truth"},
+    "copytree": {"preparation/prepare"},
+    "copyfile": {"tracking/model_registry"},
+    "copy": {"tracking/offline_buffer"},
+    **{name: set() for name in ("write_text", "write_bytes", "to_csv", "to_parquet", "save_file")},
+    **{name: set() for name in ("save", "savez_compressed", "copy2", "move")},
+}
+LIBRARIES_OF_WRITERS = {"np", "pq", "h5py", "shutil", "torch", "figure"}
+
+
+def writes(call: ast.Call) -> str | None:
+    """The name in WRITERS of a call that writes a file."""
+    function, values = call.func, ast.walk(call)
+    modes = {str(node.value) for node in values if isinstance(node, ast.Constant)}
+    name = getattr(function, "attr", getattr(function, "id", None))
+    if name in ("open", "File"):
+        return name if modes & {"w", "a", "x", "wb", "ab", "xb", "w+b", "r+b", "r+"} else None
+    if name in ("save", "write_table", "savez", "copy", "copytree", "move"):
+        owner = getattr(getattr(function, "value", None), "id", None)
+        return name if owner in LIBRARIES_OF_WRITERS else None
+    return name if name in WRITERS else None
+
+
+def test_files_are_written_through_one_module():
+    """common/files.py replaces a file by rename: nothing is written through a link."""
+    wrong = []
+    for file in CODE:
+        module = file.removeprefix("pipeline/gem/").removesuffix(".py")
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            name = writes(node) if isinstance(node, ast.Call) else None
+            if name and module != "common/files" and module not in WRITERS[name]:
+                wrong.append(f"{file}:{node.lineno}: {name}")
+    assert not wrong
+
+
 PRIVATE_WORDS = "said|asked|told|claims|scenes|closeups|seen|heard|spoken|carried"
 
 

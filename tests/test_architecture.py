@@ -167,11 +167,10 @@ WRITERS = {
     "write_table": {"evaluation/run", "prediction/output_files"},
     "savefig": {"common/plotting"},
     "savez": {"simulation/truth"},
-    "copytree": {"preparation/prepare"},
-    "copyfile": {"tracking/model_registry"},
+    "copyfile": {"preparation/prepare", "tracking/model_registry"},
     "copy": {"tracking/offline_buffer"},
     **{name: set() for name in ("write_text", "write_bytes", "to_csv", "to_parquet", "save_file")},
-    **{name: set() for name in ("save", "savez_compressed", "copy2", "move")},
+    **{name: set() for name in ("save", "savez_compressed", "copytree", "copy2", "move")},
 }
 LIBRARIES_OF_WRITERS = {"np", "pq", "h5py", "shutil", "torch", "figure"}
 

@@ -169,6 +169,8 @@ def test_a_lock_from_another_machine_is_free_when_nobody_renews_it(tmp_path, mon
         ("", "another process"),
         (None, "another process"),
     ],
+    # The numbers differ between the processes of pytest-xdist.
+    ids=["running", "elsewhere", "ended", "empty", "absent"],
 )
 def test_the_message_names_only_a_process_that_exists(tmp_path, monkeypatch, content, name):
     monkeypatch.chdir(tmp_path)

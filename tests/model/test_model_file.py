@@ -311,8 +311,9 @@ HOSTILE: dict[str, tuple[Change, str]] = {
         lambda _, tensors: tensors.update({"network.other": tensors.pop(WEIGHT)}),
         r"1 missing \(linear_decoder.weight\); 1 unknown \(other\)",
     ),
-    "blocks without weights": (with_model(blocks=10**6), "blocks for 62 tensors"),
-    "prior blocks without weights": (with_model(prior_blocks=10**6), "blocks for 62 tensors"),
+    "blocks without weights": (with_model(blocks=1000), "2000 blocks for 62 tensors"),
+    "prior blocks without weights": (with_model(prior_blocks=1000), "2002 blocks for 62 "),
+    "a million blocks": (with_model(blocks=10**6), "model.blocks: Input should be less than"),
     "features without labels": (
         lambda description, tensors: (
             metadata_with(feature_labels=[])(description, tensors),
@@ -338,8 +339,8 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     ),
     "an extreme temperature": (with_key("temperatures", {"tissue": 1e-320}), "temperatures.tissue"),
     "wider network": (with_model(hidden=33), "weights do not fit"),
-    "network above memory": (with_model(hidden=10**12), "weights do not fit"),
-    "interactions above memory": (with_model(interactions=10**12), "weights do not fit"),
+    "network above memory": (with_model(hidden=2**16, expansion=1000), "weights do not fit"),
+    "interactions above memory": (with_model(interactions=2**16), "weights do not fit"),
     "latents above memory": (with_model(latent=TOO_WIDE), "weights do not fit"),
     "unknown model parameter": (with_model(hidden="many"), "model.hidden"),
     "other version": (with_key("format_version", 4), "format_version: Input should be 6"),

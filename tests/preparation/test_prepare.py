@@ -157,11 +157,15 @@ def test_problems_of_samples_and_tables_are_reported_at_once(prepare, source, tm
 
 def test_labels_without_features_are_noted_and_the_control_needs_none(prepare, source, cohort):
     assert not [note for note in cohort.manifest["notes"] if "features" in note]
-    label = pd.read_parquet(source / TABLE)["perturbation"].iloc[0]
-    edit(source / TABLE, lambda table: table.iloc[1:])
-    share = "1 of 8 labels"
-    note = f"perturbation: no features for {label} ({share}): only their identity is encoded"
-    assert note in prepare(source).manifest["notes"]
+    held_out = cohort.rows(["test_perturbation"])["perturbation"].iloc[0]
+    label = next(name for name in cohort.features["perturbation"].labels if name != held_out)
+    both = ", ".join(sorted((label, held_out)))
+    edit(source / TABLE, lambda table: table[~table["perturbation"].isin((label, held_out))])
+    notes = prepare(source).manifest["notes"]
+    message = "perturbation: no features for {} (2 of 8 labels): only their identity is encoded"
+    assert message.format(both) in notes
+    message = "perturbation: {} are held out of training and have no features: predictions treat"
+    assert [note for note in notes if note.startswith(message.format(held_out))]
 
 
 @pytest.mark.parametrize(

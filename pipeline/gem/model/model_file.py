@@ -30,6 +30,7 @@ from pipeline.gem.model.training_support import TrainingSupport
 
 MODEL_FILE = "model.safetensors"  # of a model directory
 FORMAT_VERSION = 6
+_BLOCK_TENSORS = 6  # of a residual block
 _TRAIN_AGAIN = "train the model again"
 _WEIGHTS, _FEATURES = "network.", "features."  # prefixes of tensor names
 
@@ -208,12 +209,10 @@ def _inconsistencies(description: ModelDescription, tensors: Mapping[str, Tensor
     targets = description.targets.genes
     if outside := [name for name, gene in targets.items() if not 0 <= gene < len(genes)]:
         problems.append(f"targets: {examples(outside)} target none of the {len(genes)} genes")
-    # Each block of the network has tensors of its own: more blocks than tensors cannot be built.
-    model = description.model
-    if model.blocks + model.prior_blocks > len(tensors):
-        problems.append(
-            f"model: {model.blocks} and {model.prior_blocks} blocks for {len(tensors)} tensors"
-        )
+    # Even without memory for its weights, a network of many blocks takes seconds to build.
+    blocks = 2 * (description.model.blocks + description.model.prior_blocks)
+    if _BLOCK_TENSORS * blocks > len(tensors):
+        problems.append(f"model: {blocks} blocks for {len(tensors)} tensors")
     covariates = description.metadata.covariates()
     problems += [f"metadata: {text}" for text in _covariate_problems(covariates)]
     problems += [f"metadata: {text}" for text in _feature_problems(covariates, tensors)]
@@ -230,6 +229,8 @@ def _inconsistencies(description: ModelDescription, tensors: Mapping[str, Tensor
     support = description.training_support
     if any(len(combination) != len(support.columns) for combination in support.combinations):
         problems.append(f"training_support: combinations not of {len(support.columns)} values")
+    if len(set(support.combinations)) < len(support.combinations):
+        problems.append("training_support: a combination occurs twice")
     return problems
 
 

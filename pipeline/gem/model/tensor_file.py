@@ -30,7 +30,8 @@ def pack(text: str, tensors: Mapping[str, Tensor], advice: str) -> bytes:
     content = save(tensors, {_KEY: _envelope(text, _checksum(text, tensors))})
     size = _header_bytes(content)
     if size > MAX_HEADER_BYTES:
-        raise InputError(f"its header has {size:,} bytes, more than {MAX_HEADER_BYTES:,}; {advice}")
+        names = "the names of genes, levels and weights"
+        raise InputError(f"{names} take {size:,} bytes, more than {MAX_HEADER_BYTES:,}; {advice}")
     return content
 
 

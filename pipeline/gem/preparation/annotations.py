@@ -51,10 +51,13 @@ def read_annotations(data: Data, genes: pd.Series) -> Annotations:
     return Annotations(features, targets, gene_list)
 
 
-def match_annotations(annotations: Annotations, samples: pd.DataFrame, data: Data) -> list[str]:
+def match_annotations(
+    annotations: Annotations, samples: pd.DataFrame, data: Data, training: pd.Series | None = None
+) -> list[str]:
     """Notes on the tables that match the labels of the samples in part.
 
-    InputError for a table that matches none: its labels are written differently.
+    `training` says which samples are in the training split, once it is known. InputError for a
+    table that matches none: its labels are written differently.
     """
     notes, problems = [], []
     control = {data.control.value} if data.control else set()
@@ -66,6 +69,12 @@ def match_annotations(annotations: Annotations, samples: pd.DataFrame, data: Dat
             notes.append(
                 f"{name}: no features for {examples(sorted(missing))} ({share}): "
                 "only their identity is encoded"
+            )
+        trained = labels if training is None else _labels(samples[name][training])
+        if held_out := missing - trained:
+            notes.append(
+                f"{name}: {examples(sorted(held_out))} are held out of training and have no "
+                "features: predictions treat them as missing"
             )
         if labels and not labels & table:
             problems.append(_no_match(path, table, name, labels))

@@ -25,7 +25,7 @@ from pipeline.gem.data.cohort import (
 )
 from pipeline.gem.data.labels import LabelForm, label_texts, list_cell_problems
 from pipeline.gem.data.sources import Source, check_unique
-from pipeline.gem.data.splits import SPLIT_ROLES, date_problems, role_of, split_sizes
+from pipeline.gem.data.splits import SPLIT_ROLES, TRAIN, date_problems, role_of, split_sizes
 from pipeline.gem.data.tables import COHORT_COLUMNS, RESERVED_COLUMNS, reserved_name_problems
 from pipeline.gem.preparation.annotations import (
     Annotations,
@@ -64,7 +64,7 @@ def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> di
     targets = _target_genes(annotations.targets, samples[kept], data)
     genes, gene_notes = select_genes(source, summary, annotations.gene_list, targets, data)
     notes += gene_notes + _note_untracked_tables(data)
-    notes += match_annotations(annotations, samples[kept], data)
+    notes += match_annotations(annotations, samples[kept], data, split[kept] == TRAIN)
 
     roles = {}
     for role, names in SPLIT_ROLES.items():

@@ -87,7 +87,10 @@ class ObjectiveFunction:
         killed_by = (optuna.TrialPruned, StoppedError)
         if trial.run and runs.exists(trial.run):
             return Run.resume(trial.run, killed_by=killed_by)
-        run = Run.open(name, "tune", parent=self.parent_run, killed_by=killed_by)
+        parent = self.parent_run
+        run = Run.open(
+            name, "tune", parent=parent, identity=f"{parent} {name}", killed_by=killed_by
+        )
         trial.set_attributes(**{RUN: run.id})
         return run
 

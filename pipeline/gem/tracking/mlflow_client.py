@@ -236,7 +236,7 @@ def _send_saved(buffered: BufferedRun) -> None:
                 buffered.log(RunUpdate(status=KILLED, end_time=int(time.time() * 1000)))
             if flush(buffered) and unsent:
                 log.info("tracking: MLflow now has all of run %s", buffered.run)
-        buffered.close()
+        buffered.close(stopped=buffered.status == KILLED)
     except RejectedError as error:
         attempt_again()
         message = "MLflow rejects the buffered part of run %s (%s); it is kept in %s"

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import uuid
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -168,10 +168,11 @@ class BufferedRun:
         folder.mkdir()
         return str(shutil.copy(file, folder / file.name))
 
-    def close(self) -> None:
-        """Keeps what is unsent, and a killed run that can be continued; ends the lock."""
-        continuable = self.start and self.start.identity and self.status != FINISHED
-        if not self.is_complete or continuable:
+    def close(self, stopped: bool = False) -> None:
+        """Keeps what is unsent, and a stopped run that has an identity; ends the lock."""
+        if self.start and not stopped:
+            self.start = replace(self.start, identity=None)
+        if not self.is_complete or (self.start and self.start.identity):
             self.save()
         elif self._lock.is_locked:
             self.clear()

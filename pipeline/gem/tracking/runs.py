@@ -16,7 +16,7 @@ import psutil
 
 from pipeline.gem.common import provenance
 from pipeline.gem.common.config import Params
-from pipeline.gem.common.errors import GemError
+from pipeline.gem.common.errors import GemError, StoppedError
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.tracking import connection, mlflow_client
 from pipeline.gem.tracking.connection import RejectedError, ServerDownError, address, reason
@@ -102,7 +102,8 @@ class Run:
             status = KILLED if issubclass(kind, self._killed_by) else FAILED
         connection.attempt_again()
         self.log(RunUpdate(status=status, end_time=_now()))
-        self._write(self._buffered.close)
+        stopped = kind is not None and issubclass(kind, (StoppedError, KeyboardInterrupt))
+        self._write(lambda: self._buffered.close(stopped))
 
     def log_params(self, values: Mapping[str, object]) -> None:
         """Flat parameters, under the same names in every stage."""

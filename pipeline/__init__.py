@@ -18,3 +18,4 @@ def _name_the_user() -> None:
 
 
 _name_the_user()
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow reads it on import

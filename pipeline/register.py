@@ -37,7 +37,7 @@ def register(params: Params) -> None:
     unregistered = sum(not model["registered"] for model in models.values())
     unsent = unsent_runs(connection.address())
     if not unsent and not unregistered:
-        log.info("register: all runs sent, all models registered")
+        log.info("register: all runs sent, %s", "all models registered" if models else "no model")
         return
     problem = f"register: runs not sent: {len(unsent)}, models not registered: {unregistered}"
     if any(folder.suffix == REJECTED for folder in unsent):

@@ -12,16 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Before the import, which reads the telemetry switch. With MLflow's own timeouts a hanging server
-# would block a training for many minutes; these add up to eleven seconds.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
-os.environ.setdefault("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("PGCONNECT_TIMEOUT", "5")
-
 import mlflow
 import sqlalchemy
 from mlflow.exceptions import MlflowException
@@ -43,6 +33,16 @@ log = logging.getLogger(__name__)
 VARIABLE, LOCAL_STORE = "MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"
 BUDGET_S = 5.0  # of failed requests in a process; then it sends nothing any more
 RETRY_INTERVAL_S = 10.0  # after a failed request, or 60 times as long as it took
+# With MLflow's own timeouts a hanging server would block a training for many minutes; these add up
+# to eleven seconds.
+_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "PGCONNECT_TIMEOUT": "5",
+}
 _OUTAGE_CODES = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED")
 _LONGEST_REASON = 140  # characters
 _OUTAGES = (OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError)  # requests' are OSErrors
@@ -75,6 +75,8 @@ def open_experiment(name: str) -> None:
     global _experiment, _experiment_id, _next_attempt, _lost_s, _has_warned
     _experiment, _experiment_id = name, ""
     _next_attempt, _lost_s, _has_warned = 0.0, 0.0, False
+    for variable, value in _DEFAULTS.items():
+        os.environ.setdefault(variable, value)
     _set_address(environment_address(VARIABLE, LOCAL_STORE))
     with outages(connecting=True):
         _open_experiment()

@@ -58,6 +58,29 @@ def test_a_change_of_the_prediction_code_makes_a_new_version_the_champion(
     assert packed.read_bytes() == original + b"\nCHANGED = True\n"
 
 
+def test_a_moved_project_serves_its_champion_and_registers_what_it_lost(
+    cohort, model_directory, migrated_store, tmp_path
+):
+    repository = Repository(tmp_path / "old", TINY)
+    shutil.copy(migrated_store, repository.folder / "mlflow.db")
+    shutil.copytree(model_directory, repository.folder / "experiments/default")
+    repository.stage("pipeline.register")
+    old, repository.folder = repository.folder, tmp_path / "new ü'"
+    old.rename(repository.folder)
+    output = repository.stage("pipeline.register")
+    assert f"mlflow.db was made in {old}; its paths of artifacts are corrected" in output
+    assert "all models registered" in output and "registered as" not in output
+    load = f"import mlflow; mlflow.pyfunc.load_model('{URI}')"
+    repository.run(sys.executable, "-c", load)
+    (model,) = repository.folder.glob("mlruns/*/models/*/artifacts/data/model.safetensors")
+    model.write_bytes(model.read_bytes()[:-1] + b"x")
+    for expected in ("registered as version 2", "champion is version 2", "champion is version 2"):
+        output = repository.stage("pipeline.register")
+        assert expected in output
+    assert "not those that were registered" not in output
+    assert not old.exists()
+
+
 def outside(server: TrackingServer) -> dict[str, str]:
     """An environment without this repository."""
     return {

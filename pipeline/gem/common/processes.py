@@ -87,14 +87,13 @@ def _name_of(holder: Path) -> str:
 
 
 class StopSignal:
-    """Turns the first SIGTERM or SIGINT into a StoppedError at points that can handle it.
+    """Turns the first SIGTERM or SIGINT into a StoppedError at the next `check()`.
 
-    It is raised within `interruptible()`, at both of its ends, and by `check()`.
+    An exception in the signal handler itself could be lost: Python ignores it in a destructor.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        self._interruptible = False
         self._handlers: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -124,37 +123,11 @@ class StopSignal:
 
     def _receive(self, number: int, _frame) -> None:
         self.signal = self.signal or signal.Signals(number).name
-        if self._interruptible:
-            self._interruptible = False
-            self.check()
 
     def check(self) -> None:
         """StoppedError if a signal has arrived."""
         if self.signal:
             raise StoppedError(f"by {self.signal}")
-
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Long work that may stop anywhere."""
-        with self._set_interruptible(True):
-            yield
-
-    @contextmanager
-    def uninterruptible(self) -> Iterator[None]:
-        """Within `interruptible()`: work to finish first, such as a write to a database."""
-        with self._set_interruptible(False):
-            yield
-
-    @contextmanager
-    def _set_interruptible(self, value: bool) -> Iterator[None]:
-        before = self._interruptible
-        self.check()
-        try:
-            self._interruptible = value
-            yield
-        finally:
-            self._interruptible = before
-        self.check()
 
 
 def end_with_parent() -> None:
@@ -162,7 +135,7 @@ def end_with_parent() -> None:
     parents = _parents()
 
     def watch() -> None:
-        while _parents() == parents:
+        while _parents() == parents and not _is_adopted(parents[-1]):
             time.sleep(POLL_INTERVAL_S)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -178,3 +151,12 @@ def _parents() -> list[int]:
             if process.name() not in _SHELLS:
                 break
     return parents
+
+
+def _is_adopted(parent: int) -> bool:
+    """Whether `parent` is no ancestor, but the process that got this one when its parent ended,
+    for example during the imports. A child is in the session of its parent."""
+    try:
+        return os.getsid(parent) != os.getsid(0)
+    except ProcessLookupError:
+        return True

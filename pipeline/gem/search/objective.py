@@ -106,20 +106,18 @@ class ObjectiveFunction:
         def on_epoch(epoch: EpochMetrics) -> None:
             nonlocal trained
             trained += 1
-            with self.stop.uninterruptible():
-                trial.record_epochs(trained, epoch.epochs * len(seeds))
-                if metrics:
-                    return
-                run.log_metrics(epoch.metrics(), step=epoch.epoch)
-                if prunable:
-                    trial.report(getattr(epoch, f"validation_{names[0]}"), epoch.epoch)
+            trial.record_epochs(trained, epoch.epochs * len(seeds))
+            if metrics:
+                return
+            run.log_metrics(epoch.metrics(), step=epoch.epoch)
+            if prunable:
+                trial.report(getattr(epoch, f"validation_{names[0]}"), epoch.epoch)
 
         is_stopped = False
         try:
             for seed, checkpoint in zip(seeds, checkpoints, strict=True):
-                with self.stop.interruptible():
-                    result = fit(self.data, params, seed, on_epoch, checkpoint)
-                    metrics.append(selection_metrics(result, self.data, names))
+                result = fit(self.data, params, seed, on_epoch, checkpoint, self.stop.check)
+                metrics.append(selection_metrics(result, self.data, names))
         except StoppedError:
             is_stopped = True
             raise

@@ -51,9 +51,9 @@ class TrainingJob:
             log.info("%s: no validation split: training all epochs, using the last", self.label)
         checkpoints = self._checkpoints()
         cached = self._report_checkpoints(list(checkpoints.values()))
-        on_epoch = self._epoch_logger(run, stop_signal, logging.DEBUG if cached else logging.INFO)
-        with stop_signal.interruptible():
-            fits = fit_seeds(self.data, self.params, self.cohort.folder, on_epoch, checkpoints)
+        on_epoch = self._epoch_logger(run, logging.DEBUG if cached else logging.INFO)
+        folder, check = self.cohort.folder, stop_signal.check
+        fits = fit_seeds(self.data, self.params, folder, on_epoch, checkpoints, check)
         write_model_directory(
             self.directory, fits, self.params, self.cohort.train_validation_sha256
         )
@@ -93,16 +93,13 @@ class TrainingJob:
         log.info("%s: cached: identical settings, data and code; skipping training", self.label)
         return True
 
-    def _epoch_logger(
-        self, run: Run, stop_signal: StopSignal, level: int
-    ) -> Callable[[int, EpochMetrics], None]:
+    def _epoch_logger(self, run: Run, level: int) -> Callable[[int, EpochMetrics], None]:
         """Logs every epoch of every seed at `level`, and the first seed's metrics to `run`."""
         seeds = self.params.train.seeds
 
         def on_epoch(seed: int, epoch: EpochMetrics) -> None:
             if seed == seeds[0]:
-                with stop_signal.uninterruptible():
-                    run.log_metrics(epoch.metrics(), step=epoch.epoch)
+                run.log_metrics(epoch.metrics(), step=epoch.epoch)
             label = f"{self.label}, seed {seed}" if len(seeds) > 1 else self.label
             log.log(level, "%s: %s", label, _progress(epoch))
 

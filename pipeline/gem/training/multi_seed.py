@@ -23,6 +23,8 @@ from pipeline.gem.training.checkpoint import Checkpoint
 from pipeline.gem.training.dataset import TrainingData
 from pipeline.gem.training.trainer import EpochMetrics, FitResult, fit
 
+_POLL_INTERVAL_S = 0.2
+
 OnEpoch = Callable[[int, EpochMetrics], None]  # seed, epoch
 
 
@@ -32,17 +34,19 @@ def fit_seeds(
     folder: Path,
     on_epoch: OnEpoch,
     checkpoints: Mapping[int, Checkpoint],
+    on_step: Callable[[], None] = lambda: None,
 ) -> list[FitResult]:
     """The fits of `train.seeds`, in this order. DivergedError as in `fit`.
 
     `data` is loaded from the cohort in `folder`; other processes load it again. `checkpoints` are
-    by seed. `on_epoch` receives the epochs of all seeds in the order in which they end.
+    by seed. `on_epoch` receives the epochs of all seeds in the order in which they end. `on_step`
+    is called before every step, or often while other processes train; its exceptions end the fits.
     """
     seeds = params.train.seeds
     limit = min(len(seeds), max(1, (os.cpu_count() or 1) // params.train.threads))
     if limit > 1 and data.train.expression.device.type == "cpu":
         jobs = [_Job(folder, params, seed, checkpoints.get(seed)) for seed in seeds]
-        return _fit_in_processes(jobs, limit, on_epoch)
+        return _fit_in_processes(jobs, limit, on_epoch, on_step)
     return [
         fit(
             data,
@@ -50,6 +54,7 @@ def fit_seeds(
             seed,
             lambda epoch, seed=seed: on_epoch(seed, epoch),
             checkpoints.get(seed),
+            on_step,
         )
         for seed in seeds
     ]
@@ -63,8 +68,10 @@ class _Job:
     checkpoint: Checkpoint | None
 
 
-def _fit_in_processes(jobs: list[_Job], limit: int, on_epoch: OnEpoch) -> list[FitResult]:
-    """Runs at most `limit` fits at a time. All end with the first error, or stop signal, here."""
+def _fit_in_processes(
+    jobs: list[_Job], limit: int, on_epoch: OnEpoch, on_step: Callable[[], None]
+) -> list[FitResult]:
+    """Runs at most `limit` fits at a time. All end with the first error here."""
     context = multiprocessing.get_context("spawn")
     queue, seeds, processes = list(jobs), {}, []
     results: dict[int, FitResult] = {}
@@ -78,7 +85,8 @@ def _fit_in_processes(jobs: list[_Job], limit: int, on_epoch: OnEpoch) -> list[F
                 sender.close()  # so that the end of the process ends the connection
                 processes.append(process)
                 seeds[receiver] = job.seed
-            for receiver in wait(list(seeds)):
+            on_step()
+            for receiver in wait(list(seeds), _POLL_INTERVAL_S):
                 message = _receive(receiver, seeds[receiver])
                 if isinstance(message, EpochMetrics):
                     on_epoch(seeds[receiver], message)

@@ -87,8 +87,10 @@ def fit(
     seed: int,
     on_epoch: Callable[[EpochMetrics], None] = lambda epoch: None,
     checkpoint: Checkpoint | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> FitResult:
-    """Trains one GEM. `on_epoch` receives the metrics of every epoch; its exceptions end the fit.
+    """Trains one GEM. `on_epoch` receives the metrics of every epoch. `on_step` is called before
+    every step. Exceptions of both end the fit.
 
     Equal data, parameters, seed and threads give equal bits, interrupted or not. With a
     `checkpoint` the fit resumes after the last epoch that is saved there; `on_epoch` receives the
@@ -105,7 +107,8 @@ def fit(
         gem.network.to(device)
         gem.network.initialise(data.train.expression)
         generator = torch.Generator(device).manual_seed(seed)
-        result = Trainer(data, params.train, gem, generator).run(on_epoch, checkpoint)
+        trainer = Trainer(data, params.train, gem, generator, on_step)
+        result = trainer.run(on_epoch, checkpoint)
     split = data.validation
     if split is None:
         return result
@@ -159,9 +162,15 @@ class Trainer:
     """The training loop of one fit."""
 
     def __init__(
-        self, data: TrainingData, params: Train, gem: TrainedGEM, generator: torch.Generator
+        self,
+        data: TrainingData,
+        params: Train,
+        gem: TrainedGEM,
+        generator: torch.Generator,
+        on_step: Callable[[], None] = lambda: None,
     ):
         self.data, self.params, self.gem, self.generator = data, params, gem, generator
+        self.on_step = on_step
         self.network = gem.network
         self.samples = len(data.train.expression)
         self.schedule = TrainingSchedule.of(self.samples, params)
@@ -266,6 +275,7 @@ class Trainer:
         losses, sizes, sums = [], [], 0.0
         # Sums stay on the device, so that no step waits for a number.
         for step, batch in enumerate(self.batches(), first_step):
+            self.on_step()
             loss, terms = self._step(batch, step)
             losses.append(loss)
             sizes.append(len(batch.observed))

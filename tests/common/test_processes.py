@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -41,18 +40,6 @@ def test_a_signal_in_a_destructor_is_not_lost(capfd):
         with pytest.raises(StoppedError):
             stop.check()
     assert capfd.readouterr().err == ""
-
-
-def test_a_signal_that_a_finalizer_swallows_arrives_again_without_a_traceback(capsys):
-    class Finalized:
-        def __del__(self):
-            send()
-
-    with StopSignal() as stop, pytest.raises(StoppedError), stop.interruptible():
-        Finalized()
-        time.sleep(5)
-        pytest.fail("not interrupted")
-    assert capsys.readouterr().err == ""
 
 
 def test_handlers_are_restored():

@@ -4,7 +4,6 @@ import fcntl
 import os
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -23,7 +22,6 @@ from pipeline.gem.common.machine_errors import NO_LOCKS
 LOCK_TIMEOUT_S = 5.0
 LEASE_S = 10.0  # a lock that is a file is renewed three times as often
 POLL_INTERVAL_S = 0.2  # between two checks of the parent
-_AGAIN_S = 0.01  # until a signal that a finalizer has swallowed arrives again
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SHELLS = ("sh", "ash", "bash", "dash", "ksh", "zsh")
@@ -98,26 +96,9 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         self._handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
-        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._raise_again
         return self
 
-    def _raise_again(self, unraisable) -> None:
-        """A finalizer that the signal interrupts cannot pass its exception on: Python would print a
-        traceback, and the work would go on."""
-        if not isinstance(unraisable.exc_value, StoppedError):
-            self._unraisable(unraisable)
-            return
-        self._interruptible = True
-        timer = threading.Timer(_AGAIN_S, self._send_again)
-        timer.daemon = True
-        timer.start()
-
-    def _send_again(self) -> None:
-        if signal.getsignal(signal.SIGTERM) == self._receive:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     def __exit__(self, *_) -> None:
-        sys.unraisablehook = self._unraisable
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 

@@ -15,7 +15,7 @@ from support.repository import Repository
 from support.settings import TINY
 
 DEFINITION = """
-description: ""
+description: of this test
 space: {train.kl_weight.technical: {type: float, low: 0.01, high: 4.0, log: true}}
 baseline: {train: {kl_weight: {technical: 1.0}}}
 objective: {metric: predictive_log_likelihood, direction: maximize}

@@ -18,7 +18,7 @@ from support.settings import TINY
 
 TRIALS = 5
 DEFINITION = f"""
-description: ""
+description: of this test
 space:
   {LATENT}: {{type: integer, low: 2, high: 64, log: true}}
   {KL}: {{type: float, low: 0.01, high: 4.0, log: true}}

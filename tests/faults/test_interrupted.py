@@ -29,11 +29,11 @@ space:
 baseline: {model: {latent: {technical: 4}}, train: {kl_weight: {technical: 1.0}}}
 objective: {metric: predictive_log_likelihood, direction: maximize}
 sampler: {name: tpe, seed: 1, startup_trials: 2}
-pruner: {name: median, startup_trials: 2, warmup_epochs: 2}
-trials: 6
-epochs: 4
+pruner: {name: median, startup_trials: 2, warmup_epochs: 1}
+trials: 5
+epochs: 3
 seeds: [1]
-confirm: {top: 1, seeds: [2], epochs: 2}
+confirm: {top: 1, seeds: [2], epochs: 1}
 """
 
 
@@ -42,7 +42,7 @@ def repository(no_figures, monkeypatch, cohort, migrated_store, tmp_path) -> Rep
     """A repository with a cohort, a search and an empty store."""
     # The figure takes seconds.
     monkeypatch.setattr(model_directory, "learning_curves", lambda _, path: write_json(path, {}))
-    changes = {"train.epochs": 8, "train.patience": 99, "train.batch_size": 128}
+    changes = {"train.epochs": 6, "train.patience": 99, "train.batch_size": 128}
     repository = Repository(tmp_path / "repository", TINY | changes)
     (repository.folder / "experiments" / "searches" / "short.yaml").write_text(SEARCH)
     shutil.copytree(cohort.folder, repository.folder / "data" / "cohort")
@@ -114,7 +114,7 @@ def test_an_interrupted_stage_gives_the_same_bytes(repository, verb, times, reco
         name: number * counts["finished"] for name, number in fits.items()
     }
     if verb == "tune":
-        assert sum(" trial=" in name for name in runs) == (6 + 2) * counts["finished"]
+        assert sum(" trial=" in name for name in runs) == (5 + 2) * counts["finished"]
     record_property(
         "figure",
         f"{verb}: {counts['interrupted']} interruptions ({counts['inside a write']} of them inside "

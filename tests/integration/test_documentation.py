@@ -30,7 +30,7 @@ SERVERS = {
 }
 # Blocks of plain text that hold commands: they need machines that a test does not have.
 TEXT_COMMANDS = {
-    "OPTUNA_STORAGE=postgresql": "tests/integration/test_postgres.py",
+    "OPTUNA_STORAGE=postgresql": "tests/faults/test_killed_workers.py",
     "MLFLOW_TRACKING_URI=http": "tests/integration/test_outage.py",
 }
 # Larger budgets than a test needs.

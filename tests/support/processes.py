@@ -1,14 +1,20 @@
 """Processes that tests start, watch and kill."""
 
 import os
+import pwd
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # folders of programs
 
 
 def until(condition: Callable[[], object], seconds: float = 600.0) -> object:
@@ -95,3 +101,30 @@ class TrackingServer:
             self.send(signal.SIGKILL)
             self._process.wait()
             self._process = None
+
+
+@contextmanager
+def postgres_server() -> Iterator[str]:
+    """A real PostgreSQL server on loopback without fsync. Yields the URL of an empty database, with
+    a password. PostgreSQL refuses to run as root."""
+    folder, port, owner = Path(tempfile.mkdtemp()), free_port(), {}
+    password = folder / "password"
+    password.write_text("correct horse")
+    if os.geteuid() == 0:
+        user = pwd.getpwnam("postgres")
+        owner = {"user": user.pw_uid, "group": user.pw_gid}
+        for path in (folder, password):
+            os.chown(path, user.pw_uid, user.pw_gid)
+
+    def call(program: str, *arguments: str) -> None:
+        command = [str(POSTGRES[-1] / program), "-D", str(folder / "data"), *arguments]
+        quiet = {"stdout": subprocess.DEVNULL, "timeout": 120}
+        subprocess.run(command, cwd=folder, check=True, **quiet, **owner)
+
+    access = ("--auth", "scram-sha-256", "--pwfile", str(password))
+    call("initdb", *access, "--username", "gem", "--no-sync")
+    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
+    call("pg_ctl", "start", "--wait", "--log", str(folder / "log"), "--options", options)
+    yield f"postgresql://gem:correct%20horse@127.0.0.1:{port}/postgres"
+    call("pg_ctl", "stop", "--mode", "immediate")
+    shutil.rmtree(folder)

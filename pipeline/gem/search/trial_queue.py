@@ -8,7 +8,7 @@ point. So the numbers, points and results of a search by one worker do not depen
 import logging
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -199,23 +199,28 @@ class TrialQueue:
 
     def _requeue_interrupted(self) -> None:
         """Returns the trials whose worker is gone to the queue. The caller holds the lock."""
-        running = self.trials(TrialState.RUNNING)
-        living = self.storage.living_workers() if running else set()
-        for trial in running:
+        if not self.trials(TrialState.RUNNING):
+            return
+        # Before the trials: a worker may finish its trial, and go, at any moment.
+        living = self.storage.living_workers()
+        for trial in self.trials(TrialState.RUNNING):
             # A worker sets its name before it releases the lock. So a running trial without one
             # belongs to a process that died while it held the lock.
-            if trial.user_attrs.get(_WORKER) in living:
-                continue
-            # Only deaths without progress in between count: the point may exceed the memory.
-            epoch = trial.user_attrs.get(EPOCHS_TRAINED, 0)
-            deaths, epoch_before = trial.user_attrs.get(_DEATHS, (0, epoch))
-            deaths = deaths + 1 if epoch == epoch_before else 1
-            if deaths < _MAX_DEATHS:
-                self._set_waiting(trial.number)
-                self._set_attribute(trial.number, _DEATHS, [deaths, epoch])
-            else:
-                self._set_attribute(trial.number, REASON, f"its worker died {deaths} times")
-                self.study.tell(trial.number, state=TrialState.FAIL)
+            if trial.user_attrs.get(_WORKER) not in living:
+                with suppress(optuna.exceptions.UpdateFinishedTrialError):
+                    self._requeue(trial)
+
+    def _requeue(self, trial: FrozenTrial) -> None:
+        # Only deaths without progress in between count: the point may exceed the memory.
+        epoch = trial.user_attrs.get(EPOCHS_TRAINED, 0)
+        deaths, epoch_before = trial.user_attrs.get(_DEATHS, (0, epoch))
+        deaths = deaths + 1 if epoch == epoch_before else 1
+        if deaths < _MAX_DEATHS:
+            self._set_waiting(trial.number)
+            self._set_attribute(trial.number, _DEATHS, [deaths, epoch])
+        else:
+            self._set_attribute(trial.number, REASON, f"its worker died {deaths} times")
+            self.study.tell(trial.number, state=TrialState.FAIL)
 
 
 def failure_reason(trial: FrozenTrial) -> str:

@@ -2,7 +2,6 @@
 
 import h5py
 import numpy as np
-import scipy.sparse
 
 from pipeline.gem.common.errors import InputError
 from pipeline.gem.data.storage.hdf5 import H5adFile
@@ -93,36 +92,29 @@ class SparseCounts:
         return self.shape if self._format == "csr" else self.shape[::-1]
 
     def block(self, start: int, stop: int, limit: int) -> np.ndarray:
-        """(B, G) counts of some rows; of at most `limit` values in memory at a time.
+        """(B, G) counts of some rows, read from at most `limit` entries at a time.
 
-        A matrix by genes is read some genes at a time: its rows are spread over the file.
+        Of a matrix by genes all entries are read: its rows are spread over the file.
         """
-        if self._format == "csr":
-            return self._dense(start, stop, limit)
-        samples, genes = self.shape
-        counts = np.empty((stop - start, genes), dtype=self._sum_type())
-        width = max(1, limit // max(1, samples))
-        for first in range(0, genes, width):
-            last = min(first + width, genes)
-            counts[:, first:last] = self._dense(first, last, limit).T[start:stop]
-        return counts
-
-    def _dense(self, first: int, last: int, limit: int) -> np.ndarray:
-        """Dense rows `first` to `last` of a matrix by samples, or columns of one by genes."""
-        starts, width = self._starts[first : last + 1], self._lengths()[1]
-        dense = np.zeros((last - first, width), dtype=self._sum_type())
+        genes = self.shape[1]
+        counts = np.zeros((stop - start, genes), dtype=self._sum_type())
+        by_samples = self._format == "csr"
+        first, last = (start, stop) if by_samples else (0, genes)
+        starts = self._starts[first : last + 1]
         for begin in range(starts[0], starts[-1], limit):
             end = min(begin + limit, starts[-1])
             with reading(self._where):
                 data, indices = self._data[begin:end], self._indices[begin:end]
             self._check_indices(indices, begin)
-            parts = (
-                data.astype(dense.dtype),
-                indices.astype(np.int64),
-                starts.clip(begin, end) - begin,
-            )
-            dense += scipy.sparse.csr_matrix(parts, shape=dense.shape).toarray()
-        return dense
+            lines = np.repeat(np.arange(first, last), np.diff(starts.clip(begin, end)))
+            if by_samples:
+                positions = (lines - start) * genes + indices.astype(np.int64)
+            else:
+                inside = (indices >= start) & (indices < stop)
+                data, rows = data[inside], indices[inside].astype(np.int64) - start
+                positions = rows * genes + lines[inside]
+            np.add.at(counts.reshape(-1), positions, data.astype(counts.dtype))
+        return counts
 
     def _sum_type(self) -> np.dtype:
         """A type in which sums of counts do not overflow."""

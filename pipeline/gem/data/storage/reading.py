@@ -16,8 +16,8 @@ from pipeline.gem.common.machine_errors import error_number
 
 CHUNK_VALUES = 2**23  # counts read at a time
 # Limits of a trial, and what a byte of the file adds: CPU seconds and bytes of memory.
-TRIAL_SECONDS, TRIAL_MEMORY = 15, 2**30
-_BYTES_PER_SECOND, _MEMORY_PER_BYTE = 50 * 2**20, 64
+TRIAL_SECONDS, TRIAL_MEMORY = 10, 2**30
+_BYTES_PER_SECOND, _MEMORY_PER_BYTE = 20 * 2**20, 64
 RESTORE = "restore it from a copy, or write it again"
 _ADVICE = {
     errno.EAGAIN: "another program has it open for writing: wait until that program has closed it",

@@ -99,6 +99,7 @@ def test_a_plain_number_has_the_declared_unit(unit):
         (["1 µM", "1 μM", "1000 nM", "0.001 mM"], None, "1 uM"),
         (["0 nM", "0 uM"], None, "0 uM"),
         (["24", "24 h", "1 day"], "h", 24.0),
+        (["10 uM", "1e4 nM"], "h", "10 uM"),  # another dimension: refused where it is checked
         (["55", 55, "55.0"], None, 55.0),
     ],
 )

@@ -72,9 +72,18 @@ def test_the_target_gene_and_the_extrapolation_do_not_depend_on_the_order(gem, n
     assert other["extrapolated"].tolist() == [True]
 
 
-def test_a_text_that_the_setting_does_not_list_is_a_label(gem):
-    with pytest.raises(InputError, match="'nan' was never seen in training"):
-        gem.predict(pd.DataFrame({"sex": ["nan"]}))
+@pytest.mark.parametrize(
+    ("column", "text", "parts"),
+    [
+        ("sex", "nan", ["'nan' was never seen in training", "leave the cell empty where"]),
+        ("age_years", "NA", ["'NA' is not a number", "leave the cell empty where"]),
+        ("sex", "m\u0430le", ["did you mean male? ('male', not 'm\\u0430le')"]),
+    ],
+)
+def test_a_text_that_is_neither_a_label_nor_in_the_setting_is_refused(gem, column, text, parts):
+    with pytest.raises(InputError) as caught:
+        gem.predict(pd.DataFrame({column: [text]}))
+    assert all(part in str(caught.value) for part in parts)
 
 
 def test_the_form_is_saved_with_the_model(gem, tmp_path):

@@ -58,11 +58,17 @@ class StoppedError(GemError):
 
 
 def did_you_mean(word: object, known: Iterable[object]) -> str:
-    """The end of a message about an unknown name: the closest known name, else the known names."""
+    """The end of a message about an unknown name: the closest known name, else the known names.
+
+    Names that may print alike stand there in ASCII too.
+    """
     names = [str(name) for name in known]
-    close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {printable(close[0], _VALUE_LENGTH)}?"
+    for close in difflib.get_close_matches(str(word), names, n=1, cutoff=0.6):
+        suggestion = f"; did you mean {printable(close, _VALUE_LENGTH)}?"
+        if not f"{word}{close}".isascii():
+            codes = [printable(ascii(str(name)), _VALUE_LENGTH) for name in (close, word)]
+            suggestion += f" ({codes[0]}, not {codes[1]})"
+        return suggestion
     return f"; known: {examples(names, 12)}" if names else ""
 
 

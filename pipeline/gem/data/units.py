@@ -106,7 +106,7 @@ def plain_quantity(value: object, unit: str | None) -> float | str:
         return number
     # Products with factors differ in their last digits.
     numbers = {u: float(f"{number / factor:.12g}") for u, factor in UNITS[dimension].items()}
-    if unit is not None:
+    if unit in numbers:
         return numbers[unit]
     long = {u for u, factor in UNITS["time"].items() if factor > 1}
     texts = {u: f"{number:.12g}" for u, number in numbers.items()}

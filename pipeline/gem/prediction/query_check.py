@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from pipeline.gem.common.errors import InputError, did_you_mean, examples
 from pipeline.gem.data.covariates import CovariateEncoder
-from pipeline.gem.data.labels import LabelForm, cell_value
+from pipeline.gem.data.labels import LabelForm, cell_value, looks_missing
 from pipeline.gem.data.tables import identifier
 from pipeline.gem.data.units import cell_repr
 from pipeline.gem.model.gem import TrainedGEM
@@ -162,7 +162,10 @@ def _covariate_problem(
     encoder: CovariateEncoder, form: LabelForm, unknown: str, value: object
 ) -> str | None:
     value = form.cell(encoder.name, value)
-    return None if value is None else encoder.try_encode(value, unknown)[1]
+    problem = None if value is None else encoder.try_encode(value, unknown)[1]
+    if problem and looks_missing(value):
+        problem += "; leave the cell empty where a value is missing"
+    return problem
 
 
 def _reference_problem(reference_ids: frozenset[str], value: object) -> str | None:

@@ -10,11 +10,19 @@ Run     python -m pipeline.configure                        check everything bef
 
 import argparse
 import difflib
+import json
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from pipeline.gem.common import yaml_file
+from pipeline.gem.common.capacity import (
+    Size,
+    evaluation_needs,
+    require,
+    synthesis_needs,
+    training_needs,
+)
 from pipeline.gem.common.config import Params, read_params
 from pipeline.gem.common.config_errors import validation_error
 from pipeline.gem.common.errors import GemError, InputError, did_you_mean, exit_with
@@ -28,9 +36,10 @@ from pipeline.gem.search.search_config import (
     misnamed,
     read_search_config,
     search_files,
+    size_problems,
 )
 
-PARAMS = Path("params.yaml")
+PARAMS, COHORT, SYNTHETIC = Path("params.yaml"), Path("data/cohort"), Path("data/synthetic")
 SOURCE_FORMATS = "a folder of Parquet files, or an .h5ad file"
 
 
@@ -60,12 +69,21 @@ def check() -> None:
     """Raises InputError with the problems of params.yaml, else with all others."""
     params = read_params(PARAMS)
     problems = [problem] if (problem := repository_problem()) else []
+    cohort = cohort_size(params)
+    needs = [*training_needs(cohort), *evaluation_needs(cohort)]
+    if Path(params.data.source) == SYNTHETIC:
+        needs += synthesis_needs()
+    try:
+        require(needs, params)
+    except GemError as error:
+        problems += error.problems
     for path in search_files():
         if problem := misnamed(path):
             problems.append(problem)
             continue
         try:
-            read_search_config(path.stem, params)
+            search = read_search_config(path.stem, params)
+            problems += size_problems(path.stem, search, params, cohort)
         except GemError as error:
             problems += error.problems
     where = yaml_file.read(PARAMS).where(("data",))
@@ -77,9 +95,20 @@ def check() -> None:
         raise InputError(*problems)
 
 
+def cohort_size(params: Params) -> Size:
+    """Samples and genes of the synthetic cohort, or of the prepared one; 1 where unknown."""
+    if Path(params.data.source) == SYNTHETIC:
+        return {"samples": params.synthesize.samples, "genes": params.synthesize.genes}
+    try:
+        manifest = json.loads((COHORT / "manifest.json").read_text(encoding="utf-8"))
+        return {name: int(manifest[name]) for name in ("samples", "genes")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"samples": 1, "genes": 1}  # `prepare` reports a damaged cohort
+
+
 def source_problem(source: Path) -> str | None:
     """Why DVC would stop at the source, or read more than it; None if it does neither."""
-    if source == Path("data/synthetic"):
+    if source == SYNTHETIC:
         return None  # DVC creates it
     if not source.exists():
         return f"{source} does not exist; expected {SOURCE_FORMATS}"

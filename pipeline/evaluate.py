@@ -18,6 +18,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from pipeline.gem.common import provenance, yaml_file
+from pipeline.gem.common.capacity import evaluation_needs, require
 from pipeline.gem.common.config import Params, read_params
 from pipeline.gem.common.errors import InputError, exit_with
 from pipeline.gem.common.files import sha256, sha256_of
@@ -76,6 +77,7 @@ def evaluate(params: Params) -> None:
     started = time.monotonic()
     mlflow_client.connect(params.tracking.experiment)
     cohort = Cohort(COHORT)
+    require(evaluation_needs(cohort.manifest), params)
     directories = {
         "gem": EXPERIMENTS / "default",
         "gem_tuned": EXPERIMENTS / params.evaluate.search,

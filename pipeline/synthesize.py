@@ -8,6 +8,7 @@ Run     python -m pipeline.synthesize     (a few seconds for 8,000 samples x 1,0
 
 from pathlib import Path
 
+from pipeline.gem.common.capacity import require, synthesis_needs
 from pipeline.gem.common.config import read_params
 from pipeline.gem.common.errors import exit_with
 from pipeline.gem.common.processes import exclusive
@@ -17,9 +18,10 @@ OUTPUT = Path("data/synthetic")
 
 
 def main() -> None:
-    params = read_params().synthesize
+    params = read_params()
+    require(synthesis_needs(), params)
     with exclusive("synthesize", f"{OUTPUT} is being written by {{process}}; wait for it"):
-        write_source(params, OUTPUT)
+        write_source(params.synthesize, OUTPUT)
 
 
 if __name__ == "__main__":

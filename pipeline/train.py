@@ -9,6 +9,7 @@ Run     python -m pipeline.train     (about a minute on the default cohort)
 import logging
 from pathlib import Path
 
+from pipeline.gem.common.capacity import require, training_needs
 from pipeline.gem.common.config import Params, read_params
 from pipeline.gem.common.errors import StoppedError, exit_with
 from pipeline.gem.common.processes import StopSignal, exclusive
@@ -40,6 +41,7 @@ def train(params: Params, stop_signal: StopSignal) -> None:
     device = choose_device(params.train)
     mlflow_client.connect(params.tracking.experiment)
     cohort = Cohort(COHORT)
+    require(training_needs(cohort.manifest), params)
     data = TrainingData.load(cohort, device, params.model.uses_counts)
     params = data.resolve_latent_sizes(params)
     samples, genes = data.train.expression.shape

@@ -19,7 +19,7 @@ from pipeline.gem.search.confirmation import Confirmation, Decision
 from pipeline.gem.search.objective import ObjectiveFunction, log10_params
 from pipeline.gem.search.results import log_results, write_results
 from pipeline.gem.search.search import PARENT_RUN, Search
-from pipeline.gem.search.search_config import EXPERIMENTS, SearchConfig
+from pipeline.gem.search.search_config import EXPERIMENTS, SearchConfig, size_problems
 from pipeline.gem.search.study_db import StudyStorage
 from pipeline.gem.search.trial_queue import RunningTrial, failure_reason
 from pipeline.gem.search.workers import Workers, prepare_to_fork
@@ -51,6 +51,8 @@ class SearchSession:
                 "machine; set cpu, or run without WORKERS"
             )
         self.cohort = Cohort(COHORT)
+        if problems := size_problems(name, config, params, self.cohort.manifest):
+            raise InputError(*problems)
         self.data = TrainingData.load(self.cohort, device, _uses_counts(config, params))
         self.params = self.data.resolve_latent_sizes(params)
         self.data_sha256 = self.cohort.train_validation_sha256

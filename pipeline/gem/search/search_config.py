@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from pipeline.gem.common import yaml_file
+from pipeline.gem.common.capacity import Size, need_problems, training_needs
 from pipeline.gem.common.config import (
     SEARCH_NAME,
     Count,
@@ -225,6 +226,21 @@ def read_search_config(name: str, params: Params, folder: Path = SEARCHES) -> Se
     if problems:
         raise InputError(*problems)
     return config
+
+
+def size_problems(
+    name: str, config: SearchConfig, params: Params, cohort: Size, folder: Path = SEARCHES
+) -> list[str]:
+    """What the largest trial of the space, and all trials, need beyond this machine."""
+    trials = config.trials or params.tune.trials
+    fixed = {"train.epochs": config.epochs, "train.seeds": config.seeds, "tune.trials": trials}
+    values = params.override(config.largest_values).flat() | fixed
+    document, places = yaml_file.read(folder / f"{name}.yaml"), {"train.epochs": ("epochs",)}
+    places |= {"train.seeds": ("seeds",), "tune.trials": ("trials",)}
+    return [
+        f"{document.where(places.get(key, ('space', key)))}: {key} is {problem}"
+        for key, problem in need_problems(training_needs(cohort, search=True), values)
+    ]
 
 
 def _key_problems(config: SearchConfig, params: Params) -> Iterator[tuple[yaml_file.Key, str]]:

@@ -1,0 +1,199 @@
+"""Memory and time that the values of params.yaml ask for, estimated before anything is read.
+
+Memory is right within a factor of 2; a time is that of a fast machine. A need beyond the machine is
+refused, with the key that adds the most to it.
+
+N samples, G genes, P parameters of the network.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from pipeline.gem.common import yaml_file
+from pipeline.gem.common.config import GROUPS, Params
+from pipeline.gem.common.config_errors import shown
+from pipeline.gem.common.errors import InputError
+
+Values = Mapping[str, object]  # of params.yaml, by dotted key
+Size = Mapping[str, int]  # of a cohort: samples, genes; such as its manifest
+
+LONGEST_DAYS = 100  # of one stage
+MOST_THREADS = 8  # per core; more only wait for each other
+_GB, _DAY = 1e9, 86400.0
+_CGROUP = Path("/sys/fs/cgroup/memory.max")  # the limit of a container
+
+# Bytes.
+_PROGRAM = 0.6e9  # Python with torch and MLflow
+_ROW = 700  # a row of samples in memory
+_CHUNK = 2**23  # counts that are simulated at a time, in five arrays of float64
+# float32: weights, gradients, two moments of Adam, the best weights, and copies of these to save.
+_PER_PARAMETER = 4 * 12
+_PER_COUNT = 4 + 4  # of a training sample: log-CPM, and the counts that it is computed from
+_PER_BATCH_VALUE = 4 * 24  # of a value decoded in a step, in all terms and their gradients
+_TECHNICAL_LATENTS = 512  # at most, where params.yaml leaves their number open
+# Seconds.
+_PER_DRAW = 2e-7  # a count
+_PER_STEP = 2e-3
+_OPERATIONS = 5e10  # multiplications per second and core
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a task needs: a function of the values, and the keys that a person may lower."""
+
+    task: str
+    amount: Callable[[Values], float]
+    keys: Sequence[str]
+    days: bool = False  # the amount is in days, else in bytes
+
+
+def available_memory() -> float:
+    """Bytes that this process may use."""
+    available = psutil.virtual_memory().available
+    try:
+        limit = _CGROUP.read_text().strip()
+    except OSError:
+        return available
+    return min(available, int(limit)) if limit.isdecimal() else available
+
+
+def synthesis_needs() -> list[Need]:
+    names = ("samples", "genes", "studies", "strata_per_study", "donors_per_stratum", "tissues")
+    names += ("cell_types_per_tissue", "perturbations", "mechanisms", "embedding_size")
+    keys = tuple(f"synthesize.{name}" for name in names)
+
+    def memory(values: Values) -> float:
+        samples, genes, studies, strata, donors, tissues, cell_types, *others = (
+            values[key] for key in keys
+        )
+        perturbations, mechanisms, features = others
+        contexts = tissues * cell_types
+        effects = studies * strata * donors + contexts + 4 * tissues + perturbations + mechanisms
+        small = (contexts + features) * mechanisms + perturbations * features
+        tables = 8 * 2 * (effects * genes + small)
+        return _PROGRAM / 4 + tables + 40 * min(samples * genes, _CHUNK) + _ROW * samples
+
+    def days(values: Values) -> float:
+        return values[keys[0]] * values[keys[1]] * _PER_DRAW / _DAY
+
+    return [
+        Need("the synthetic cohort", memory, keys),
+        Need("the synthetic cohort", days, keys[:2], days=True),
+    ]
+
+
+def network_parameters(values: Values, genes: int) -> int:
+    """P, without what the metadata of the cohort add."""
+
+    def of(name: str) -> int:
+        return values[f"model.{name}"]
+
+    technical, biological, perturbation = latents = [
+        of(f"latent.{group}") or _TECHNICAL_LATENTS for group in GROUPS
+    ]
+    hidden, total = of("hidden"), sum(latents)
+    block = 2 * hidden**2 * of("expansion") + hidden * (of("expansion") + 3)
+
+    def layers(inputs: int, outputs: int, blocks: int) -> int:
+        return (inputs + 3) * hidden + blocks * block + (hidden + 1) * outputs
+
+    additive = of("additive_technical")
+    priors = [
+        layers(0, 2 * size, of("prior_blocks")) for size in (latents[1:] if additive else latents)
+    ]
+    encoder = layers(genes, 2 * total, of("blocks"))
+    decoder = layers(total - technical * additive, genes, of("blocks"))
+    linear = total * genes * of("linear_decoder")
+    interaction = of("interactions") * (biological + 1 + perturbation + genes)
+    return sum(priors) + encoder + decoder + linear + interaction + 6 * genes
+
+
+def training_needs(cohort: Size, search: bool = False) -> list[Need]:
+    """Of one training, or of all trials of a search."""
+    samples, genes = cohort["samples"], cohort["genes"]
+    sizes = ("hidden", "blocks", "prior_blocks", "expansion", "interactions")
+    model = (*(f"model.latent.{group}" for group in GROUPS), *(f"model.{name}" for name in sizes))
+
+    def memory(values: Values) -> float:
+        cores = max(1, _cores() // values["train.threads"])
+        processes = min(len(values["train.seeds"]), cores)
+        rows = min(values["train.batch_size"], samples)
+        hidden, blocks = values["model.hidden"], values["model.blocks"]
+        width = genes + hidden * (1 + blocks * (1 + values["model.expansion"]))
+        counts = _PER_COUNT if values["model.observation"] == "normal" else 2 * _PER_COUNT
+        return processes * (
+            _PROGRAM
+            + _PER_PARAMETER * network_parameters(values, genes)
+            + counts * samples * genes
+            + _PER_BATCH_VALUE * rows * width
+        )
+
+    def days(values: Values) -> float:
+        rows = max(1, min(values["train.batch_size"], samples))
+        steps = max(values["train.epochs"] * -(-samples // rows), values["train.min_steps"])
+        parameters, draws = network_parameters(values, genes), values["train.predictive_draws"]
+        operations = parameters * (6 * rows * steps + values["train.epochs"] * draws * samples / 20)
+        rate = _OPERATIONS * _cores()
+        seconds = steps * _PER_STEP + operations / rate
+        trials = values["tune.trials"] if search else 1
+        return trials * len(values["train.seeds"]) * seconds / _DAY
+
+    task, keys = "a trial" if search else "training", (*model, "train.batch_size", "train.seeds")
+    steps = tuple(f"train.{name}" for name in ("epochs", "min_steps", "seeds", "predictive_draws"))
+    whole, budget = ("the search", ("tune.trials",)) if search else (task, ())
+    return [Need(task, memory, keys), Need(whole, days, (*budget, *steps, *model), days=True)]
+
+
+def evaluation_needs(cohort: Size) -> list[Need]:
+    def memory(values: Values) -> float:
+        return _PROGRAM + 8 * 8 * values["evaluate.bootstrap"] * cohort["genes"]
+
+    return [Need("the evaluation", memory, ("evaluate.bootstrap",))]
+
+
+def require(needs: Sequence[Need], params: Params) -> None:
+    """InputError, with lines of params.yaml, for every need beyond this machine."""
+    problems = list(need_problems(needs, params.flat()))
+    if problems:
+        document = yaml_file.read("params.yaml")
+        places = [document.where(tuple(key.split("."))) for key, _ in problems]
+        raise InputError(
+            *(
+                f"{place}: {key} is {text}"
+                for place, (key, text) in zip(places, problems, strict=True)
+            )
+        )
+
+
+def need_problems(needs: Sequence[Need], values: Values) -> Iterator[tuple[str, str]]:
+    """(key to lower, its value and the problem) for each need beyond the machine."""
+    most, threads = MOST_THREADS * _cores(), values["train.threads"]
+    if threads > most:
+        yield "train.threads", f"{threads}; expected at most {most} on {_cores()} cores"
+    for need in needs:
+        amount, limit = need.amount(values), LONGEST_DAYS if need.days else available_memory()
+        if amount <= limit:
+            continue
+        key = min(need.keys, key=lambda key: need.amount(_lower(values, key)))
+        if need.days:
+            reason = f"{need.task} would take about {amount:,.0f} days; expected at most {limit}"
+        else:
+            memory = f"about {amount / _GB:,.1f} GB of memory, and {limit / _GB:,.1f} GB are free"
+            reason = f"{need.task} needs {memory}"
+        yield key, f"{shown(values[key])}: {reason}; lower it"
+
+
+def _cores() -> int:
+    return os.cpu_count() or 1
+
+
+def _lower(values: Values, key: str) -> Values:
+    """The values with half of one of them."""
+    value = values[key]
+    if isinstance(value, (list, tuple)):
+        return {**values, key: value[: max(1, len(value) // 2)]}
+    return {**values, key: None if value is None else max(1, value // 2)}

@@ -1,0 +1,154 @@
+"""What cannot fit is refused with an estimate, which is right within a factor of 2."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from support.settings import ROOT
+
+from pipeline.gem.common import capacity
+from pipeline.gem.common.capacity import (
+    evaluation_needs,
+    need_problems,
+    network_parameters,
+    require,
+    synthesis_needs,
+    training_needs,
+)
+from pipeline.gem.common.config import GROUPS, Params, read_params
+from pipeline.gem.common.errors import InputError
+from pipeline.gem.model.network import Network
+
+COHORT = {"samples": 12_000, "genes": 1_000}
+NEEDS = [*synthesis_needs(), *training_needs(COHORT), *evaluation_needs(COHORT)]
+
+
+@pytest.fixture(scope="module")
+def defaults() -> Params:
+    return read_params(ROOT / "params.yaml")
+
+
+@pytest.fixture(autouse=True)
+def _machine(monkeypatch):
+    """Sixteen GB and two cores, in the folder of params.yaml."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(capacity, "available_memory", lambda: 16e9)
+    monkeypatch.setattr(capacity, "_cores", lambda: 2)
+
+
+def test_the_default_values_fit_a_small_machine(defaults, monkeypatch):
+    monkeypatch.setattr(capacity, "available_memory", lambda: 2e9)
+    monkeypatch.setattr(capacity, "_cores", lambda: 1)
+    assert not list(need_problems(NEEDS, defaults.flat()))
+
+
+TOO_LARGE = {
+    "synthesize.samples": (10**9, "GB"),
+    "synthesize.genes": (10**6, "GB"),
+    "synthesize.studies": (10**6, "GB"),
+    "synthesize.tissues": (10**6, "GB"),
+    "synthesize.cell_types_per_tissue": (10**6, "GB"),
+    "synthesize.perturbations": (10**6, "GB"),
+    "synthesize.strata_per_study": (10**6, "GB"),
+    "synthesize.donors_per_stratum": (10**6, "GB"),
+    "synthesize.mechanisms": (10**6, "GB"),
+    "model.hidden": (2**16, "GB"),
+    "model.expansion": (1000, "GB"),
+    "train.epochs": (10**6, "days"),
+    "train.min_steps": (10**9, "days"),
+    "train.threads": (1024, "cores"),
+    "evaluate.bootstrap": (10**6, "GB"),
+}
+
+
+@pytest.mark.parametrize("key", TOO_LARGE)
+def test_a_value_that_cannot_fit_is_refused_with_the_estimate_and_its_line(defaults, key):
+    value, unit = TOO_LARGE[key]
+    with pytest.raises(InputError) as caught:
+        require(NEEDS, defaults.override({key: value, "model.blocks": 2}))
+    problem = next(line for line in caught.value.problems if f"{key} is {value}" in line)
+    line = (ROOT / "params.yaml").read_text().splitlines()[int(problem.split(":")[1]) - 1]
+    assert line.split(":")[0].strip() == key.split(".")[-1]
+    assert re.search(rf"\d {unit}", problem) and len(problem) <= 300
+
+
+def test_several_values_that_fit_alone_are_refused_together(defaults):
+    changes = {"model.hidden": 8192, "model.blocks": 20}
+    for key, value in changes.items():
+        assert not list(need_problems(NEEDS, defaults.override({key: value}).flat()))
+    (problem,) = need_problems(training_needs(COHORT), defaults.override(changes).flat())
+    assert problem[0] == "model.hidden" and "training needs about" in problem[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model.blocks": 3, "model.expansion": 5, "model.hidden": 70, "model.prior_blocks": 0},
+        {"model.additive_technical": False, "model.interactions": 0},
+        {"model.linear_decoder": False, "model.additive_technical": False},
+        {"model.observation": "negative_binomial", "model.latent.technical": 300},
+    ],
+)
+def test_the_number_of_parameters_is_that_of_the_network(defaults, changes):
+    params = defaults.override({"model.latent.technical": 64} | changes)
+    metadata = dict.fromkeys(GROUPS, 0)
+    network = Network(500, metadata, {}, (), params.model)
+    number = sum(parameter.numel() for parameter in network.parameters())
+    assert network_parameters(params.flat(), 500) == pytest.approx(number, rel=0.01)
+
+
+MEASURE = """
+import json, resource, sys
+from pathlib import Path
+import torch, mlflow
+from pipeline.gem.common.config import Params
+from pipeline.gem.data.cohort import Cohort
+from pipeline.gem.evaluation import bootstrap, metrics
+from pipeline.gem.simulation.write import write_source
+from pipeline.gem.training.checkpoint import Checkpoint
+from pipeline.gem.training.dataset import TrainingData
+from pipeline.gem.training.trainer import fit
+
+task, folder, cohort = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+params = Params.model_validate_json(sys.argv[4])
+if task == "synthesize":
+    write_source(params.synthesize, folder)
+elif task == "train":
+    data = TrainingData.load(Cohort(cohort), torch.device("cpu"))
+    fit(data, params, 1, checkpoint=Checkpoint(folder / "fit"))
+else:
+    values = torch.randn(60, 1000).numpy()
+    resamples = bootstrap.Bootstrap(torch.arange(60).numpy(), params.evaluate.bootstrap, 0)
+    metrics.gene_pearson(values, values, resamples)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "changes"),
+    [
+        ("synthesize", {"synthesize.perturbations": 60_000, "synthesize.genes": 500}),
+        ("train", {"model.hidden": 1200, "train.epochs": 1}),
+        ("evaluate", {"evaluate.bootstrap": 10_000}),
+    ],
+)
+def test_the_estimate_is_within_a_factor_of_two_of_the_memory(
+    cohort, params, tmp_path, task, changes
+):
+    params = params.override(changes)
+    size = {"samples": len(cohort.samples), "genes": len(cohort.genes)}
+    needs = {
+        "synthesize": synthesis_needs(),
+        "train": training_needs(size),
+        "evaluate": evaluation_needs({"samples": 60, "genes": 1000}),
+    }
+    estimate = needs[task][0].amount(params.flat())
+    arguments = [task, str(tmp_path), str(cohort.folder), params.model_dump_json()]
+    command = [sys.executable, "-c", MEASURE, *arguments]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-2000:]
+    measured = int(process.stdout.split()[-1])
+    assert measured > 0.9e9 and 0.5 < estimate / measured < 2, (estimate, measured)

@@ -13,10 +13,10 @@ import sqlalchemy
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import URL
 
-from pipeline.gem.common.addresses import database_url, environment_address
 from pipeline.gem.common.errors import InputError, examples
 from pipeline.gem.common.logs import without_passwords
 from pipeline.gem.common.processes import file_lock
+from pipeline.gem.tracking.addresses import database_url, environment_address
 
 STORAGE_VARIABLE = "OPTUNA_STORAGE"
 LOCAL_STORAGE = "sqlite:///.gem/optuna.db"

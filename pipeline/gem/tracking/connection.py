@@ -17,15 +17,15 @@ import sqlalchemy
 from mlflow.exceptions import MlflowException
 from mlflow.store.db import utils as mlflow_database
 
-from pipeline.gem.common.addresses import (
+from pipeline.gem.common.errors import GemError, InputError
+from pipeline.gem.common.logs import without_passwords
+from pipeline.gem.common.processes import file_lock
+from pipeline.gem.tracking.addresses import (
     at_root,
     database_url,
     environment_address,
     server_address,
 )
-from pipeline.gem.common.errors import GemError, InputError
-from pipeline.gem.common.logs import without_passwords
-from pipeline.gem.common.processes import file_lock
 from pipeline.gem.tracking.local_store import LocalStore, deleted_experiment
 
 log = logging.getLogger(__name__)

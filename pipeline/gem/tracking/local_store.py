@@ -16,8 +16,8 @@ from urllib.parse import quote, unquote, urlsplit
 import mlflow
 from mlflow.store.db import utils as mlflow_database
 
-from pipeline.gem.common.addresses import project_root
 from pipeline.gem.common.errors import InputError
+from pipeline.gem.tracking.addresses import project_root
 
 log = logging.getLogger(__name__)
 

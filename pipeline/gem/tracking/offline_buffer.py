@@ -17,10 +17,10 @@ from pathlib import Path
 
 import filelock
 
-from pipeline.gem.common.addresses import at_root, project_root
 from pipeline.gem.common.files import sha256_of, write_json
 from pipeline.gem.common.logs import without_passwords
 from pipeline.gem.common.processes import file_lock
+from pipeline.gem.tracking.addresses import at_root, project_root
 
 FOLDER = ".gem/untracked"
 RUNNING, FINISHED, KILLED, FAILED = "RUNNING", "FINISHED", "KILLED", "FAILED"  # of MLflow

@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline.gem.common.addresses import database_url, project_root, server_address
 from pipeline.gem.common.errors import InputError
 from pipeline.gem.common.logs import without_passwords
+from pipeline.gem.tracking.addresses import database_url, project_root, server_address
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ _CHUNK = 2**23  # counts that are simulated at a time, in five arrays of float64
 # float32: weights, gradients, two moments of Adam, the best weights, and copies of these to save.
 _PER_PARAMETER = 4 * 12
 _PER_COUNT = 4 + 4  # of a training sample: log-CPM, and the counts that it is computed from
-_PER_BATCH_VALUE = 4 * 24  # of a value decoded in a step, in all terms and their gradients
+_PER_BATCH_VALUE = 4 * 12  # of a value decoded in a step, in all terms and their gradients
 _TECHNICAL_LATENTS = 512  # at most, where params.yaml leaves their number open
 # Seconds.
 _PER_DRAW = 2e-7  # a count
@@ -160,40 +160,47 @@ def require(needs: Sequence[Need], params: Params) -> None:
     problems = list(need_problems(needs, params.flat()))
     if problems:
         document = yaml_file.read("params.yaml")
-        places = [document.where(tuple(key.split("."))) for key, _ in problems]
-        raise InputError(
-            *(
-                f"{place}: {key} is {text}"
-                for place, (key, text) in zip(places, problems, strict=True)
-            )
-        )
+        places = (document.where(tuple(key.split("."))) for key, _ in problems)
+        raise InputError(*map("{}: {}".format, places, (problem for _, problem in problems)))
 
 
 def need_problems(needs: Sequence[Need], values: Values) -> Iterator[tuple[str, str]]:
-    """(key to lower, its value and the problem) for each need beyond the machine."""
-    most, threads = MOST_THREADS * _cores(), values["train.threads"]
-    if threads > most:
-        yield "train.threads", f"{threads}; expected at most {most} on {_cores()} cores"
+    """(the first key to lower, the problem) for each need beyond the machine."""
+    most, key = MOST_THREADS * _cores(), "train.threads"
+    if values[key] > most:
+        yield key, f"{key} is {values[key]}; expected at most {most} on {_cores()} cores"
     for need in needs:
         amount, limit = need.amount(values), LONGEST_DAYS if need.days else available_memory()
         if amount <= limit:
             continue
-        key = min(need.keys, key=lambda key: need.amount(_lower(values, key)))
         if need.days:
-            reason = f"{need.task} would take about {amount:,.0f} days; expected at most {limit}"
+            reason = f"would take about {amount:,.0f} days; expected at most {limit}"
         else:
-            memory = f"about {amount / _GB:,.1f} GB of memory, and {limit / _GB:,.1f} GB are free"
-            reason = f"{need.task} needs {memory}"
-        yield key, f"{shown(values[key])}: {reason}; lower it"
+            reason = f"needs about {amount / _GB:,.1f} GB of memory; {limit / _GB:,.1f} GB are free"
+        keys = _largest(need, values, amount)
+        listed = " or ".join(f"{key} ({shown(values[key])})" for key in keys)
+        yield keys[0], f"{need.task} {reason}; lower {listed}"
+
+
+def _largest(need: Need, values: Values, amount: float) -> list[str]:
+    """At most three keys that add the most to a need: of those whose half would lower it by a
+    quarter, the largest numbers."""
+    lower = {key: need.amount(_half(values, key)) for key in need.keys if values[key] is not None}
+    effective = [key for key in lower if lower[key] <= 0.75 * amount]
+    effective.sort(key=lambda key: -_number(values[key]))
+    return effective[:3] or [min(lower, key=lower.get)]
+
+
+def _half(values: Values, key: str) -> Values:
+    value = values[key]
+    if isinstance(value, (list, tuple)):
+        return {**values, key: value[: max(1, len(value) // 2)]}
+    return {**values, key: max(1, value // 2)}
+
+
+def _number(value: object) -> int:
+    return len(value) if isinstance(value, (list, tuple)) else value
 
 
 def _cores() -> int:
     return os.cpu_count() or 1
-
-
-def _lower(values: Values, key: str) -> Values:
-    """The values with half of one of them."""
-    value = values[key]
-    if isinstance(value, (list, tuple)):
-        return {**values, key: value[: max(1, len(value) // 2)]}
-    return {**values, key: None if value is None else max(1, value // 2)}

@@ -330,15 +330,15 @@ class Train(Frozen):
     free_bits: number(0, 1000)
     metadata_dropout: MetadataDropout
     identity_dropout: Probability
-    epochs: Count
-    min_steps: integer(0, 10**9)
+    epochs: integer(1, 10**5)
+    min_steps: integer(0, 10**8)
     patience: Count
     batch_size: Count
     learning_rate: number(1e-8, 1)
     weight_decay: number(0, 1000)
     small_cohort: integer(0, 10**6)
     gradient_clip: number(1e-6, 1e9)
-    predictive_draws: Count
+    predictive_draws: integer(1, 10**4)
     device: Literal["auto", "cpu", "cuda"]
     threads: integer(1, 1024)
 
@@ -358,7 +358,7 @@ class Evaluate(Frozen):
     search: Annotated[str, Field(pattern=SEARCH_NAME, max_length=100)]
     seed: Seed
     bootstrap: integer(20, 10**6)
-    prior_draws: Count
+    prior_draws: integer(1, 10**4)
 
 
 class Tracking(Frozen):

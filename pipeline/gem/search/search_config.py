@@ -238,7 +238,7 @@ def size_problems(
     document, places = yaml_file.read(folder / f"{name}.yaml"), {"train.epochs": ("epochs",)}
     places |= {"train.seeds": ("seeds",), "tune.trials": ("trials",)}
     return [
-        f"{document.where(places.get(key, ('space', key)))}: {key} is {problem}"
+        f"{document.where(places.get(key, ('space', key)))}: {problem}"
         for key, problem in need_problems(training_needs(cohort, search=True), values)
     ]
 

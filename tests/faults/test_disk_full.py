@@ -14,7 +14,7 @@ from pipeline.gem.common.files import sha256
 from pipeline.gem.data.cohort import Cohort
 
 PREDICT = ("--model", "experiments/default", "--query", "query.csv", "--output")
-SLOW = ("tune", "evaluate")
+SLOW = ("train", "tune", "evaluate", "register")
 # A stage, its arguments, the folder of its output, and about how many bytes it writes.
 STAGES = {
     "synthesize": ((), "data/synthetic", 150_000),

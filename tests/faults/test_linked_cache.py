@@ -10,7 +10,6 @@ from support.repository import Repository
 from pipeline.gem.common import yaml_file
 from pipeline.gem.data.cohort import Cohort
 
-
 STAGES = ("synthesize", "prepare", "train", "evaluate")
 
 

@@ -6,6 +6,7 @@ suffices. The HDF5 library itself reads what it is told to, from any device, or 
 
 import math
 import os
+import re
 import warnings
 from collections.abc import Collection
 from contextlib import suppress
@@ -19,8 +20,12 @@ import pandas as pd
 from pipeline.gem.common.errors import InputError
 from pipeline.gem.data.storage.reading import RESTORE, check_memory, check_regular, reading
 
+with suppress(ImportError, OSError):  # not required; it brings filters
+    import hdf5plugin  # noqa: F401
+
 MAX_CHUNK = 2**30  # bytes; a chunk is read as a whole
 _MAX_LINKS = 16  # in a row
+_TABLE_ENCODINGS = (("dataframe", "0.1.0"), ("dataframe", "0.2.0"))
 _TEXT_BYTES = 100  # of a short text in memory
 
 
@@ -111,8 +116,8 @@ class H5adFile:
         plist = dataset.id.get_create_plist()
         for position in range(plist.get_nfilters()):
             code, _, _, description = plist.get_filter(position)
-            if not _can_decode(code):
-                name = description.decode(errors="replace").split(":")[0] or "without a name"
+            if not h5py.h5z.filter_avail(code):
+                name = re.split("[;:]", description.decode(errors="replace"))[0] or "no name"
                 raise InputError(
                     f"{where}: compressed by the filter {code} ({name}), which is not installed; "
                     "write it again with gzip, or install hdf5plugin"
@@ -203,14 +208,3 @@ class H5adFile:
             # Fixed-length text becomes UCS4, four bytes per character.
             size = _TEXT_BYTES + 5 * dataset.dtype.itemsize if text else dataset.dtype.itemsize
             check_memory(where, f"{dataset.size:,} values", dataset.size * size)
-
-
-_TABLE_ENCODINGS = (("dataframe", "0.1.0"), ("dataframe", "0.2.0"))
-
-
-def _can_decode(code: int) -> bool:
-    """Whether a filter is here. hdf5plugin, which need not be installed, brings some along."""
-    if not h5py.h5z.filter_avail(code):
-        with suppress(ImportError):
-            import hdf5plugin  # noqa: F401
-    return bool(h5py.h5z.filter_avail(code))

@@ -53,8 +53,8 @@ def unpack(path: Path) -> tuple[str, dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"not in the format of this program ({error})") from None
-    if not envelope:
-        raise ValueError(f"not in the format of this program (no {_KEY!r} in its metadata)")
+    if not envelope.startswith('{"sha256":"'):
+        raise ValueError("not in the format of this program, or of another version of it")
     for name, tensor in tensors.items():
         if tensor.dtype not in _TYPES:
             raise ValueError(f"{name} is {tensor.dtype}, expected torch.float32")

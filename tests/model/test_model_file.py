@@ -330,6 +330,10 @@ HOSTILE: dict[str, tuple[Change, str]] = {
         ),
         "features of x occur twice",
     ),
+    "an unknown dimension": (
+        lambda d, _: d["metadata"]["perturbation"][2].update(levels=["length"]),
+        "perturbation_dose: length are no dimensions",
+    ),
     "a covariate twice": (metadata_with(name="tissue"), "the covariate tissue occurs twice"),
     "a dependency on unknown levels": (
         lambda d, _: d["metadata"]["dependencies"].append(

@@ -115,7 +115,9 @@ class CovariateEncoder:
         if code is not None or unknown != "refuse":
             return code, None
         if isinstance(self.covariate, Numeric):
-            dimensions = " or ".join(map(dimension_name, self.levels))
+            dimensions = " or ".join(
+                dimension_name(level, with_units=True) for level in self.levels
+            )
             return None, f"{cell_repr(value)} has another dimension than in training: {dimensions}"
         suggestion = did_you_mean(value, self.known_labels)
         return None, (

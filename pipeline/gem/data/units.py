@@ -123,8 +123,10 @@ def is_ambiguous(value: object, dimensions: Iterable[str]) -> bool:
     return "time" in dimensions and re.search(r"[\d.\s]M\s*$", str(value)) is not None
 
 
-def dimension_name(dimension: str) -> str:
-    return dimension or "plain numbers"
+def dimension_name(dimension: str, with_units: bool = False) -> str:
+    """For a message: "plain numbers", "time" or, with its units, "time (s min h ...)"."""
+    units = f" ({' '.join(UNITS[dimension])})" if with_units and dimension else ""
+    return (dimension or "plain numbers") + units
 
 
 def cell_repr(value: object) -> str:

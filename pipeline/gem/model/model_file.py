@@ -16,13 +16,14 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from pipeline.gem.common.config import GROUPS, Covariate, Frozen, Model, Seed
+from pipeline.gem.common.config import GROUPS, Covariate, Frozen, Model, Numeric, Seed
 from pipeline.gem.common.errors import InputError, IntegrityError, examples
 from pipeline.gem.common.files import sha256_of
 from pipeline.gem.data.covariates import CovariateEncoder, FunctionalDependency
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.data.features import FeatureTable
 from pipeline.gem.data.labels import LabelForm
+from pipeline.gem.data.units import DIMENSIONLESS, UNITS
 from pipeline.gem.model import tensor_file
 from pipeline.gem.model.calibration import TEMPERATURE_RANGE
 from pipeline.gem.model.query import TargetGenes
@@ -241,6 +242,9 @@ def _covariate_problems(covariates: list[CovariateState]) -> list[str]:
         # The order of levels gives the columns of the encoding their meaning: training sorts them.
         if list(covariate.levels) != sorted(set(covariate.levels)):
             problems.append(f"{covariate.name}: levels that are repeated or not sorted")
+        is_numeric = isinstance(covariate.covariate, Numeric)
+        if is_numeric and not {*covariate.levels} <= {DIMENSIONLESS, *UNITS}:
+            problems.append(f"{covariate.name}: {examples(covariate.levels)} are no dimensions")
         if twice := _repeated(covariate.feature_labels or ()):
             problems.append(f"{covariate.name}: features of {twice} occur twice")
     return problems

@@ -543,7 +543,7 @@ def test_all_problems_of_the_tables_are_reported_at_once(declare, prepared, tmp_
         "no column studdy; did you mean study?",
         "data.control.column: no column perturbatio; did you mean perturbation?",
         "'old'",
-        "rename the column total",
+        "no column can be called total",
     ):
         assert part in str(caught.value), part
 

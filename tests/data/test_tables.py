@@ -51,7 +51,8 @@ def test_quoted_cells_may_hold_delimiters_and_newlines(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "Empty CSV file"),
+        (b"", "it is empty"),
+        (b"\n\n\n", "it is empty"),
         ("a,b\nä,1\n".encode("cp1252"), "its text is not UTF-8; save it as UTF-8"),
         ("ä,b\na,1\n".encode("cp1252"), "its text is not UTF-8; save it as UTF-8"),
         ("a,b\n1,2\n".encode("utf-16-le"), "UTF-16 without a byte-order mark"),

@@ -1,5 +1,6 @@
 """Feature, target-gene and gene-list tables: read in every form, refused with all problems."""
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,8 @@ GENE_LISTS = {
     "genes.txt": lambda path: path.write_text("g1\n\n  g2 \ng2\n"),
     "genes": lambda path: path.write_text("g1\r\ng2\r\n"),
     "genes.csv": lambda path: path.write_text("symbol,gene_id\nA,g1\nB,g2\n,\n"),
+    "genes.tsv.gz": lambda path: path.write_bytes(gzip.compress(b"x\tgene_id\n\tg1\n\tg2")),
+    "bom.txt": lambda path: path.write_text("g1\ng2", encoding="utf-16"),
     "genes.parquet": lambda path: pd.DataFrame({"gene_id": ["g1", "g2", None]}).to_parquet(path),
 }
 
@@ -129,6 +132,7 @@ GENE_LIST_MISTAKES = [
     ("genes.txt", b"\n\n", "no gene; list at least one"),
     ("genes.txt", b"\xff\xfe\x00", "cannot be read as a list of names"),
     ("genes.csv", b"gene,symbol\ng1,A\n", "no column gene_id; expected gene_id, found gene"),
+    ("genes.tsv", b"gene_id\tgene_id\ng1\tg2\n", "columns gene_id occur more than once"),
     ("genes.csv", b"", "cannot be read as a CSV table"),
     ("genes.parquet", b"g1\n", "cannot be read as a Parquet table"),
     ("absent.txt", None, "absent; data.gene_list names it"),

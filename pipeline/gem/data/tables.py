@@ -4,10 +4,12 @@ A cell of a text table is the text as written, and missing only if it is empty. 
 table are texts, numbers or booleans, whatever their type on disk.
 """
 
+import csv
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from datetime import datetime, time
+from io import TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ import pyarrow.csv as pc_csv
 from pipeline.gem.common.config import GROUPS, Data
 from pipeline.gem.common.errors import InputError, examples
 from pipeline.gem.data.labels import label_text
-from pipeline.gem.data.storage.parquet import read_parquet
+from pipeline.gem.data.storage.parquet import check_distinct, read_parquet
 from pipeline.gem.data.storage.reading import check_regular, reading
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,8 @@ def is_table(path: Path) -> bool:
 def readable(path: Path, kind: str = "a table") -> AbstractContextManager[None]:
     """Turns errors of Arrow, of decoding and of the system into an InputError about the file."""
     check_regular(path)
-    return reading(path, kind=kind, errors=(pa.ArrowException, OSError, ValueError))
+    errors = (pa.ArrowException, OSError, ValueError, csv.Error)
+    return reading(path, "save it again", kind=kind, errors=errors)
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -93,6 +96,7 @@ def read_columns(
             table = pa.Table.from_batches(batches, schema)
         names = table.column_names
         if columns is not None:
+            check_distinct(path, [name for name in names if name in columns])
             table = table.select([name for name in names if name in columns])
     else:
         table, names = read_parquet(path, columns)
@@ -129,8 +133,7 @@ def text_schema(path: Path, known: Collection[str] = ()) -> pa.Schema:
     one without a name is called by its position. A warning tells of an unusual delimiter."""
     with readable(path, "a CSV table"):
         encoding, delimiter, usual = _text_format(path)
-        with _open_text(path, encoding, delimiter, None) as reader:
-            names = reader.schema.names
+        names = _header(path, encoding, delimiter)
     if not usual:
         separator = _DELIMITERS[delimiter]
         logger.warning("%s: its columns are separated by %s; read as such", path, separator)
@@ -142,23 +145,30 @@ def text_schema(path: Path, known: Collection[str] = ()) -> pa.Schema:
 def text_batches(path: Path) -> Iterator[pa.RecordBatch]:
     """Batches of a text table, of bounded size, with the names of the header as they are."""
     encoding, delimiter, _ = _text_format(path)
-    with _open_text(path, encoding, delimiter, None) as reader:
-        names = reader.schema.names
-    with _open_text(path, encoding, delimiter, dict.fromkeys(names, pa.string())) as reader:
+    names = _header(path, encoding, delimiter)
+    reader = pc_csv.open_csv(
+        pa.input_stream(path),
+        # Arrow drops the mark of UTF-8 itself.
+        read_options=pc_csv.ReadOptions(encoding="utf-8" if "utf-8" in encoding else encoding),
+        parse_options=pc_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=pc_csv.ConvertOptions(
+            column_types=dict.fromkeys(names, pa.string()),
+            null_values=[""],
+            strings_can_be_null=True,
+        ),
+    )
+    if reader.schema.names != names:  # a column of another name would get a guessed type
+        raise ValueError("its header has quotes that can be read in two ways")
+    with reader:
         yield from reader
 
 
-def _open_text(path: Path, encoding: str, delimiter: str, types: dict | None):
-    # Arrow drops the mark of UTF-8 itself.
-    encoding = "utf-8" if encoding == "utf-8-sig" else encoding
-    return pc_csv.open_csv(
-        pa.input_stream(path),
-        read_options=pc_csv.ReadOptions(encoding=encoding),
-        parse_options=pc_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pc_csv.ConvertOptions(
-            column_types=types, null_values=[""], strings_can_be_null=True
-        ),
-    )
+def _header(path: Path, encoding: str, delimiter: str) -> list[str]:
+    with pa.input_stream(path) as file, TextIOWrapper(file, encoding, newline="") as text:
+        names = next(filter(None, csv.reader(text, delimiter=delimiter)), None)
+    if names is None:
+        raise ValueError("it is empty")
+    return names
 
 
 def _text_format(path: Path) -> tuple[str, str, bool]:

@@ -81,7 +81,8 @@ class QueryFile:
         if is_text_table(self.path):
             for batch in text_batches(self.path):
                 table = pa.Table.from_batches([batch.rename_columns(self.schema.names)])
-                yield table.cast(self.schema)
+                columns = map(_cast, table.columns, self.schema.types)
+                yield pa.table(list(columns), schema=self.schema)
             return
         with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(rows):
@@ -211,14 +212,18 @@ def _codes(column: pa.ChunkedArray) -> np.ndarray:
     return pc.fill_null(coded.indices, len(coded.dictionary)).to_numpy(zero_copy_only=False)
 
 
+def _cast(texts: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    return texts if kind == pa.string() else pc.cast(pc.utf8_trim_whitespace(texts), kind)
+
+
 def _castable(texts: pa.ChunkedArray, kind: pa.DataType) -> bool:
-    """Whether all texts are numbers of this type, none with leading zeros."""
+    """Whether all texts are finite numbers of this type, none with leading zeros."""
     if kind == pa.string():
         return True
     if pc.any(pc.match_substring_regex(texts, r"^\s*[-+]?0\d")).as_py():
         return False
     try:
-        pc.cast(texts, kind)
+        numbers = _cast(texts, kind)
     except pa.ArrowInvalid:
         return False
-    return texts.null_count < len(texts)
+    return texts.null_count < len(texts) and pc.all(pc.is_finite(numbers)).as_py()

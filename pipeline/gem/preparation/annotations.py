@@ -12,7 +12,7 @@ from pipeline.gem.common.config import Data
 from pipeline.gem.common.errors import InputError, examples
 from pipeline.gem.data.features import FeatureTable
 from pipeline.gem.data.labels import LabelForm, label_texts, list_cell_problems, split_labels
-from pipeline.gem.data.tables import identifier_series, is_table, read_lines, read_table
+from pipeline.gem.data.tables import identifier_series, is_table, read_columns, read_lines
 
 TARGET_COLUMNS = ["perturbation", "gene_id"]
 
@@ -150,11 +150,11 @@ def _existing(path: str, key: str) -> Path:
 
 def _read_labels(path: Path, columns: list[str]) -> pd.DataFrame:
     """These columns of a table, as texts."""
-    table = read_table(path)
-    if absent := [name for name in columns if name not in table]:
+    table, names = read_columns(path, columns)
+    if absent := [name for name in columns if name not in names]:
         raise InputError(
             f"{path}: no column {' or '.join(absent)}; expected {' and '.join(columns)}, "
-            f"found {examples(table.columns)}"
+            f"found {examples(names)}"
         )
     problems: list[str] = []
     for name in columns:

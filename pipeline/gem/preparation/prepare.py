@@ -26,7 +26,7 @@ from pipeline.gem.data.cohort import (
 from pipeline.gem.data.labels import LabelForm, label_texts, list_cell_problems
 from pipeline.gem.data.sources import Source, check_unique
 from pipeline.gem.data.splits import SPLIT_ROLES, TRAIN, date_problems, role_of, split_sizes
-from pipeline.gem.data.tables import COHORT_COLUMNS, RESERVED_COLUMNS, reserved_name_problems
+from pipeline.gem.data.tables import RESERVED_COLUMNS, reserved_name_problems
 from pipeline.gem.preparation.annotations import (
     Annotations,
     collect_problems,
@@ -114,11 +114,6 @@ def _validate_tables(source: Source, data: Data) -> tuple[pd.DataFrame, Annotati
     problems += check_unique(source.samples, "sample_id", f"{where}: samples")
     problems += check_unique(source.genes, "gene_id", f"{where}: genes")
     problems += reserved_name_problems(data)
-    problems += [
-        f"{where}: rename the column {name}: the cohort adds a column of that name"
-        for name in COHORT_COLUMNS
-        if name in source.samples and name != "sample_id"
-    ]
     if clash := {*data.columns(), *RESERVED_COLUMNS} & set(source.genes["gene_id"]):
         problems.append(
             f"{where}: {examples(sorted(clash))}: the name of a gene and of a column; rename one"

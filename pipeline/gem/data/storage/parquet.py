@@ -31,9 +31,8 @@ def read_parquet(
         index = (schema.pandas_metadata or {}).get("index_columns", [])
         known = sorted(schema.names, key=lambda name: name not in index)
         names = known if columns is None else [name for name in known if name in columns]
-        if columns is not None and len(set(names)) < len(names):
-            repeated = {name for name in names if names.count(name) > 1}
-            raise InputError(f"{path}: columns {examples(sorted(repeated))} occur more than once")
+        if columns is not None:
+            check_distinct(path, names)
         check_memory(str(path), f"{rows:,} rows", rows * len(names) * 8)
         # Text is read with one copy of each value: a small file may repeat a long one.
         texts = [name for name in names if _is_text(schema.field(name).type)]
@@ -50,6 +49,12 @@ def read_parquet(
                     column = column.cast(column.type.value_type)
                     table = table.set_column(position, name, column)
         return table, schema.names
+
+
+def check_distinct(path: Path, names: Collection[str]) -> None:
+    """InputError if a name of a column occurs more than once."""
+    if repeated := {name for name in names if list(names).count(name) > 1}:
+        raise InputError(f"{path}: columns {examples(sorted(repeated))} occur more than once")
 
 
 def _is_text(kind: pa.DataType) -> bool:

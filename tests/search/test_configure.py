@@ -197,6 +197,29 @@ def test_problems_of_searches_and_of_the_place_are_reported_together(call):
     assert re.search(r"params.yaml:\d+: data.source: elsewhere.h5ad does not exist", source)
 
 
+@pytest.mark.parametrize(
+    ("path", "old", "new", "expected"),
+    [
+        (CAPACITY, "[64, 128, 256, 512]", "[256, 65536]", "model.hidden (65536)"),
+        (CAPACITY, "high: 3, log", "high: 1000, log", "model.blocks (1000)"),
+        (CAPACITY, "trials: 40", "trials: 1000000", "tune.trials (1000000)"),
+        (PARAMS, "hidden: 256", "hidden: 65536", "model.hidden (65536)"),
+        (PARAMS, "samples: 12000", "samples: 1000000000", "synthesize.samples (1000000000)"),
+    ],
+)
+def test_the_largest_trial_and_every_stage_must_fit_the_machine(call, path, old, new, expected):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(InputError) as caught:
+        call()
+    for problem in caught.value.problems:
+        assert re.search(r"(GB of memory|days); .*lower ", problem) and len(problem) <= 300
+    assert any(
+        problem.startswith(f"{path}:") and expected in problem for problem in caught.value.problems
+    )
+
+
 @pytest.mark.parametrize("value", ["true", "True"])
 def test_without_git_dvc_needs_a_setting(call, value):
     Path(".git").rmdir()

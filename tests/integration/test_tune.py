@@ -1,16 +1,11 @@
-"""The stage tune: its time limit, a run after a promotion, and a run whose DVC was killed."""
+"""The stage tune: its time limit, and a run after a promotion."""
 
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 
 import mlflow
 import pandas as pd
 import pytest
-from support.processes import descendants, is_alive, until
 from support.repository import Repository
 from support.settings import TINY
 
@@ -103,36 +98,3 @@ def test_after_a_promotion_the_stage_trains_nothing_and_writes_the_same_results(
     for name in ("model.safetensors", "history.csv", "report.json"):
         default = repository.folder / "experiments" / "default" / name
         assert default.read_bytes() == results[folder / name], "the promoted model"
-
-
-def test_a_search_ends_after_its_dvc_was_killed_and_the_next_repro_continues(repository):
-    """The search has more trials than can end before it notices that its parent is gone."""
-    repository.stage("pipeline.configure", "--set", "tune.trials=1000")
-    store = f"sqlite:///{repository.folder}/mlflow.db"
-    environment = repository.environment(store) | {"GEM_WORKERS": "2", "SHELL": "/bin/sh"}
-    command = [sys.executable, "-m", "dvc", "repro", "--single-item", "tune"]
-    options = {"cwd": repository.folder, "env": environment}
-    path = repository.folder / "dvc.log"
-    with open(path, "w") as log:
-        dvc = subprocess.Popen(command, stdout=log, stderr=log, **options)
-    until(lambda: dvc.poll() is not None or "latent_kl: trial 0 " in path.read_text())
-    assert dvc.poll() is None, path.read_text()
-    processes = descendants(dvc.pid)
-    assert len(processes) >= 3, "the stage and its two workers"
-    os.kill(dvc.pid, signal.SIGKILL)
-    dvc.wait()
-    until(lambda: not any(is_alive(pid) for pid in processes), seconds=60)
-    states = ("COMPLETE", "PRUNED")
-    before = {trial.number for trial in repository.trials() if trial.state.name in states}
-    assert 0 < len(before) < 1000
-
-    budget = len(before) + 2
-    repository.stage("pipeline.configure", "--set", f"tune.trials={budget}")
-    process = subprocess.run(command, capture_output=True, text=True, timeout=900, **options)
-    assert process.returncode == 0, process.stdout + process.stderr
-    table = pd.read_csv(repository.folder / "experiments/latent_kl/trials.csv")
-    assert len(table) == budget and before <= set(table["trial"])
-    assert not table.iloc[:, 5:].duplicated().any()
-    runs = mlflow_runs(repository)
-    assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}
-    assert sum(run.info.run_name == "latent_kl" for run in runs) == 1

@@ -58,8 +58,9 @@ def test_a_table_with_none_of_the_labels_is_refused_before_counts_are_read(prepa
     with pytest.raises(InputError) as caught:
         prepare(source)
     features, targets = caught.value.problems
-    assert features.startswith(f"{source / TABLE}: none of its 8 labels (")
-    assert targets.startswith(f"{source / 'targets.parquet'}: none of its ")
+    # The middle of a message with a long path is left out.
+    assert features.startswith(f"{source / TABLE}: none of")
+    assert targets.startswith(f"{source / 'targets.parquet'}: none of")
     assert "is among the 8 of perturbation (" in features
 
 

@@ -20,10 +20,10 @@ NOISE = {
     "platform": ["noise a", "noise b"],
     "disease": ["noise", "healthy", None],
     "sex": ["noise", "female", "male", None],
-    "age_years": ["7 years", "1e3", "0.1", None],
+    "age_years": ["7", "1e3", "0.1", None],
     "perturbation_type": ["noise", "drug", None],
-    "perturbation_dose": ["3 mg/mL", "1 nM", "5", None],
-    "perturbation_time": ["3 weeks", "7", None],
+    "perturbation_dose": ["3 mM", "1 nM", None],
+    "perturbation_time": ["3 weeks", "7 hours", None],
 }
 MODEL = ("model.safetensors", "seeds/seeds.json", "history.csv", "report.json")
 RESULTS = ("best.yaml", "trials.csv", "importance.csv", "confirmed.csv")

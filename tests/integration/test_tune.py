@@ -2,12 +2,16 @@
 
 import re
 import shutil
+import time
+from types import SimpleNamespace
 
 import mlflow
 import pandas as pd
 import pytest
 from support.repository import Repository
 from support.settings import TINY
+
+from pipeline.gem.search import run as search_run
 
 DEFINITION = """
 description: of this test
@@ -48,11 +52,14 @@ def mlflow_runs(repository: Repository) -> list:
 
 
 def test_after_its_time_limit_a_search_uses_the_finished_trials_and_a_second_call_continues(
-    repository,
+    repository, monkeypatch
 ):
-    define(repository, trials=3, minutes=0.0000001)
-    output = tune(repository, expect=75)
-    message = "search short: no trial finished within the time limit of 1e-07 minutes"
+    define(repository, trials=3, minutes=0.01)
+    with monkeypatch.context() as patched:  # the limit is over when the first trial would start
+        clock = SimpleNamespace(monotonic=lambda: time.monotonic() - 60)
+        patched.setattr(search_run, "time", clock)
+        output = tune(repository, expect=75)
+    message = "search short: no trial finished within the time limit of 0.01 minutes"
     assert f"stopped: {message}; to continue: make tune SEARCH=short" in output
 
     define(repository, trials=1000, minutes=0.03)

@@ -192,7 +192,9 @@ def test_a_version_holds_exactly_the_code_of_prediction_and_pins_its_packages(de
     assert {"torch", "numpy", "pandas", "pyarrow", "pydantic", "scipy", "mlflow"} <= set(pinned)
     assert pinned == {name: version(name).split("+")[0] for name in pinned}
     unpinned = packages_of(code) - sys.stdlib_module_names - {"pipeline", "ruamel"} - set(pinned)
-    assert unpinned <= {"anndata", "h5py", "hdf5plugin"}, "only .h5ad files, which no request can name"
+    assert unpinned <= {"anndata", "h5py", "hdf5plugin"}, (
+        "only for .h5ad, which no request can name"
+    )
     model = folder / "data" / "model.safetensors"
     assert model.read_bytes() == (default / "model.safetensors").read_bytes()
 

@@ -5,7 +5,7 @@ from copy import deepcopy
 from dataclasses import replace
 
 import pytest
-from support.mutations import assert_one_line_each, keys, misspelt, mutations
+from support.mutations import assert_one_line_each, mutations, removals
 from support.settings import ROOT
 
 from pipeline.gem.common import yaml_file
@@ -74,21 +74,11 @@ def test_every_value_of_every_key_makes_a_search_that_can_run_or_is_refused_in_o
 @pytest.mark.parametrize("change", ["absent", "misspelt"])
 def test_an_absent_or_misspelt_key_is_one_line_with_the_right_name(document, params, change):
     optional = ("trials", "time_limit", "when", "epochs", "from_trials", "step")
-    values = document.values
-    for key in list(keys(values)):
-        *parents, name = key
-        if isinstance(name, int) or (name in optional and key != ("epochs",)) or "when" in key:
+    for key in removals(document.values, change):
+        name = key[-1]
+        if (name in optional and key != ("epochs",)) or "when" in key:
             continue
-        parent = values
-        for part in parents:
-            parent = parent[part]
-        saved = dict(parent)
-        value = parent.pop(name)
-        if change == "misspelt":
-            parent[misspelt(name)] = value
         with pytest.raises(InputError) as caught:
             read_search_config(document.path.stem, params, FOLDER)
         assert_one_line_each(caught.value.problems, document.path)
         assert any(name in problem for problem in caught.value.problems), caught.value.problems
-        parent.clear()
-        parent.update(saved)

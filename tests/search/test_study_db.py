@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import optuna
 import pytest
 from support.processes import free_port
 from support.searches import open_search, run
@@ -116,6 +117,7 @@ def test_an_empty_file_becomes_a_database(monkeypatch, tmp_path):
     (tmp_path / "x.db").touch()
     monkeypatch.setenv("OPTUNA_STORAGE", f"sqlite:///{tmp_path}/x.db")
     StudyStorage().close()
+    assert optuna.get_all_study_names(f"sqlite:///{tmp_path}/x.db") == []
 
 
 def test_a_file_that_another_program_locks_is_one_line(monkeypatch, tmp_path):

@@ -37,6 +37,25 @@ def mutations(values: dict, step: int = 1) -> Iterator[tuple[Key, object]]:
         parent[key[-1]] = original
 
 
+def removals(values: dict, change: str) -> Iterator[Key]:
+    """Takes every key of a mapping away in turn, in place, and yields it. With the change
+    "misspelt" its value stays under a misspelt name."""
+    for key in list(keys(values)):
+        *parents, name = key
+        if isinstance(name, int):
+            continue
+        parent = values
+        for part in parents:
+            parent = parent[part]
+        saved = dict(parent)
+        value = parent.pop(name)
+        if change == "misspelt":
+            parent[misspelt(name)] = value
+        yield key
+        parent.clear()
+        parent.update(saved)
+
+
 def misspelt(name: str) -> str:
     return name + name[-1]
 

@@ -128,14 +128,19 @@ metrics.gene_pearson(values, values, bootstrap.Bootstrap(np.arange(60), draws, 0
 """,
 }
 HEAD = """
-import resource, sys
+import sys
 from pathlib import Path
+import numpy as np
 from pipeline.gem.common.config import Params
 folder, cohort = map(Path, sys.argv[1:3])
 params = Params.model_validate_json(sys.argv[3])
 draws = params.evaluate.bootstrap
 """
-TAIL = "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+# The peak of getrusage would begin with that of the process that starts this one.
+TAIL = """
+peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+print(int(peak) * 1024)
+"""
 
 
 @pytest.mark.slow

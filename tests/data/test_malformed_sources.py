@@ -430,7 +430,7 @@ def test_a_file_in_which_hdf5_does_not_end_is_one_line(declare, malformed, monke
         if content.startswith(b"GCOL", start):
             content = content[: start + 16] + bytes(4080) + content[start + 4096 :]
     path.write_bytes(content)
-    monkeypatch.setattr(reading_module, "TRIAL_SECONDS", 1)
+    monkeypatch.setattr(reading_module, "CHILD_SECONDS", 1)
     assert "HDF5 does not end while reading it" in problem_of(declare(path))
 
 

@@ -74,7 +74,7 @@ def test_no_damage_to_a_cohort_is_silent(cohort, tmp_path, times, record_propert
 def test_no_damage_to_a_source_crashes(
     params, source_folder, tmp_path, monkeypatch, times, record_property, form
 ):
-    monkeypatch.setattr(reading, "TRIAL_SECONDS", 2)
+    monkeypatch.setattr(reading, "CHILD_SECONDS", 2)
     data = params.override(at_source(source_folder)).data
     path = write_source(data, tmp_path, form)
     data = data.model_copy(update={"source": str(path)})

@@ -169,6 +169,7 @@ def test_a_stage_ends_with_its_dvc_and_the_next_repro_gives_the_same_bytes(
                 dvc.wait(moments.uniform(0, seconds))
             processes = descendants(dvc.pid)
             dvc.kill()
+            dvc.wait()  # the locks of a process that nobody waits for remain
             killed = time.monotonic()
             with subprocess.Popen(command, **options) as following:
                 slowest = max(slowest, seconds_until_end(processes))

@@ -28,6 +28,7 @@ def test_parallel_fits_are_equal_to_sequential_ones(two_cores, data, params, coh
 
 @pytest.mark.integration
 def test_divergence_in_a_process_is_raised_here(two_cores, data, params, cohort):
-    changed = {"train.seeds": [1, 2], "train.learning_rate": 1e30, "train.gradient_clip": 1e30}
+    without_bounds = {"seeds": (1, 2), "learning_rate": 1e30, "gradient_clip": 1e30}
+    changed = params.model_copy(update={"train": params.train.model_copy(update=without_bounds)})
     with pytest.raises(DivergedError, match="training diverged at step"):
-        fit_seeds(data, params.override(changed), cohort.folder, lambda seed, epoch: None, {})
+        fit_seeds(data, changed, cohort.folder, lambda seed, epoch: None, {})

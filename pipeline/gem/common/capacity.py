@@ -119,8 +119,10 @@ def training_needs(cohort: Size, search: bool = False) -> list[Need]:
     model = (*(f"model.latent.{group}" for group in GROUPS), *(f"model.{name}" for name in sizes))
 
     def memory(values: Values) -> float:
+        # The seeds of a trial, or of one GPU, are fitted one after the other.
+        alone = search or values["train.device"] == "cuda"
         cores = max(1, _cores() // values["train.threads"])
-        processes = min(len(values["train.seeds"]), cores)
+        processes = 1 if alone else min(len(values["train.seeds"]), cores)
         rows = min(values["train.batch_size"], samples)
         hidden, blocks = values["model.hidden"], values["model.blocks"]
         width = genes + hidden * (1 + blocks * (1 + values["model.expansion"]))
@@ -157,7 +159,11 @@ def evaluation_needs(cohort: Size) -> list[Need]:
 
 def require(needs: Sequence[Need], params: Params) -> None:
     """InputError, with lines of params.yaml, for every need beyond this machine."""
-    problems = list(need_problems(needs, params.flat()))
+    values, most = params.flat(), MOST_THREADS * _cores()
+    problems, key = list(need_problems(needs, values)), "train.threads"
+    if values[key] > most:
+        message = f"{key} is {values[key]}; expected at most {most} on {_cores()} cores"
+        problems.append((key, message))
     if problems:
         document = yaml_file.read("params.yaml")
         places = (document.where(tuple(key.split("."))) for key, _ in problems)
@@ -166,9 +172,6 @@ def require(needs: Sequence[Need], params: Params) -> None:
 
 def need_problems(needs: Sequence[Need], values: Values) -> Iterator[tuple[str, str]]:
     """(the first key to lower, the problem) for each need beyond the machine."""
-    most, key = MOST_THREADS * _cores(), "train.threads"
-    if values[key] > most:
-        yield key, f"{key} is {values[key]}; expected at most {most} on {_cores()} cores"
     for need in needs:
         amount, limit = need.amount(values), LONGEST_DAYS if need.days else available_memory()
         if amount <= limit:

@@ -28,7 +28,6 @@ from pipeline.gem.common.yaml_file import flatten, set_dotted
 GROUPS = ("technical", "biological", "perturbation")
 
 SEARCH_NAME = r"^[A-Za-z0-9_]{1,100}$"  # a search names a file and a folder
-FILE_NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
 _CONTROL = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories; surrogates cannot be written to a file
 _NAME_BYTES = 255
 
@@ -40,9 +39,10 @@ def _plain(text: str) -> str:
 
 
 def _path(text: str) -> str:
-    if re.match(r"~|\$\{?[A-Za-z_]", text):
+    parts = Path(text).parts
+    if any(part.startswith("~") or re.search(r"\$\{?[A-Za-z_]", part) for part in parts):
         raise ValueError(f"{text!r}: only a shell expands ~ and $NAME; write the whole path")
-    if any(len(os.fsencode(part)) > _NAME_BYTES for part in Path(text).parts):
+    if any(len(os.fsencode(part)) > _NAME_BYTES for part in parts):
         raise ValueError(f"{text!r}: a name in it has more than {_NAME_BYTES} bytes")
     return text
 

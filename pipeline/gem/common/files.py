@@ -1,7 +1,8 @@
 """Files and folders that are complete or absent: written beside their place, then renamed.
 
 Nothing is written through a link (DVC's cache may be links), and nothing is removed before its
-successor is complete. A process that is killed leaves a `.*.tmp`, which the next writer removes.
+successor is complete. A process that is killed leaves a `.*.tmp`: the next writer removes it, or
+puts it back if it is an old folder without a successor.
 """
 
 import errno
@@ -16,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from pipeline.gem.common.machine_errors import NO_SPACE, error_number
 
 if TYPE_CHECKING:
@@ -24,36 +27,37 @@ if TYPE_CHECKING:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes `content`; a reader, or a crash, sees the old file or the new one."""
-    with _replacement(path, len(content)) as temporary:
+    with atomic_replacement(path, len(content)) as temporary:
         temporary.write_bytes(content)
-
-
-def atomic_replacement(path: Path):
-    """A context with a temporary path to write to, which replaces `path` at the end.
-
-    For files that are too large for `write_atomically`. The file keeps the mode of a file that
-    it replaces, unless that is a link.
-    """
-    return _replacement(path)
 
 
 @contextmanager
 def folder_replacement(path: Path) -> Iterator[Path]:
     """A temporary folder to fill, which replaces the folder `path` with all its content at the
     end; after a failure `path` is as before."""
-    with _replacement(path) as temporary:
+    with atomic_replacement(path) as temporary:
         temporary.mkdir()
         yield temporary
 
 
 @contextmanager
-def _replacement(path: Path, size: int | None = None) -> Iterator[Path]:
-    """`size` in bytes, if it is known before."""
+def atomic_replacement(path: Path, size: int | None = None) -> Iterator[Path]:
+    """A temporary path to write to, which replaces `path` at the end.
+
+    For files that are too large for `write_atomically`. The file keeps the mode of a file that
+    it replaces, unless that is a link. `size` in bytes, if it is known before. A process replaces
+    a path once at a time.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Short, because the name of the file may have the greatest length.
     prefix = f".{path.name[:40]}.{zlib.crc32(os.fsencode(path.name)):08x}."
     for stray in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
-        if not _is_running(stray.name.removeprefix(prefix).removesuffix(".tmp")):
+        process, _, kind = stray.name.removeprefix(prefix).removesuffix(".tmp").partition(".")
+        if _is_other_process(process):
+            continue
+        if kind == "old" and not os.path.lexists(path):
+            os.rename(stray, path)  # its process ended before the new folder was in its place
+        else:
             _remove(stray)
     temporary = path.parent / f"{prefix}{os.getpid()}.tmp"
     try:
@@ -108,15 +112,17 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _is_running(process: str) -> bool:
-    """Whether the text is the id of a running process."""
+def _is_other_process(process: str) -> bool:
+    """Whether the text is the id of another running process.
+
+    A file with the id of this one is of an earlier process: containers use ids again.
+    """
     try:
-        os.kill(int(process), 0)
-    except (ValueError, OverflowError, ProcessLookupError):
+        return (
+            process.isdecimal() and int(process) != os.getpid() and psutil.pid_exists(int(process))
+        )
+    except OverflowError:
         return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _synchronise(path: Path) -> None:

@@ -36,7 +36,11 @@ def repository_problem() -> str | None:
     if any((parent / ".git").exists() for parent in (folder, *folder.parents)):
         return None
     settings = configparser.ConfigParser(interpolation=None, strict=False)
-    settings.read([".dvc/config", ".dvc/config.local"])
+    try:
+        settings.read([".dvc/config", ".dvc/config.local"])
+    except (configparser.Error, UnicodeError) as error:
+        reason = " ".join(str(error).split())
+        return f".dvc/config or .dvc/config.local: cannot be read ({reason}); correct it"
     if settings.get("core", "no_scm", fallback="false").lower() == "true":
         return None
     return (

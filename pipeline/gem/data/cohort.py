@@ -30,7 +30,8 @@ from pipeline.gem.data.features import FeatureTable
 from pipeline.gem.data.labels import label_texts
 from pipeline.gem.data.shards import read_shard
 from pipeline.gem.data.splits import role_of
-from pipeline.gem.data.storage.reading import check_regular, reading
+from pipeline.gem.data.storage.parquet import read_parquet
+from pipeline.gem.data.storage.reading import check_regular, file_errors
 
 FORMAT_VERSION = 4
 # Keys of params.yaml: data that later stages read.
@@ -128,7 +129,7 @@ class Cohort:
         if not path.exists():
             raise InputError(f"{path}: absent; `dvc repro prepare` writes the cohort")
         check_regular(path, IntegrityError)
-        with reading(path, _REBUILD, IntegrityError, "JSON"):
+        with file_errors(path, _REBUILD, IntegrityError, "JSON"):
             manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest.get("format_version") if isinstance(manifest, dict) else None
         if version != FORMAT_VERSION:
@@ -176,8 +177,8 @@ class Cohort:
                 raise IntegrityError(f"{path}: {_CHANGED}; {_REBUILD}")
 
     def _read(self, name: str) -> pd.DataFrame:
-        with reading(self.folder / name, _REBUILD, IntegrityError):
-            return pd.read_parquet(self.folder / name)
+        table, _ = read_parquet(self.folder / name, advice=_REBUILD, error=IntegrityError)
+        return table.to_pandas()
 
     @cached_property
     def truth_folder(self) -> Path | None:

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.gem.common.errors import GemError, InputError, IntegrityError
-from pipeline.gem.data.storage.reading import check_regular, reading
+from pipeline.gem.data.storage.reading import check_regular, file_errors
 from pipeline.gem.data.tables import identifiers
 
 ROW_GROUP = 1024  # rows
@@ -75,7 +75,7 @@ def read_shard(
     start = 0
     check_regular(path, error)
     with (
-        reading(path, advice, error),
+        file_errors(path, advice, error),
         pq.ParquetFile(path, page_checksum_verification=True) as file,
     ):
         _check_columns(path, file.schema_arrow)

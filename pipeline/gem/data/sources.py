@@ -17,7 +17,7 @@ import pandas as pd
 from pipeline.gem.common.config import Data
 from pipeline.gem.common.errors import InputError, did_you_mean, examples
 from pipeline.gem.data.shards import read_shard
-from pipeline.gem.data.storage.reading import RESTORE, reading
+from pipeline.gem.data.storage.reading import RESTORE, file_errors
 from pipeline.gem.data.tables import read_columns, with_names
 
 logger = logging.getLogger(__name__)
@@ -43,21 +43,14 @@ def open_source(data: Data) -> Source:
         )
     if path.is_dir():
         # The oracles of a simulation need all columns.
-        columns = None if (path / "truth" / "parameters.npz").exists() else _declared_columns(data)
+        columns = None if (path / "truth" / "parameters.npz").exists() else data.columns()
         return ParquetSource(path, data.sample_id, columns)
     if path.suffix.lower() == ".h5ad":
         # HDF5 and anndata take a second to import, and only this source needs them.
         from pipeline.gem.data.storage.h5ad import H5adSource
 
-        return H5adSource(path, data.layer, data.sample_id, _declared_columns(data))
+        return H5adSource(path, data.layer, data.sample_id, data.columns())
     raise InputError(f"data.source: {path} is neither a folder nor an .h5ad file")
-
-
-def _declared_columns(data: Data) -> set[str]:
-    """The columns of the samples that params.yaml names."""
-    control = data.control.column if data.control else None
-    names = {*data.context_columns, data.date_column, data.study_column, control}
-    return {*data.covariates.all(), *(names - {None})}
 
 
 def checked_chunks(source: Source, where: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -119,7 +112,7 @@ class ParquetSource:
 
 def _count_files(folder: Path) -> list[Path]:
     """Parquet files of a folder; a warning names what is ignored, but for hidden files."""
-    with reading(folder):
+    with file_errors(folder):
         paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     ignored = [path for path in paths if path.suffix != ".parquet"]
     if ignored:

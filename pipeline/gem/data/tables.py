@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from datetime import datetime, time
 from io import TextIOWrapper
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pandas as pd
@@ -21,13 +22,15 @@ import pyarrow.csv as pc_csv
 from pipeline.gem.common.config import GROUPS, Data
 from pipeline.gem.common.errors import InputError, examples
 from pipeline.gem.data.labels import label_text
-from pipeline.gem.data.storage.parquet import check_distinct, read_parquet
-from pipeline.gem.data.storage.reading import check_regular, reading
+from pipeline.gem.data.storage.parquet import CELL_BYTES, check_distinct, read_parquet
+from pipeline.gem.data.storage.reading import check_memory, check_regular, file_errors
 
 logger = logging.getLogger(__name__)
 TEXT_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 _HEAD = 2**16  # bytes that show encoding and delimiter
+_HEADER_LENGTH = 2**24  # characters of a line of a header
+_MOST_BYTES = 2**28  # of a list of names
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _BYTE_ORDER_MARKS = {  # the longest first: the mark of UTF-32 begins with that of UTF-16
     b"\xff\xfe\x00\x00": "utf-32",
@@ -70,11 +73,11 @@ def is_table(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES)
 
 
-def readable(path: Path, kind: str = "a table") -> AbstractContextManager[None]:
+def table_errors(path: Path, kind: str = "a table") -> AbstractContextManager[None]:
     """Turns errors of Arrow, of decoding and of the system into an InputError about the file."""
     check_regular(path)
     errors = (pa.ArrowException, OSError, ValueError, csv.Error)
-    return reading(path, "save it again", kind=kind, errors=errors)
+    return file_errors(path, "save it again", kind=kind, errors=errors)
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -90,20 +93,31 @@ def read_columns(
 ) -> tuple[pd.DataFrame, list[str]]:
     """(those of `columns` that a table has, all if None; the names of all its columns)."""
     if is_text_table(path):
-        with readable(path, "a CSV table"):
+        with table_errors(path, "a CSV table"):
             schema = text_schema(path)
-            batches = (batch.rename_columns(schema.names) for batch in text_batches(path))
-            table = pa.Table.from_batches(batches, schema)
-        names = table.column_names
-        if columns is not None:
-            check_distinct(path, [name for name in names if name in columns])
-            table = table.select([name for name in names if name in columns])
+            names = schema.names
+            kept = [i for i, name in enumerate(names) if columns is None or name in columns]
+            if columns is not None:
+                check_distinct(path, [names[i] for i in kept])
+            batches = (batch.rename_columns(names).select(kept) for batch in text_batches(path))
+            table = pa.Table.from_batches(
+                _within_memory(batches, path), pa.schema([schema.field(i) for i in kept])
+            )
     else:
         table, names = read_parquet(path, columns)
     return pd.DataFrame(
         {position: _to_pandas(plain(column)) for position, column in enumerate(table.columns)},
         index=range(len(table)),
     ).set_axis(table.column_names, axis=1), names
+
+
+def _within_memory(batches: Iterator[pa.RecordBatch], path: Path) -> Iterator[pa.RecordBatch]:
+    """The batches. InputError before their text, as objects of Python, exceeds the free memory."""
+    size = 0
+    for batch in batches:
+        size += batch.nbytes + CELL_BYTES * batch.num_rows * batch.num_columns
+        check_memory(str(path), "its text", size)
+        yield batch
 
 
 def with_names(table: pd.DataFrame, names: pd.Series, key: str, where: str) -> pd.DataFrame:
@@ -122,8 +136,10 @@ def with_names(table: pd.DataFrame, names: pd.Series, key: str, where: str) -> p
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not empty, without the space around them."""
-    with readable(path, "a list of names"), pa.input_stream(path) as file:
-        content = file.read()
+    with table_errors(path, "a list of names"), pa.input_stream(path) as file:
+        content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
         lines = content.decode(_encoding(content)).splitlines()
     return [line.strip() for line in lines if line.strip()]
 
@@ -131,7 +147,7 @@ def read_lines(path: Path) -> list[str]:
 def text_schema(path: Path, known: Collection[str] = ()) -> pa.Schema:
     """Text columns, named as in the header without the space around a name that is not `known`;
     one without a name is called by its position. A warning tells of an unusual delimiter."""
-    with readable(path, "a CSV table"):
+    with table_errors(path, "a CSV table"):
         encoding, delimiter, usual = _text_format(path)
         names = _header(path, encoding, delimiter)
     if not usual:
@@ -165,10 +181,18 @@ def text_batches(path: Path) -> Iterator[pa.RecordBatch]:
 
 def _header(path: Path, encoding: str, delimiter: str) -> list[str]:
     with pa.input_stream(path) as file, TextIOWrapper(file, encoding, newline="") as text:
-        names = next(filter(None, csv.reader(text, delimiter=delimiter)), None)
+        lines = iter(lambda: _line(text), "")
+        names = next(filter(None, csv.reader(lines, delimiter=delimiter)), None)
     if names is None:
         raise ValueError("it is empty")
     return names
+
+
+def _line(file: TextIO) -> str:
+    line = file.readline(_HEADER_LENGTH + 1)
+    if len(line) > _HEADER_LENGTH:
+        raise ValueError(f"a line of its header has more than {_HEADER_LENGTH:,} characters")
+    return line
 
 
 def _text_format(path: Path) -> tuple[str, str, bool]:

@@ -112,13 +112,13 @@ class Seeds(Frozen):
 
 def read_seeds(path: Path) -> list[int]:
     """The training seeds of a model directory, the first first. InputError if the file is absent,
-    IntegrityError if it is damaged."""
+    IntegrityError if it is damaged, OSError if it cannot be read."""
     try:
         tensor_file.require_regular(path)
         seeds = Seeds.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path}: absent; `dvc repro` trains the models and writes it") from None
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         problem = next(iter(str(error).splitlines()), "")
         raise refusal(path, f"not a list of seeds ({problem})") from None
     return [seeds.first, *seeds.others]
@@ -133,7 +133,7 @@ def pack(description: ModelDescription, tensors: Mapping[str, Tensor]) -> bytes:
 
 def unpack(path: Path) -> tuple[ModelDescription, dict[str, Tensor]]:
     """The description and the tensors of a model file. InputError if the file is absent,
-    IntegrityError if it is damaged or no model file."""
+    IntegrityError if it is damaged or no model file, OSError if it cannot be read."""
     try:
         text, tensors = tensor_file.unpack(path)
         description = ModelDescription.model_validate_json(text)
@@ -142,7 +142,7 @@ def unpack(path: Path) -> tuple[ModelDescription, dict[str, Tensor]]:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         raise refusal(path, f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise refusal(path, f"not a GEM model file: {error}") from None
     problems = [*_tensor_problems(tensors), *_inconsistencies(description, tensors)]
     if problems:

@@ -5,7 +5,6 @@ no code, and reading it takes at most a few times its own size of memory.
 """
 
 import hashlib
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.gem.common.errors import InputError, IntegrityError
+from pipeline.gem.common.machine_errors import error_number
 
 MAX_HEADER_BYTES = 2**24  # names and shapes of the tensors, and the text
 MAX_TENSORS = 2**16
@@ -52,6 +52,8 @@ def unpack(path: Path) -> tuple[str, dict[str, Tensor]]:
             envelope = (file.metadata() or {}).get(_KEY, "")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, RuntimeError) as error:
+        if error_number(error) is not None:
+            raise  # of the machine, such as a shortage of memory
         raise ValueError(f"not in the format of this program ({error})") from None
     if not envelope.startswith('{"sha256":"'):
         raise ValueError("not in the format of this program, or of another version of it")
@@ -65,8 +67,10 @@ def unpack(path: Path) -> tuple[str, dict[str, Tensor]]:
 
 
 def require_regular(path: Path) -> None:
-    """ValueError for a folder, a device or a pipe, which may be endless or without an end."""
-    if not stat.S_ISREG(path.stat().st_mode):
+    """ValueError for a folder, a device, a pipe, a link without an end. FileNotFoundError."""
+    if not path.is_file():
+        if not path.is_symlink():
+            path.stat()  # raises FileNotFoundError
         raise ValueError("not a regular file")
 
 

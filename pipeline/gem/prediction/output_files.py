@@ -42,11 +42,16 @@ def output_problems(output: Path, model: Path, *inputs: Path | None) -> list[str
     problems = [f"--output: {path} is a folder; name a file" for path in outputs if path.is_dir()]
     for path in read:
         files = [path, *path.rglob("*")] if path.is_dir() else [path]
-        if any(new.exists() and new.samefile(file) for new in outputs for file in files):
+        if any(_is_same(new, file) for new in outputs for file in files):
             problems.append(f"--output: {output} would replace {path}; name another file")
         elif path.is_dir() and any(_is_inside(new, path) for new in outputs):
             problems.append(f"--output: {output} is inside {path}; name another folder")
     return list(dict.fromkeys(problems))
+
+
+def _is_same(new: Path, file: Path) -> bool:
+    """Whether two names are of one file; a link to nothing is of none."""
+    return new.exists() and file.exists() and new.samefile(file)
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
@@ -68,7 +73,11 @@ def open_output(
         raise InputError(f"{path}: neither .parquet nor .h5ad")
     with atomic_replacement(path) as temporary:
         if path.suffix == ".h5ad":
-            with open(temporary, "w+b") as file, _Disk(file) as disk, h5py.File(disk, "w") as h5:
+            with (
+                open(temporary, "w+b") as file,
+                _ErrorKeeper(file) as disk,
+                h5py.File(disk, "w") as h5,
+            ):
                 output = H5adOutput(h5, genes, provenance, disk)
                 yield output
                 output.write_obs()
@@ -145,7 +154,7 @@ def _list_column(name: str, values: np.ndarray) -> tuple[pa.Field, pa.Array]:
     return pa.field(name, kind, nullable=False), lists
 
 
-class _Disk:
+class _ErrorKeeper:
     """The file below HDF5, which ends the process if it cannot write.
 
     The first error is kept, later writes do nothing, and the end of the context raises the error.
@@ -155,7 +164,7 @@ class _Disk:
         self.file, self.error = file, None
         self.read, self.readinto, self.tell = file.read, file.readinto, file.tell
 
-    def __enter__(self) -> "_Disk":
+    def __enter__(self) -> "_ErrorKeeper":
         return self
 
     def __exit__(self, *_) -> None:
@@ -193,7 +202,11 @@ class H5adOutput:
     layers, the provenance in uns/gem. obs is held in memory until the end."""
 
     def __init__(
-        self, file: h5py.File, genes: np.ndarray, provenance: Mapping[str, object], disk: _Disk
+        self,
+        file: h5py.File,
+        genes: np.ndarray,
+        provenance: Mapping[str, object],
+        disk: _ErrorKeeper,
     ):
         import anndata  # takes half a second to import, and only this format needs it
 

@@ -23,8 +23,8 @@ from pipeline.gem.data.tables import (
     is_table,
     is_text_table,
     plain,
-    readable,
     storable,
+    table_errors,
     text_batches,
     text_schema,
 )
@@ -59,7 +59,7 @@ class QueryFile:
             query = cls(path, text_schema(path, known_columns(gem)), 0)
             check_column_names(path, query.schema.names)
             return query._with_numbers(gem)
-        with readable(path), pq.ParquetFile(path) as file:
+        with table_errors(path), pq.ParquetFile(path) as file:
             schema = _storable(file.schema_arrow.empty_table()).schema
             query = cls(path, schema, file.metadata.num_rows)
         check_column_names(path, query.schema.names)
@@ -68,7 +68,7 @@ class QueryFile:
     def blocks(self, rows: int) -> Iterator[pa.Table]:
         """The table in blocks of `rows` rows. The last block may be shorter."""
         pending = self.schema.empty_table()
-        with readable(self.path):
+        with table_errors(self.path):
             for table in self._tables(rows):
                 pending = pa.concat_tables([pending, table])
                 while len(pending) >= rows:

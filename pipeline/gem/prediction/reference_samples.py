@@ -24,7 +24,7 @@ from pipeline.gem.data.sources import (
     read_names,
 )
 from pipeline.gem.data.storage.parquet import read_parquet
-from pipeline.gem.data.storage.reading import CHUNK_VALUES, RESTORE, reading
+from pipeline.gem.data.storage.reading import CHUNK_VALUES, RESTORE, file_errors
 from pipeline.gem.data.tables import COHORT_COLUMNS, identifier_series
 from pipeline.gem.model.gem import TrainedGEM
 
@@ -130,7 +130,7 @@ def genes_file(path: Path) -> Path:
 def _table_source(path: Path, gem: TrainedGEM) -> Source:
     if "counts" in read_parquet(path, ())[1]:
         return ListTable(path)
-    with reading(path):
+    with file_errors(path):
         table = read_parquet(path)[0].to_pandas()
     if "sample_id" in table:
         table = table.set_index("sample_id")

@@ -174,6 +174,6 @@ def _listing(groups: list[list[str]]) -> str:
 def _show(text: str, group: Iterable[str] = ()) -> str:
     """In quotes; in ASCII if a label of the group has other characters that may print alike."""
     foreign = {tuple(c for c in other if not c.isascii()) for other in (text, *group)}
-    printable = text.isprintable() and len(foreign) == 1
-    shown = text if len(text) <= _LENGTH else f"{text[:_LENGTH]}..."
-    return repr(shown) if printable else ascii(shown)
+    as_written = text.isprintable() and len(foreign) == 1
+    short = text if len(text) <= _LENGTH else f"{text[:_LENGTH]}..."
+    return repr(short) if as_written else ascii(short)

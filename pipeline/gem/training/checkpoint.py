@@ -28,7 +28,7 @@ _SUFFIX, _FINISHED = ".safetensors", ".finished.safetensors"
 @dataclass(frozen=True)
 class Checkpoint:
     """The file of one fit, named by a hash of what decides its bits: settings, data, seed, code,
-    torch."""
+    torch, kind of device."""
 
     path: Path
 
@@ -36,7 +36,8 @@ class Checkpoint:
     def of(cls, params: Params, data_sha256: str, seed: int, folder: Path = FOLDER) -> "Checkpoint":
         settings = params.flat("model", "train")
         del settings["train.seeds"]
-        name = sha256_of(settings, data_sha256, seed, _code(), torch.__version__)[:16]
+        cuda = params.train.device != "cpu" and torch.cuda.is_available()
+        name = sha256_of(settings, data_sha256, seed, _code(), torch.__version__, cuda)[:16]
         return cls(folder / f"{name}{_SUFFIX}")
 
     @property
@@ -51,13 +52,14 @@ class Checkpoint:
         write_atomically(self.path, tensor_file.pack(text, tensors, "train fewer epochs"))
 
     def load(self) -> tuple[list[dict], dict[str, Tensor]] | None:
-        """The saved state; None without one. A damaged file counts as none, with a warning."""
+        """The saved state; None without one. A damaged file counts as none, with a warning.
+        OSError if a file cannot be read: its epochs are not lost."""
         path = self.path if self.path.exists() else self.finished_path
         try:
             return self._read(path)
         except FileNotFoundError:
             return None
-        except (ValueError, OSError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             log.warning("%s", tensor_file.refusal(path, str(error), advice="the fit starts again"))
             return None
 

@@ -10,12 +10,13 @@ import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 
 from pipeline.gem.common.config import Params
-from pipeline.gem.common.errors import GemError, InputError
+from pipeline.gem.common.errors import GemError, InputError, StoppedError
 from pipeline.gem.common.machine_errors import machine_problem
 from pipeline.gem.common.processes import end_with_parent
 from pipeline.gem.data.cohort import Cohort
@@ -71,27 +72,30 @@ class _Job:
 def _fit_in_processes(
     jobs: list[_Job], limit: int, on_epoch: OnEpoch, on_step: Callable[[], None]
 ) -> list[FitResult]:
-    """Runs at most `limit` fits at a time. All end with the first error here."""
+    """Runs at most `limit` fits at a time. All end with the first error here; StoppedError if a
+    signal ended one of them."""
     context = multiprocessing.get_context("spawn")
-    queue, seeds, processes = list(jobs), {}, []
+    queue, running, processes = list(jobs), {}, []
     results: dict[int, FitResult] = {}
     try:
-        while queue or seeds:
-            while queue and len(seeds) < limit:
+        while queue or running:
+            while queue and len(running) < limit:
                 job = queue.pop(0)
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_run_job, args=(job, sender), daemon=True)
                 process.start()
                 sender.close()  # so that the end of the process ends the connection
                 processes.append(process)
-                seeds[receiver] = job.seed
+                running[receiver] = job.seed, process
             on_step()
-            for receiver in wait(list(seeds), _POLL_INTERVAL_S):
-                message = _receive(receiver, seeds[receiver])
+            for receiver in wait(list(running), _POLL_INTERVAL_S):
+                seed, process = running[receiver]
+                message = _receive(receiver, seed, process)
                 if isinstance(message, EpochMetrics):
-                    on_epoch(seeds[receiver], message)
+                    on_epoch(seed, message)
                 elif isinstance(message, FitResult):
-                    results[seeds.pop(receiver)] = message
+                    del running[receiver]
+                    results[seed] = message
                 else:
                     raise message
     finally:
@@ -101,11 +105,19 @@ def _fit_in_processes(
     return [results[job.seed] for job in jobs]
 
 
-def _receive(receiver: Connection, seed: int) -> EpochMetrics | FitResult | GemError:
+def _receive(
+    receiver: Connection, seed: int, process: BaseProcess
+) -> EpochMetrics | FitResult | GemError:
     try:
         return pickle.loads(receiver.recv_bytes())
-    except EOFError:
-        raise RuntimeError(f"the process that fits seed {seed} ended without a result") from None
+    except (EOFError, OSError):  # the process ended, perhaps in the middle of a message
+        process.join()
+    if process.exitcode < 0:
+        name = signal.Signals(-process.exitcode).name
+        raise StoppedError(
+            f"the process of seed {seed} was ended by {name}; is there enough memory?"
+        )
+    raise RuntimeError(f"the process that fits seed {seed} ended without a result")
 
 
 def _run_job(job: _Job, sender: Connection) -> None:

@@ -243,8 +243,8 @@ class Trainer:
         saved = checkpoint.load()
         try:
             return self._restore(*saved) if saved else TrainingState()
-        except (LookupError, TypeError, ValueError, RuntimeError) as error:
-            problem = f"not the state of this fit ({type(error).__name__}: {error})"
+        except RuntimeError as error:
+            problem = f"not the state of this fit ({error})"
             raise tensor_file.refusal(checkpoint.path, problem, advice="delete it") from None
 
     def _restore(self, epochs: list[dict], tensors: Mapping[str, Tensor]) -> TrainingState:

@@ -5,7 +5,7 @@ import numpy as np
 
 from pipeline.gem.common.errors import InputError
 from pipeline.gem.data.storage.hdf5 import H5adFile
-from pipeline.gem.data.storage.reading import RESTORE, check_memory, reading
+from pipeline.gem.data.storage.reading import RESTORE, check_memory, file_errors
 
 _FORMATS = {"csr_matrix": "csr", "csc_matrix": "csc", "csr": "csr", "csc": "csc"}
 
@@ -20,7 +20,7 @@ class DenseCounts:
 
     def block(self, start: int, stop: int, _limit: int) -> np.ndarray:
         """(B, G) counts of some rows."""
-        with reading(self._where):
+        with file_errors(self._where):
             return self._values[start:stop]
 
 
@@ -39,7 +39,7 @@ class SparseCounts:
                 f"{self._where} cannot be read as a sparse matrix (encoding-type {encoding!r}); "
                 "expected csr_matrix or csc_matrix: write it again with anndata"
             )
-        with reading(f"{self._where}: shape"):
+        with file_errors(f"{self._where}: shape"):
             attributes = file.member(key).attrs
             shape = attributes["shape" if "shape" in attributes else "h5sparse_shape"]
             samples, genes = (int(length) for length in shape)
@@ -71,7 +71,7 @@ class SparseCounts:
         if len(indptr) != expected:
             raise InputError(f"{where}: {len(indptr)} values; expected {expected}; {RESTORE}")
         check_memory(where, f"{expected:,} values", 16 * expected)
-        with reading(where):
+        with file_errors(where):
             starts = indptr[:]
         if starts[0] != 0 or starts[-1] != entries:
             raise InputError(
@@ -103,7 +103,7 @@ class SparseCounts:
         starts = self._starts[first : last + 1]
         for begin in range(starts[0], starts[-1], limit):
             end = min(begin + limit, starts[-1])
-            with reading(self._where):
+            with file_errors(self._where):
                 data, indices = self._data[begin:end], self._indices[begin:end]
             self._check_indices(indices, begin)
             lines = np.repeat(np.arange(first, last), np.diff(starts.clip(begin, end)))

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.gem.common.errors import InputError
-from pipeline.gem.data.storage.reading import RESTORE, check_memory, check_regular, reading
+from pipeline.gem.data.storage.reading import RESTORE, check_memory, check_regular, file_errors
 
 with suppress(ImportError, OSError):  # not required; it brings filters
     import hdf5plugin  # noqa: F401
@@ -36,7 +36,7 @@ class H5adFile:
         self.path = path
         check_regular(path)
         self._size = path.stat().st_size
-        with reading(path, f"expected AnnData in HDF5: {RESTORE}"):
+        with file_errors(path, f"expected AnnData in HDF5: {RESTORE}"):
             self._file = h5py.File(path, "r")
 
     def __enter__(self) -> "H5adFile":
@@ -55,7 +55,7 @@ class H5adFile:
         for part in filter(None, key.split("/")):
             if not isinstance(node, h5py.Group):
                 return None
-            with reading(self.where(key)):
+            with file_errors(self.where(key)):
                 link = node.get(part, getlink=True)
                 if link is None:
                     return None
@@ -85,12 +85,12 @@ class H5adFile:
     def names(self, key: str) -> list[str]:
         """Names in a group; none if there is no such group."""
         group = self.member(key)
-        with reading(self.where(key)):
+        with file_errors(self.where(key)):
             return list(group) if isinstance(group, h5py.Group) else []
 
     def text(self, key: str, name: str) -> str | None:
         """An attribute as text; None if absent."""
-        with reading(self.where(key)):
+        with file_errors(self.where(key)):
             attributes = self.member(key).attrs
             if name not in attributes:
                 return None
@@ -103,7 +103,7 @@ class H5adFile:
         if not isinstance(dataset, h5py.Dataset):
             kind = "absent" if dataset is None else "not an array"
             raise InputError(f"{where}: {kind}; {RESTORE}")
-        with reading(where):
+        with file_errors(where):
             if dataset.shape is None:
                 raise InputError(f"{where}: an array without a shape; {RESTORE}")
             if dataset.is_virtual or dataset.external:
@@ -158,7 +158,7 @@ class H5adFile:
                 f"{self.where(key)} is stored in {version}; "
                 "read the file with the anndata that wrote it and write it again with anndata 0.12"
             )
-        with reading(self.where(key)):
+        with file_errors(self.where(key)):
             names = [str(name) for name in np.atleast_1d(group.attrs["column-order"])]
             index = self._column(f"{key}/{self.text(key, '_index')}")
         table = pd.DataFrame(index=pd.Index(index))
@@ -180,7 +180,7 @@ class H5adFile:
             parts = [f"{key}/{name}" for name in self.names(key)]
         for part in parts:
             self._check_values(part)
-        with reading(self.where(key)), warnings.catch_warnings():
+        with file_errors(self.where(key)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the format is old
             column = anndata.io.read_elem(element)
             if isinstance(element, h5py.Dataset) and "categories" in element.attrs:
@@ -199,7 +199,7 @@ class H5adFile:
 
     def _check_values(self, key: str) -> None:
         dataset, where = self.dataset(key), self.where(key)
-        with reading(where):
+        with file_errors(where):
             text = h5py.check_string_dtype(dataset.dtype) is not None
             if not text and dataset.dtype.kind not in "biuf":
                 raise InputError(

@@ -8,9 +8,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.gem.common.errors import GemError, InputError, examples
-from pipeline.gem.data.storage.reading import RESTORE, check_memory, check_regular, reading
+from pipeline.gem.data.storage.reading import RESTORE, check_memory, check_regular, file_errors
 
-_CELL_BYTES = 60  # of a text in memory, beside its characters
+CELL_BYTES = 60  # of a text in memory, beside its characters
 
 
 def read_parquet(
@@ -25,7 +25,7 @@ def read_parquet(
     `error` if the file is damaged, InputError if it is unsuitable.
     """
     check_regular(path, error)
-    with reading(path, advice, error, "a Parquet table"):
+    with file_errors(path, advice, error, "a Parquet table"):
         with pq.ParquetFile(path) as file:
             schema, rows = file.schema_arrow, file.metadata.num_rows
         index = (schema.pandas_metadata or {}).get("index_columns", [])
@@ -64,7 +64,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _check_text(column: pa.ChunkedArray, where: str) -> None:
     """InputError if the texts of a column of codes need more memory than is free."""
-    size = len(column) * _CELL_BYTES
+    size = len(column) * CELL_BYTES
     for chunk in column.chunks:
         lengths = pc.take(pc.binary_length(chunk.dictionary), chunk.indices)
         size += pc.sum(lengths).as_py() or 0

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import psutil
 
+from pipeline.gem.common.capacity import available_memory
 from pipeline.gem.common.errors import GemError, InputError
 from pipeline.gem.common.machine_errors import error_number
 
 CHUNK_VALUES = 2**23  # counts read at a time
-# Limits of a trial, and what a byte of the file adds: CPU seconds and bytes of memory.
-TRIAL_SECONDS, TRIAL_MEMORY = 10, 2**30
+# Limits of a child, and what a byte of the file adds: CPU seconds and bytes of memory.
+CHILD_SECONDS, CHILD_MEMORY = 10, 2**30
 _BYTES_PER_SECOND, _MEMORY_PER_BYTE = 20 * 2**20, 64
 RESTORE = "restore it from a copy, or write it again"
 _ADVICE = {
@@ -26,7 +27,7 @@ _ADVICE = {
 
 
 @contextmanager
-def reading(
+def file_errors(
     where: Path | str,
     advice: str = RESTORE,
     error: type[GemError] = InputError,
@@ -54,7 +55,7 @@ def reading(
 
 def check_regular(path: Path, error: type[GemError] = InputError) -> None:
     """An error for a pipe, a device, a folder: reading one may never end."""
-    with reading(path, error=error):
+    with file_errors(path, error=error):
         if not path.is_file():
             kind = "absent" if not os.path.lexists(path) else "not a regular file"
             raise error(f"{path}: {kind}; expected a file")
@@ -62,7 +63,7 @@ def check_regular(path: Path, error: type[GemError] = InputError) -> None:
 
 def check_memory(where: str, what: str, size: int) -> None:
     """InputError if `size` bytes exceed the free memory."""
-    free = psutil.virtual_memory().available
+    free = available_memory()
     if size > free:
         raise InputError(
             f"{where}: {what} needs about {size / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} GB are "
@@ -73,38 +74,55 @@ def check_memory(where: str, what: str, size: int) -> None:
 def try_in_child(read: Callable[[], object], path: Path) -> None:
     """Runs `read` in a forked child first; InputError as there, or if it crashes or does not end.
 
-    HDF5 runs for ever on some damaged files, and takes any memory that they declare.
+    HDF5 runs for ever on some damaged files, and takes any memory that they declare. Any other
+    error is left to the caller, which reads the file after this.
     """
     size = path.stat().st_size
-    seconds = TRIAL_SECONDS + size // _BYTES_PER_SECOND
-    memory = psutil.Process().memory_info().vms + TRIAL_MEMORY + size * _MEMORY_PER_BYTE
+    seconds = CHILD_SECONDS + size // _BYTES_PER_SECOND
+    memory = psutil.Process().memory_info().vms + CHILD_MEMORY + size * _MEMORY_PER_BYTE
     receiver, sender = os.pipe()
     child = os.fork()
     if not child:
         try:
             faulthandler.disable()
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+            _limit(resource.RLIMIT_CORE, 0)
+            _limit(resource.RLIMIT_CPU, seconds)
+            _limit(resource.RLIMIT_AS, memory)
             read()
         except GemError as error:
             os.write(sender, str(error).encode())
-        except MemoryError:
-            problem = f"{path}: declares more than fits in memory: it is damaged; {RESTORE}"
-            os.write(sender, problem.encode())
+        except Exception as error:
+            if error_number(error) == errno.ENOMEM:
+                problem = f"{path}: declares more than fits in memory: it is damaged; {RESTORE}"
+                os.write(sender, problem.encode())
         finally:
-            os._exit(0)
+            os._exit(0)  # never into the code of the parent
     os.close(sender)
     with open(receiver, encoding="utf-8") as file:
         problems = file.read().splitlines()
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        endless = number in (signal.SIGXCPU, signal.SIGKILL)
-        problem = "does not end" if endless else f"ends by {signal.Signals(number).name}"
-        problems = [f"{path}: HDF5 {problem} while reading it: it is damaged; {RESTORE}"]
+        problems = [f"{path}: {_signal_problem(os.WTERMSIG(status))}"]
     if problems:
         raise InputError(*problems)
+
+
+def _limit(kind: int, value: int) -> None:
+    """Lowers a soft limit of this process: at a hard limit of CPU time SIGKILL would come, which
+    is the signal of a shortage of memory."""
+    soft, hard = resource.getrlimit(kind)
+    values = [limit for limit in (value, soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(kind, (min(values), hard))
+
+
+def _signal_problem(number: int) -> str:
+    if number == signal.SIGKILL:
+        return (
+            "the process that reads it was killed (SIGKILL): it needs more memory than is free; "
+            "end other programs, or use a smaller file or a larger machine"
+        )
+    end = "does not end" if number == signal.SIGXCPU else f"ends by {signal.Signals(number).name}"
+    return f"HDF5 {end} while reading it: it is damaged; {RESTORE}"
 
 
 def _reason(failure: Exception) -> str:

@@ -11,7 +11,7 @@ from torch.distributions import Normal, kl_divergence
 
 from pipeline.gem.common.config import GROUPS, KLWeight
 from pipeline.gem.model.network import Gaussian, Network
-from pipeline.gem.model.objective import Batch, objective, objective_terms
+from pipeline.gem.model.objective import Batch, LatentNoise, objective, objective_terms
 from pipeline.gem.model.observation import LatentSource, Observed
 
 SOURCES = {
@@ -27,13 +27,15 @@ def rows_of(whole: Batch, rows) -> Batch:
     names = ("reference", "batch_effect", "target_gene", "labels")
     parts = {name: getattr(whole, name)[rows] for name in names}
     index = {group: index[rows] for group, index in whole.index.items()}
-    return replace(whole, observed=whole.observed.rows(rows), index=index, **parts)
+    observed, noise = whole.observed.rows(rows), whole.noise.rows(rows)
+    return replace(whole, observed=observed, noise=noise, index=index, **parts)
 
 
 def without_references(whole: Batch, kept: int) -> Batch:
     """The batch with references of its first `kept` samples only."""
     parts = whole.reference[:kept], whole.batch_effect[:kept]
-    return replace(whole, reference=parts[0], batch_effect=parts[1])
+    noise = whole.noise._replace(reference=whole.noise.reference[:kept])
+    return replace(whole, reference=parts[0], batch_effect=parts[1], noise=noise)
 
 
 def without_latents(net: Network) -> Network:
@@ -51,18 +53,11 @@ def without_latents(net: Network) -> Network:
 @pytest.mark.parametrize("references", [6, 2, 0])
 @torch.no_grad()
 def test_terms_are_sums_over_genes_and_latents_averaged_over_samples_once(small_model, references):
-    """Sample by sample with torch.distributions; the noise of the latents is drawn in the order
-    posterior, prior, reference, unseen study."""
+    """Sample by sample with torch.distributions."""
     net, size = network(small_model), 6
     data = replace(without_references(batch(), references), partial_metadata={})
-    terms = objective_terms(net, data, torch.Generator().manual_seed(5))
-    generator = torch.Generator().manual_seed(5)
-    shapes = [(size, 7), (size, 7), (references, 7), (size, 2)]
-    noise = {
-        name: torch.randn(*shape, generator=generator)
-        for name, shape in zip(SOURCES, shapes, strict=True)
-        if shape[0]
-    }
+    terms = objective_terms(net, data)
+    noise = {name: part for name, part in zip(SOURCES, data.noise, strict=True) if len(part)}
     names = [*noise, "classification", *(f"kl_{group}" for group in GROUPS)]
     expected = dict.fromkeys(names, 0.0)
     for row in range(size):
@@ -112,17 +107,17 @@ def test_terms_are_sums_over_genes_and_latents_averaged_over_samples_once(small_
     assert totals == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
-def test_terms_without_their_part_of_the_batch_are_left_out(small_model, generator):
+def test_terms_without_their_part_of_the_batch_are_left_out(small_model):
     data = replace(without_references(batch(), 0), unseen_study=torch.zeros(0, 3))
-    terms = objective_terms(network(small_model), data, generator)
+    terms = objective_terms(network(small_model), data)
     assert not {"nll_reference", "nll_unseen_study"} & set(terms)
 
 
-def test_terms_of_a_batch_are_the_weighted_means_of_its_parts(small_model, generator):
+def test_terms_of_a_batch_are_the_weighted_means_of_its_parts(small_model):
     net, whole = without_latents(network(small_model)), batch(size=9)
-    terms = objective_terms(net, whole, generator)
+    terms = objective_terms(net, whole)
     first, second = (
-        objective_terms(net, rows_of(whole, rows), generator) for rows in (slice(0, 3), slice(3, 9))
+        objective_terms(net, rows_of(whole, rows)) for rows in (slice(0, 3), slice(3, 9))
     )
     for name, value in terms.items():
         assert_close(value, (3 * first[name] + 6 * second[name]) / 9, rtol=1e-5, atol=1e-5)
@@ -134,7 +129,10 @@ def test_terms_do_not_depend_on_the_batch_size_in_expectation(small_model, gener
 
     def draws(repeats, number):
         tiled = rows_of(data, torch.arange(4).repeat(repeats))
-        terms = (objective_terms(net, tiled, generator) for _ in range(number))
+        noises = (
+            LatentNoise.draw(net, 4 * repeats, generator, 4 * repeats, True) for _ in range(number)
+        )
+        terms = (objective_terms(net, replace(tiled, noise=noise)) for noise in noises)
         return pd.DataFrame({name: float(t.sum()) for name, t in draw.items()} for draw in terms)
 
     small, large = draws(20, 200), draws(400, 10)
@@ -162,46 +160,46 @@ def test_duplicated_genes_double_the_likelihood_terms_and_leave_the_divergence(s
         reference=torch.cat([data.reference] * 2, 1),
         batch_effect=torch.cat([data.batch_effect] * 2, 1),
     )
-    single = objective_terms(net, data, torch.Generator().manual_seed(2))
-    both = objective_terms(double, twice, torch.Generator().manual_seed(2))
+    single = objective_terms(net, data)
+    both = objective_terms(double, twice)
     for name, value in single.items():
         assert_close(both[name], (2 if name in SOURCES else 1) * value, rtol=1e-4, atol=1e-4)
 
 
-def test_each_likelihood_term_has_observation_noise_of_its_own(small_model, generator):
+def test_each_likelihood_term_has_observation_noise_of_its_own(small_model):
     net, data = network(small_model), batch()
     for name, source in SOURCES.items():
         net.zero_grad(set_to_none=True)
-        objective_terms(net, data, generator)[name].backward()
+        objective_terms(net, data)[name].backward()
         rows = net.observation.log_variances.grad.abs().sum(dim=1).nonzero().flatten().tolist()
         # The residual of a reference is measured against the noise of the posterior.
         residual = [LatentSource.POSTERIOR] if source == LatentSource.REFERENCE else []
         assert rows == [*residual, source]
 
 
-def test_a_variance_below_the_floor_has_a_gradient_back_to_it(small_model, generator):
+def test_a_variance_below_the_floor_has_a_gradient_back_to_it(small_model):
     net = network(small_model)
     with torch.no_grad():
         net.observation.log_variances.fill_(net.observation.min_log_variance - 1.0)
-    terms = objective_terms(net, batch(), generator)
+    terms = objective_terms(net, batch())
     # The errors of an untrained network are far above the floor: descent raises every variance.
     sum(terms[name] for name in SOURCES).backward()
     assert (net.observation.log_variances.grad < 0).all()
 
 
-def test_reference_term_trains_no_prior_but_that_of_the_perturbation(small_model, generator):
+def test_reference_term_trains_no_prior_but_that_of_the_perturbation(small_model):
     net, data = network(small_model), batch()
     data = replace(data, reference=data.reference.requires_grad_())
-    objective_terms(net, data, generator)["nll_reference"].backward()
+    objective_terms(net, data)["nll_reference"].backward()
     assert data.reference.grad.abs().sum() > 0
     for name, weight in net.priors.named_parameters():
         trained = weight.grad is not None and bool(weight.grad.abs().sum() > 0)
         assert trained == name.startswith("perturbation"), name
 
 
-def test_unseen_study_term_trains_technical_weights_only(small_model, generator):
+def test_unseen_study_term_trains_technical_weights_only(small_model):
     net = network(small_model)
-    objective_terms(net, batch(), generator)["nll_unseen_study"].backward()
+    objective_terms(net, batch())["nll_unseen_study"].backward()
     trained = {
         name
         for name, weight in net.named_parameters()
@@ -214,34 +212,34 @@ def test_unseen_study_term_trains_technical_weights_only(small_model, generator)
     assert gradient[:, technical.stop :].abs().sum() == 0
 
 
-def test_missing_labels_contribute_nothing(small_model, generator):
+def test_missing_labels_contribute_nothing(small_model):
     net, data = network(small_model), batch()
     missing = replace(data, labels=torch.full_like(data.labels, -1))
-    term = objective_terms(net, missing, generator)["classification"]
+    term = objective_terms(net, missing)["classification"]
     assert term.item() == 0.0
     term.backward()
     gradients = [weight.grad for weight in net.parameters() if weight.grad is not None]
     assert all(gradient.abs().sum() == 0 for gradient in gradients)
     labels = data.labels.clone()
     labels[:, 1] = -1  # sex
-    objective_terms(net, replace(data, labels=labels), generator)["classification"].backward()
+    objective_terms(net, replace(data, labels=labels))["classification"].backward()
     tissue, sex, _ = net.heads
     assert sex.weight.grad.abs().sum() == 0
     assert tissue.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("heads", [{}, {"tissue": ("biological", 1)}], ids=["none", "one level"])
-def test_classification_is_zero_without_a_choice_of_classes(small_model, heads, generator):
+def test_classification_is_zero_without_a_choice_of_classes(small_model, heads):
     data = batch(heads=heads)
     data = replace(data, labels=torch.zeros_like(data.labels))
-    terms = objective_terms(network(small_model, heads=heads), data, generator)
+    terms = objective_terms(network(small_model, heads=heads), data)
     assert terms["classification"].item() == 0.0
 
 
-def test_the_prior_of_a_group_without_covariates_is_trained(small_model, generator):
+def test_the_prior_of_a_group_without_covariates_is_trained(small_model):
     sizes = METADATA_SIZES | {"technical": 0}
     net, data = network(small_model, sizes=sizes), batch(sizes=sizes)
-    terms = objective_terms(net, data, generator)
+    terms = objective_terms(net, data)
     assert all(torch.isfinite(value).all() for value in terms.values())
     terms["kl_technical"].sum().backward()
     assert net.priors["technical"].bias.grad.abs().sum() > 0
@@ -251,8 +249,8 @@ def test_the_prior_of_a_group_without_covariates_is_trained(small_model, generat
 
 
 @torch.no_grad()
-def test_objective_is_the_weighted_sum_of_its_terms(params, small_model, generator):
-    terms = objective_terms(network(small_model), batch(), generator)
+def test_objective_is_the_weighted_sum_of_its_terms(params, small_model):
+    terms = objective_terms(network(small_model), batch())
     weights = {
         "predictive_weight": 7.0,
         "reference_weight": 11.0,

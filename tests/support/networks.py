@@ -3,10 +3,11 @@
 import torch
 
 from pipeline.gem.model.network import Network
-from pipeline.gem.model.objective import Batch
+from pipeline.gem.model.objective import Batch, LatentNoise
 from pipeline.gem.model.observation import Observed
 
 GENES = 9
+LATENTS, TECHNICAL_LATENTS = 7, 2  # of the fixture `small_model`
 METADATA_SIZES = {"technical": 3, "biological": 4, "perturbation": 2}
 HEADS = {"tissue": ("biological", 3), "sex": ("biological", 2), "perturbation": ("perturbation", 4)}
 
@@ -28,6 +29,13 @@ def network(params, genes=GENES, sizes=METADATA_SIZES, heads=HEADS, seed=0) -> N
     return net.eval()
 
 
+def latent_noise(size: int, seed: int = 0) -> LatentNoise:
+    """Standard Normal draws for all terms, drawn in the order of the fields."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = LATENTS, LATENTS, LATENTS, TECHNICAL_LATENTS
+    return LatentNoise(*(torch.randn(size, width, generator=generator) for width in widths))
+
+
 def batch(size=6, genes=GENES, sizes=METADATA_SIZES, heads=HEADS, seed=1) -> Batch:
     """A batch with every optional part; each group has four distinct metadata rows."""
     generator = torch.Generator().manual_seed(seed)
@@ -41,6 +49,7 @@ def batch(size=6, genes=GENES, sizes=METADATA_SIZES, heads=HEADS, seed=1) -> Bat
     labels = [integers(-1, classes) for _, classes in heads.values()]
     return Batch(
         observed=Observed(5 * uniform(size, genes)),
+        noise=latent_noise(size),
         reference=5 * uniform(size, genes),
         batch_effect=torch.randn(size, genes, generator=generator),
         target_gene=integers(-1, genes),

@@ -46,6 +46,11 @@ def kl_normal(
 
 
 def sample_normal(mean: Tensor, log_variance: Tensor, generator: torch.Generator) -> Tensor:
-    """A reparameterised draw, shaped as `mean`."""
+    """A draw, shaped as `mean`."""
     noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    return shift_and_scale(noise, mean, log_variance)
+
+
+def shift_and_scale(noise: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """The reparameterised draw that standard Normal `noise` makes."""
     return mean + torch.exp(0.5 * log_variance) * noise

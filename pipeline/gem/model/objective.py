@@ -6,6 +6,7 @@ B samples, R of them with a reference, G genes, D_g encoded metadata of group g,
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,35 @@ from torch import Tensor
 
 from pipeline.gem.common.config import GROUPS, Train
 from pipeline.gem.model.network import Network
-from pipeline.gem.model.normal import kl_normal, sample_normal
+from pipeline.gem.model.normal import kl_normal, shift_and_scale
 from pipeline.gem.model.observation import LatentSource, Observed
+
+
+class LatentNoise(NamedTuple):
+    """Standard Normal draws, one row per sample, for the latents of each likelihood term."""
+
+    posterior: Tensor  # (B, L)
+    prior: Tensor  # (B, L)
+    reference: Tensor  # (R, L)
+    unseen_study: Tensor  # (B, L_technical); empty without this term
+
+    @classmethod
+    def draw(
+        cls,
+        network: Network,
+        samples: int,
+        generator: torch.Generator,
+        references: int = 0,
+        unseen_study: bool = False,
+    ) -> "LatentNoise":
+        latents, technical = sum(network.sizes.values()), network.sizes["technical"]
+        unseen = samples if unseen_study else 0
+        shapes = (samples, latents), (samples, latents), (references, latents), (unseen, technical)
+        device = generator.device
+        return cls(*(torch.randn(shape, generator=generator, device=device) for shape in shapes))
+
+    def rows(self, index: slice) -> "LatentNoise":
+        return LatentNoise(*(part[index] for part in self))
 
 
 @dataclass(frozen=True)
@@ -26,6 +54,7 @@ class Batch:
     index: Mapping[str, Tensor]  # by group: (B,) row of `metadata`
     target_gene: Tensor  # (B,) position of the perturbation's own target gene, -1 without
     labels: Tensor  # (B, heads) class index, -1 missing
+    noise: LatentNoise
     # Each of the following is empty where the objective leaves its term out.
     reference: Tensor  # (R, G) log-CPM of references of the first R samples
     batch_effect: Tensor  # (R, G) of a simulated study, shared by those samples and references
@@ -33,10 +62,8 @@ class Batch:
     partial_metadata: Mapping[str, Tensor]  # `metadata` with fields masked at random
 
 
-def objective_terms(
-    network: Network, batch: Batch, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """The unweighted terms.
+def objective_terms(network: Network, batch: Batch) -> dict[str, Tensor]:
+    """The unweighted terms. All randomness but dropout is in the batch.
 
     nll_reconstruction: samples decoded from their posterior.
     nll_predictive: samples decoded from the prior of their metadata.
@@ -53,11 +80,12 @@ def objective_terms(
     reference = batch.reference + batch.batch_effect
     encoded = network.posterior(torch.cat([observed.expression, reference]))
     posterior, reference_posterior = encoded.rows(slice(size)), encoded.rows(slice(size, None))
-    latents = [sample_normal(*posterior, generator), sample_normal(*prior, generator)]
+    noise = batch.noise
+    latents = [shift_and_scale(noise.posterior, *posterior), shift_and_scale(noise.prior, *prior)]
     if references:
         prior_of_first = prior.rows(slice(references))
         mixed = network.condition(prior_of_first, reference_posterior, GROUPS[:2])
-        latents.append(sample_normal(*mixed, generator))
+        latents.append(shift_and_scale(noise.reference, *mixed))
     effect = network.target_effect(batch.metadata["perturbation"])[batch.index["perturbation"]]
     decoded = [
         network.add_target_effect(part, batch.target_gene[: len(part)], effect[: len(part)])
@@ -75,7 +103,7 @@ def objective_terms(
     }
     if len(batch.unseen_study):
         from_prior = latents[LatentSource.PRIOR], decoded[LatentSource.PRIOR]
-        terms["nll_unseen_study"] = _unseen_study(network, batch, *from_prior, generator)
+        terms["nll_unseen_study"] = _unseen_study(network, batch, *from_prior)
     divergence = kl_normal(*posterior, *prior).mean(dim=0)
     terms |= {f"kl_{group}": divergence[columns] for group, columns in network.slices().items()}
     if batch.partial_metadata:
@@ -101,13 +129,7 @@ def objective(terms: Mapping[str, Tensor], params: Train, warmup: float) -> Tens
     return loss + params.classifier_weight * terms["classification"]
 
 
-def _unseen_study(
-    network: Network,
-    batch: Batch,
-    latents: Tensor,
-    decoded: Tensor,
-    generator: torch.Generator,
-) -> Tensor:
+def _unseen_study(network: Network, batch: Batch, latents: Tensor, decoded: Tensor) -> Tensor:
     """Negative log likelihood of the prediction from metadata without the study.
 
     Only technical weights have a gradient. Otherwise biology would learn to tell studies apart by
@@ -117,7 +139,8 @@ def _unseen_study(
     prior = network.prior("technical", batch.unseen_study).rows(batch.index["technical"])
     weight = network.linear_decoder.weight[:, technical]
     without_technical = (decoded - F.linear(latents[:, technical], weight)).detach()
-    decoded = without_technical + F.linear(sample_normal(*prior, generator), weight)
+    drawn = shift_and_scale(batch.noise.unseen_study, *prior)
+    decoded = without_technical + F.linear(drawn, weight)
     log_likelihood = network.observation.log_likelihood(
         batch.observed, decoded, LatentSource.UNSEEN_STUDY
     )

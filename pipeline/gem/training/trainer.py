@@ -17,7 +17,7 @@ from pipeline.gem.common.errors import DivergedError, InputError
 from pipeline.gem.model import tensor_file
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.network import Network
-from pipeline.gem.model.objective import Batch, objective, objective_terms
+from pipeline.gem.model.objective import Batch, LatentNoise, objective, objective_terms
 from pipeline.gem.training.checkpoint import Checkpoint
 from pipeline.gem.training.dataset import TrainingData
 from pipeline.gem.training.masking import dropout_fields, mask_fields, simulate_batch_effects
@@ -319,17 +319,24 @@ class Trainer:
                 self.data.study_spread,
                 self.generator,
             )
+            unseen_study = self.mask_study(metadata["technical"])
+            partial_metadata = self._partial_metadata(metadata)
             yield Batch(
                 train.observed.rows(rows),
                 metadata,
                 index,
                 train.target_gene[rows],
                 train.labels[rows],
+                self._noise(len(rows)),
                 reference=reference,
                 batch_effect=batch_effect,
-                unseen_study=self.mask_study(metadata["technical"]),
-                partial_metadata=self._partial_metadata(metadata),
+                unseen_study=unseen_study,
+                partial_metadata=partial_metadata,
             )
+
+    def _noise(self, samples: int) -> LatentNoise:
+        references, unseen_study = self._references_per_batch(samples), bool(self.gem.hidden_study)
+        return LatentNoise.draw(self.network, samples, self.generator, references, unseen_study)
 
     def _references_per_batch(self, size: int) -> int:
         """A share of the batch: the term needs an encoding and a decoding of its own."""
@@ -359,7 +366,7 @@ class Trainer:
         cycle = one_cycle(step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * self.params.learning_rate * cycle
-        terms = objective_terms(self.network, batch, self.generator)
+        terms = objective_terms(self.network, batch)
         loss = objective(terms, self.params, kl_warmup(step, self.steps, self.params.kl_warmup))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

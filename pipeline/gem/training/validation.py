@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.gem.common.config import GROUPS
 from pipeline.gem.common.errors import DivergedError
 from pipeline.gem.model.network import Network
-from pipeline.gem.model.objective import Batch, objective_terms
+from pipeline.gem.model.objective import Batch, LatentNoise, objective_terms
 from pipeline.gem.model.observation import LatentSource
 from pipeline.gem.model.predictive import predictive_log_likelihood
 from pipeline.gem.model.query import DecoderInput
@@ -71,9 +71,10 @@ def posterior_terms(
         split.index,
         split.target_gene,
         split.labels,
+        LatentNoise.draw(network, len(split.observed), generator),
         reference=empty,
         batch_effect=empty,
         unseen_study=split.metadata["technical"][:0],
         partial_metadata={},
     )
-    return objective_terms(network, batch, generator)
+    return objective_terms(network, batch)

@@ -3,6 +3,7 @@
 import ast
 import re
 import tomllib
+from functools import cache
 from graphlib import TopologicalSorter
 
 import pytest
@@ -51,6 +52,7 @@ LIBRARIES = {
 LARGEST_ROOM = 13  # modules
 
 
+@cache
 def imports(file: str) -> set[str]:
     """Dotted names of all modules that a file imports, wherever the import stands."""
     names = set()

@@ -10,9 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.gem.common.config import Covariates
 from pipeline.gem.common.errors import InputError
 from pipeline.gem.data.labels import label_texts
-from pipeline.gem.data.tables import identifiers, plain_frame, read_lines, read_table
+from pipeline.gem.data.tables import (
+    RESERVED_COLUMNS,
+    identifiers,
+    plain_frame,
+    read_lines,
+    read_table,
+    reserved_name_problems,
+)
 
 LABELS = ["00123", "2.10", "1e5", "1.0", "NA", "nan", "True", "-", "βµ", "inf", "0x1F"]
 FILES = {
@@ -142,3 +150,21 @@ def test_columns_of_a_frame_become_texts_or_numbers_of_64_bits():
         "mixed": ["55", "24 hours"],
         "strings": ["1.0", None],
     }
+
+
+@pytest.mark.parametrize("name", [*RESERVED_COLUMNS, "tissue_probability", "donor"])
+def test_a_reserved_name_of_a_column_is_a_problem_wherever_it_is_declared(params, name):
+    data = params.data.model_copy(update={"sample_id": "donor"})
+    assert not reserved_name_problems(data)
+    covariates = data.covariates.model_dump()
+    covariates["technical"][name] = {"kind": "categorical"}
+    for change in (
+        {"covariates": Covariates.model_validate(covariates)},
+        {"context_columns": ("tissue", name)},
+        {"control": data.control.model_copy(update={"column": name})},
+        {"date_column": name},
+        {"study_column": name},
+    ):
+        (problem,) = reserved_name_problems(data.model_copy(update=change))
+        assert problem.startswith(f"data: no column can be called {name}: ")
+        assert problem.endswith("; rename it in the source")

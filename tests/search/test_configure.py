@@ -15,7 +15,6 @@ from pipeline.gem.common import yaml_file
 from pipeline.gem.common.config import read_params
 from pipeline.gem.common.errors import GemError, InputError
 from pipeline.gem.common.yaml_file import flatten
-from pipeline.gem.data.tables import RESERVED_COLUMNS
 
 BEST = Path("experiments/latent_kl/best.yaml")
 CAPACITY = Path("experiments/searches/capacity.yaml")
@@ -282,21 +281,11 @@ def test_a_source_is_a_folder_or_an_h5ad_beside_the_project(call, source, proble
     assert problem in str(caught.value)
 
 
-@pytest.mark.parametrize("name", [*RESERVED_COLUMNS, "tissue_probability", "donor"])
-def test_a_reserved_name_of_a_column_is_refused_wherever_it_is_declared(call, name):
-    text = PARAMS.read_text().replace("sample_id: null", "sample_id: donor")
-    for old, new in (
-        ("platform: {", f"{name}: {{"),
-        ("[tissue, cell_type]", f"[tissue, {name}]"),
-        ("{column: perturbation, ", f"{{column: {name}, "),
-        ("date_column: study_date", f"date_column: {name}"),
-        ("study_column: study ", f"study_column: {name} "),
-    ):
-        assert text.count(old) == 1
-        PARAMS.write_text(text.replace(old, new))
-        with pytest.raises(InputError, match=f"data: no column can be called {name}: ") as caught:
-            call()
-        assert "rename it in the source" in str(caught.value)
+def test_a_reserved_name_of_a_column_is_refused(call):
+    PARAMS.write_text(PARAMS.read_text().replace("platform: {", "draw: {"))
+    message = "data: no column can be called draw: .*rename it in the source"
+    with pytest.raises(InputError, match=message):
+        call()
 
 
 def test_bad_input_exits_with_code_2_and_one_line():

@@ -105,23 +105,35 @@ else
 	@python -m pipeline.tune --search "$(SEARCH)"
 endif
 
+# The servers below know neither ~ nor the driver. They read an address from the environment: their
+# arguments, and so a password in them, are visible to everybody on the machine.
+NORMALISE = case "$$address" in \
+	postgres://*|postgresql://*) address="postgresql+psycopg:$${address\#*:}";; \
+	"sqlite:///~/"*) address="sqlite:///$$HOME/$${address\#sqlite:///\~/}";; esac
+RUN_DASHBOARD = import os, sys; from optuna_dashboard._cli import main; \
+	sys.argv.append(os.environ["OPTUNA_STORAGE"]); main()
+
 dashboard: check  ## open Optuna's dashboard of all searches on 127.0.0.1
 	@[ -n "$$OPTUNA_STORAGE" ] || [ -e .gem/optuna.db ] || { \
 		echo "error: .gem/optuna.db: no search has run here; make tune" >&2; exit 2; }
-	@address="$${OPTUNA_STORAGE:-sqlite:///.gem/optuna.db}"; \
-	case "$$address" in postgresql://*) address="postgresql+psycopg:$${address#postgresql:}";; esac; \
-	python .venv/bin/optuna-dashboard --host 127.0.0.1 --port $(DASHBOARD_PORT) "$$address"
+	@address="$${OPTUNA_STORAGE:-sqlite:///.gem/optuna.db}"; $(NORMALISE); \
+	OPTUNA_STORAGE="$$address" python -c '$(RUN_DASHBOARD)' --host 127.0.0.1 --port $(DASHBOARD_PORT)
 
 promote: check  ## write the winner of SEARCH into params.yaml and show the difference
 	python -m pipeline.configure --promote "$(SEARCH)"
 
 ui: environment  ## open MLflow on 127.0.0.1
-	@echo "all models, best first on unseen combinations:" \
-		"$(UI)?orderByKey=metrics.%60test_combination%2Fskill%60&orderByAsc=false"
-	@echo "curves and charts of the search:" \
-		"$(UI)?compareRunsMode=CHART&searchFilter=tags.stage%20%3D%20'tune'&orderByKey=metrics.%60best%2Fpredictive_log_likelihood%60&orderByAsc=false"
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false python -m mlflow ui --host 127.0.0.1 --port $(PORT) \
-		--workers 1 --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
+	@address="$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"; \
+	case "$$address" in http://*|https://*) host="$${address#*://}"; \
+		echo "MLFLOW_TRACKING_URI is a server; open it there: $${address%%://*}://$${host##*@}"; \
+		exit 0;; esac; \
+	echo "all models, best first on unseen combinations:" \
+		"$(UI)?orderByKey=metrics.%60test_combination%2Fskill%60&orderByAsc=false"; \
+	echo "curves and charts of the search:" \
+		"$(UI)?compareRunsMode=CHART&searchFilter=tags.stage%20%3D%20'tune'&orderByKey=metrics.%60best%2Fpredictive_log_likelihood%60&orderByAsc=false"; \
+	$(NORMALISE); \
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_BACKEND_STORE_URI="$$address" \
+		python -m mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1
 
 lock: environment  ## rewrite both lock files: of the project, and of the judge that the tests compare with
 	python -m pip install --quiet $(PIP_ARGS) uv

@@ -49,6 +49,14 @@ def test_handlers_are_restored():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_lock_that_the_task_does_not_get_is_no_second_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(filelock.Timeout), exclusive("train", "busy: {process}"):
+        raise filelock.Timeout("another.lock")
+    with exclusive("train", "the lock is free again"):
+        pass
+
+
 def test_a_second_process_of_a_task_is_an_error_with_the_id_of_the_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(processes, "LOCK_TIMEOUT_S", 0.1)

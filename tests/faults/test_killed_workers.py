@@ -129,9 +129,9 @@ def test_the_lock_of_a_server_is_released_when_its_holder_dies(postgres, monkeyp
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     storage = StudyStorage()
     with storage.lock(), storage.worker() as worker:
-        assert storage.living_workers() == {worker}
+        assert storage.running_workers() == {worker}
     with storage.lock():
-        assert storage.living_workers() == set()
+        assert storage.running_workers() == set()
     storage.close()
 
 

@@ -23,6 +23,7 @@ FOLDERS = (
 # Instead of Python: writes down its arguments.
 STUB = """#!/bin/sh
 printf '%s\\037' "$PWD" "$USER" "$LOGNAME" "$HOME" "$@" >> "$CALLS"; echo >> "$CALLS"
+printf '%s\\n' "$OPTUNA_STORAGE" "$MLFLOW_BACKEND_STORE_URI" > "$CALLS.addresses"
 """
 
 
@@ -141,8 +142,28 @@ def test_servers_listen_on_this_machine_only(make):
         assert {host for pair in hosts for host in pair} <= {"127.0.0.1", ""}, page
 
 
-def test_the_address_of_a_database_reaches_no_output_of_make(make):
-    secret = "postgresql://gem:pa$$word@host/gem"
-    process, calls = make("plain", "dashboard", f"OPTUNA_STORAGE={secret}")
-    assert "pa$" not in process.stdout + process.stderr
-    assert calls[-1][-1] == "postgresql+psycopg://gem:pa$word@host/gem"
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("postgresql://gem:pa$$word@host/gem", "postgresql+psycopg://gem:pa$word@host/gem"),
+        ("postgres://gem:pa$$word@host/gem", "postgresql+psycopg://gem:pa$word@host/gem"),
+        ("sqlite:///~/a b.db", "sqlite:////home/me/a b.db"),
+        ("sqlite:///a.db", "sqlite:///a.db"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("target", "variable"), [("dashboard", "OPTUNA_STORAGE"), ("ui", "MLFLOW_TRACKING_URI")]
+)
+def test_the_address_of_a_database_is_neither_output_nor_argument(
+    make, tmp_path, target, variable, address, expected
+):
+    process, calls = make("plain", target, f"{variable}={address}", "HOME=/home/me")
+    assert process.returncode == 0 and "pa$" not in f"{process.stdout}{process.stderr}{calls}"
+    addresses = (tmp_path / "calls.addresses").read_text().splitlines()
+    assert addresses[0 if target == "dashboard" else 1] == expected
+
+
+def test_the_page_of_a_server_is_opened_there(make):
+    process, calls = make("plain", "ui", "MLFLOW_TRACKING_URI=https://me:pa$$word@host:5000/x")
+    assert process.returncode == 0 and not calls
+    assert process.stdout.strip().endswith("open it there: https://host:5000/x")

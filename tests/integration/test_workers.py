@@ -141,7 +141,7 @@ def test_the_trial_of_a_killed_worker_is_run_again_and_a_second_process_is_refus
     assert table["trial"].tolist() == list(range(TRIALS)), "a trial keeps its number"
     after = repository.trials()
     assert all(after[number].params == trials[number].params for number in numbers)
-    assert sum("deaths" in trial.user_attrs for trial in after) == 1
+    assert sum("lost_workers" in trial.user_attrs for trial in after) == 1
 
 
 def test_a_stopped_search_returns_its_trials_and_the_next_call_runs_them(repository, tune):

@@ -1,14 +1,19 @@
 """The metrics of a trial, each against its definition."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
+import optuna
 import pytest
 import torch
+from support.searches import search_config
 
-from pipeline.gem.common.errors import DivergedError, InputError
+from pipeline.gem.common.errors import DivergedError, InputError, StoppedError
+from pipeline.gem.common.processes import StopSignal
 from pipeline.gem.model.network import Gaussian
-from pipeline.gem.search.objective import latent_leakage, selection_metrics
+from pipeline.gem.search import objective
+from pipeline.gem.search.objective import ObjectiveFunction, latent_leakage, selection_metrics
 from pipeline.gem.search.search_config import DIRECTIONS
 from pipeline.gem.training.dataset import TrainingData
 from pipeline.gem.training.trainer import FitResult, fit
@@ -79,6 +84,34 @@ def test_latent_leakage_needs_labels(result, data):
     unlabelled = replace(data, validation=replace(data.validation, metadata=metadata))
     with pytest.raises(InputError, match="latent_leakage cannot be computed"):
         latent_leakage(result, unlabelled)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_kept"),
+    [
+        (optuna.TrialPruned(), False),
+        (DivergedError("nan"), False),
+        (None, False),
+        (StoppedError("by SIGTERM"), True),
+        (OSError(28, "No space left on device"), True),
+    ],
+)
+def test_a_trial_keeps_its_checkpoints_until_it_is_decided(
+    data, params, tmp_path, monkeypatch, error, is_kept
+):
+    def fit(data, params, seed, on_epoch, checkpoint, check) -> None:
+        tmp_path.joinpath(checkpoint.path).write_bytes(b"an epoch")
+        if error:
+            raise error
+
+    monkeypatch.setattr(objective, "fit", fit)
+    monkeypatch.setattr(objective, "selection_metrics", lambda *_: {})
+    function = ObjectiveFunction(
+        "test", search_config(), params, data, "a" * 64, "run", StopSignal(), tmp_path
+    )
+    with pytest.raises(type(error)) if error else nullcontext():
+        function._fit(None, None, params, (1, 2))
+    assert any(tmp_path.iterdir()) is is_kept
 
 
 def test_a_metric_that_is_not_finite_fails_the_trial(result, data):

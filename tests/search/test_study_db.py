@@ -83,10 +83,10 @@ DAMAGES = {
     "older": (release("v2.6.0.a", "2.6.0"), UPGRADE),
     "newer": (release("v9.0.0.a", "9.0.0"), "was made by Optuna 9.0.0, .*; use that release"),
     "foreign": (foreign, r"belongs to another program \(tables alembic_version, experiments"),
-    "text": (replace_by(b"trial,value\n" * 99), "is not a database.*correct the address"),
-    "cut": (lambda path: os.truncate(path, 20_000), "malformed.*restore the file, or move it"),
-    "damaged": (overwrite, "malformed.*restore the file, or move it"),
-    "folder": (make_folder, "is not a file; correct the address"),
+    "text": (replace_by(b"trial,value\n" * 99), "is not a database.*move it aside"),
+    "cut": (lambda path: os.truncate(path, 20_000), "malformed.*restore a copy, or move it"),
+    "damaged": (overwrite, "is damaged.*restore a copy, or move it"),
+    "folder": (make_folder, "is not a file; move it aside"),
     "no table": (
         lambda path: execute(path, "DROP TABLE trials"),
         "lacks the tables trials; restore",
@@ -126,7 +126,7 @@ def test_a_file_that_another_program_locks_is_one_line(monkeypatch, tmp_path):
     StudyStorage().close()
     with closing(sqlite3.connect(tmp_path / "x.db")) as connection:
         connection.execute("BEGIN IMMEDIATE")
-        with pytest.raises(InputError, match=r"database is locked.*another program holds the file"):
+        with pytest.raises(InputError, match=r"database is locked.*another program holds it"):
             StudyStorage()
 
 

@@ -13,7 +13,9 @@ from mlflow.store.tracking import sqlalchemy_store as tracking
 from mlflow.tracking._tracking_service.utils import _tracking_store_registry
 
 from pipeline.gem.common.errors import InputError
+from pipeline.gem.common.processes import file_lock
 from pipeline.gem.tracking import connection, mlflow_client, offline_buffer, runs
+from pipeline.gem.tracking.model_registry import register_models
 from pipeline.gem.tracking.runs import Run
 
 
@@ -71,7 +73,10 @@ def deleted(file: Path) -> None:
         (foreign, r"no database of MLflow \(tables: alembic_version, studies\); move it aside"),
         (cut, "restore a copy, or move it aside"),
         (zeros, "restore a copy, or move it aside"),
-        (lambda file: file.write_text("a text\n" * 99), "file is not a database.*; move it aside"),
+        (
+            lambda file: file.write_text("a text\n" * 99),
+            "file is not a database.*; move it aside, or set MLFLOW_TRACKING_URI",
+        ),
         (folder, "is no file; move it aside"),
         (deleted, "experiment gem is deleted .*mlflow experiments restore -x 1`, or set another"),
     ],
@@ -136,9 +141,20 @@ def test_a_store_that_is_deleted_during_a_run_loses_nothing(
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError, KeyError, OSError(28, "No space left"), ValueError]
+    ("error", "message"),
+    [
+        (RuntimeError, "rejects a request (RuntimeError)"),
+        (
+            KeyError("x"),
+            "fails by a bug of this program or of MLflow; report it (KeyError: 'x' at ",
+        ),
+        (OSError(28, "No space left"), "cannot be used ([Errno 28] No space left)"),
+        (ValueError, "rejects a request (ValueError)"),
+    ],
 )
-def test_whatever_a_library_raises_ends_no_work(store, impatient, monkeypatch, caplog, error):
+def test_whatever_a_library_raises_ends_no_work(
+    store, impatient, monkeypatch, caplog, error, message
+):
     with monkeypatch.context() as broken:
 
         def fail(*_, **__):
@@ -151,6 +167,22 @@ def test_whatever_a_library_raises_ends_no_work(store, impatient, monkeypatch, c
     assert run.id
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == (2 if isinstance(error, OSError) else 1)
+    assert message in caplog.text
+
+
+def test_a_bug_at_the_first_request_is_raised_as_it_is(store, monkeypatch):
+    monkeypatch.setattr(connection, "_find_experiment", lambda: None + 1)
+    with pytest.raises(TypeError):
+        mlflow_client.connect("gem")
+
+
+def test_a_store_that_another_process_holds_costs_a_warning(store, monkeypatch, caplog):
+    monkeypatch.setattr(connection, "LOCK_TIMEOUT_S", 0.1)
+    with file_lock(Path(".gem/mlflow.lock")):
+        mlflow_client.connect("gem")
+        assert register_models(store / "experiments") == {}
+    message = "cannot be used (another process of this project holds .gem/mlflow.lock for 0.1 s)"
+    assert caplog.text.count(message) == 1
 
 
 # A project that was moved or copied
@@ -179,6 +211,22 @@ def test_a_copy_of_a_project_writes_into_itself(store, tmp_path_factory, monkeyp
     assert sorted(store.rglob("*")) == original and (store / "mlflow.db").read_bytes() == content
     assert len(list(project.parent.rglob("artifacts/note.txt"))) == 3
     assert len(list(project.rglob("artifacts/note.txt"))) == 3
+
+
+def test_places_that_somebody_has_chosen_stay(store, tmp_path_factory, monkeypatch):
+    """Only what lies in the former folder of the project moves with it."""
+    chosen = tmp_path_factory.mktemp("chosen") / "mlruns"
+    mlflow.MlflowClient().create_experiment("elsewhere", f"{chosen}/7")
+    project = tmp_path_factory.mktemp("copies") / "moved"
+    shutil.copytree(store, project)
+    monkeypatch.chdir(project)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    forget_stores()
+    mlflow_client.connect("gem")
+    client = mlflow.MlflowClient()
+    places = {name: client.get_experiment_by_name(name) for name in ("gem", "elsewhere")}
+    assert places["gem"].artifact_location == f"{project}/mlruns/1"
+    assert places["elsewhere"].artifact_location == f"{chosen}/7"
 
 
 def test_a_copy_without_its_artifacts_is_refused(store, tmp_path_factory, monkeypatch):

@@ -21,7 +21,7 @@ class Server:
     is_up = True
 
     @contextmanager
-    def outages(self, connecting: bool = False):
+    def outages(self, first_request: bool = False):
         if not self.is_up:
             raise ServerDownError("down")
         yield
@@ -212,10 +212,53 @@ def test_a_run_that_the_server_rejects_is_set_aside_and_does_not_stop_others(ser
     server.is_up = True
     mlflow.delete_run(deleted.id)
     server.recover()
-    assert f"MLflow rejects the buffered part of run {deleted.id}" in caplog.text
+    assert f"MLflow cannot take the buffered part of run {deleted.id}" in caplog.text
     assert set(logged_runs()) == {"default"}
     (rejected,) = offline_buffer.unsent_runs(connection.address())
     assert rejected.suffix == ".rejected"
+
+
+def test_a_run_of_a_deleted_experiment_is_sent_when_it_is_restored(store, monkeypatch):
+    with monkeypatch.context() as down:
+        down.setattr(mlflow_client, "flush", BufferedRun.set_failed)
+        with Run.open("default", "train"):
+            pass
+    client, number = mlflow.MlflowClient(), connection.experiment_id()
+    client.delete_experiment(number)
+    mlflow_client.send_saved()
+    (folder,) = offline_buffer.unsent_runs(connection.address())
+    assert not folder.suffix
+    client.restore_experiment(number)
+    mlflow_client.send_saved()
+    assert set(logged_runs()) == {"default"} and not unsent()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "7", "{}", "{", '{"run": 1, "start": 2, "status": 3, "complete": false, "update": 5}'],
+)
+def test_a_damaged_run_is_set_aside_under_a_name_of_its_own(store, caplog, content):
+    for _ in range(2):
+        file = BufferedRun(connection.address(), "damaged").folder / "run.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(content)
+        assert unsent() >= 1
+        mlflow_client.send_saved()
+    folders = offline_buffer.unsent_runs(connection.address())
+    assert [folder.suffix for folder in folders] == [".rejected"] * 2
+    assert caplog.text.count("damaged cannot be read") == 2
+
+
+def test_an_error_of_the_sender_is_no_damage_of_a_run(server, monkeypatch):
+    server.is_up = False
+    with Run.open("default", "train"):
+        pass
+    server.is_up = True
+    with monkeypatch.context() as broken, pytest.raises(KeyError):
+        broken.setattr(mlflow_client, "flush", lambda _: {}["a bug"])
+        mlflow_client.send_saved()
+    mlflow_client.send_saved()
+    assert set(logged_runs()) == {"default"} and not unsent()
 
 
 def test_a_server_that_is_down_is_left_alone_for_a_while(store, monkeypatch, caplog):

@@ -32,11 +32,20 @@ _ADVICE = (
     ),
 )
 _ADVICE_OF = {number: advice for numbers, advice in _ADVICE for number in numbers}
-_SQLITE = {
+_SQLITE_NUMBER = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_IOERR: errno.EIO,
-    sqlite3.SQLITE_READONLY: errno.EROFS,
     sqlite3.SQLITE_NOMEM: errno.ENOMEM,
+}
+# The file of a database that is kept by this project, MLflow's or Optuna's.
+SQLITE_ADVICE = {
+    sqlite3.SQLITE_FULL: _ADVICE_OF[errno.ENOSPC],
+    sqlite3.SQLITE_IOERR: _ADVICE_OF[errno.EIO],
+    sqlite3.SQLITE_READONLY: "make it and its folder writable",
+    sqlite3.SQLITE_CANTOPEN: "make it a file, and its folder writable",
+    sqlite3.SQLITE_BUSY: "another program holds it; end that program",
+    sqlite3.SQLITE_NOTADB: "move it aside",
+    sqlite3.SQLITE_CORRUPT: "restore a copy, or move it aside: then a new one is made",
 }
 _NUMBER = re.compile(r"\[[Ee]rrno (\d+)\]|errno = (\d+)")
 # How torch and Python say that memory or processes are short: RuntimeErrors without a number.
@@ -46,7 +55,7 @@ _TEXTS = {
     "unable to mmap": errno.ENOMEM,
     "can't start new thread": errno.EAGAIN,
 }
-_BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError, ArithmeticError)
+BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError, ArithmeticError)
 
 
 def machine_problem(error: BaseException) -> str | None:
@@ -56,6 +65,9 @@ def machine_problem(error: BaseException) -> str | None:
         if number == errno.ENOMEM:
             detail = next(iter(str(cause).splitlines()), "")
             return f"not enough memory ({detail}); end other programs, or use a larger machine"
+        if sqlite_code(cause) in SQLITE_ADVICE:
+            advice = SQLITE_ADVICE[sqlite_code(cause)]
+            return f"a local database (mlflow.db or .gem/optuna.db): {cause}; {advice}"
         if number in _ADVICE_OF:
             return _line(cause, number)
     return None
@@ -66,7 +78,7 @@ def error_number(error: BaseException) -> int | None:
     if isinstance(error, MemoryError):
         return errno.ENOMEM
     if isinstance(error, sqlite3.Error):
-        return _SQLITE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+        return _SQLITE_NUMBER.get(sqlite_code(error))
     if not isinstance(error, (OSError, RuntimeError)):
         return None
     if number := getattr(error, "errno", None):
@@ -77,19 +89,22 @@ def error_number(error: BaseException) -> int | None:
     return next((number for part, number in _TEXTS.items() if part in text), None)
 
 
+def sqlite_code(error: BaseException) -> int:
+    """The primary result code of an error of SQLite; 0 if it has none."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """The error and what it was raised from; nothing of a bug in the handling of an error."""
-    while error is not None and not isinstance(error, _BUGS):
+    while error is not None and not isinstance(error, BUGS):
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _line(error: BaseException, number: int) -> str:
-    path, what = getattr(error, "filename", None), os.strerror(number)
+    path = getattr(error, "filename", None)
     if isinstance(path, bytes):
         path = os.fsdecode(path)
     if isinstance(path, str) and error.strerror:
         return f"{path}: {error.strerror}; {_ADVICE_OF[number]}"
-    if isinstance(error, sqlite3.Error):
-        what = f"a local database (mlflow.db or .gem/optuna.db): {error}"
-    return f"{what}; {_ADVICE_OF[number]}"
+    return f"{os.strerror(number)}; {_ADVICE_OF[number]}"

@@ -66,11 +66,12 @@ def exclusive(task: str, message: str) -> Iterator[None]:
         end_with_parent()
     holder = Path(f".gem/{task}.pid")
     try:
-        with file_lock(Path(f".gem/{task}.lock"), LOCK_TIMEOUT_S):
-            write_atomically(holder, f"{os.getpid()} {socket.gethostname()}".encode())
-            yield
+        lock = file_lock(Path(f".gem/{task}.lock"), LOCK_TIMEOUT_S).acquire()
     except filelock.Timeout:
         raise InputError(message.format(process=_name_of(holder))) from None
+    with lock:
+        write_atomically(holder, f"{os.getpid()} {socket.gethostname()}".encode())
+        yield
 
 
 def _name_of(holder: Path) -> str:

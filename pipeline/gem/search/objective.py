@@ -6,6 +6,7 @@ sample.
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,18 +114,28 @@ class ObjectiveFunction:
             if prunable:
                 trial.report(getattr(epoch, f"validation_{names[0]}"), epoch.epoch)
 
-        is_stopped = False
-        try:
+        with _discarded_at_the_end(checkpoints):
             for seed, checkpoint in zip(seeds, checkpoints, strict=True):
                 result = fit(self.data, params, seed, on_epoch, checkpoint, self.stop.check)
                 metrics.append(selection_metrics(result, self.data, names))
-        except StoppedError:
-            is_stopped = True
-            raise
-        finally:
-            for checkpoint in () if is_stopped else checkpoints:
-                checkpoint.path.unlink(missing_ok=True)
         return metrics
+
+
+@contextmanager
+def _discarded_at_the_end(checkpoints: list[Checkpoint]) -> Iterator[None]:
+    """Removes the checkpoints of a trial that is decided: complete, pruned or failed. After any
+    other exception (a stop, a failure of the machine) the trial continues from them."""
+    try:
+        yield
+    except (optuna.TrialPruned, DivergedError):
+        _discard(checkpoints)
+        raise
+    _discard(checkpoints)
+
+
+def _discard(checkpoints: list[Checkpoint]) -> None:
+    for checkpoint in checkpoints:
+        checkpoint.path.unlink(missing_ok=True)
 
 
 def _override(params: Params, values: Values) -> Params:

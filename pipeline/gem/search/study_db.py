@@ -15,6 +15,7 @@ from sqlalchemy.engine import URL
 
 from pipeline.gem.common.errors import InputError, examples
 from pipeline.gem.common.logs import without_passwords
+from pipeline.gem.common.machine_errors import SQLITE_ADVICE, sqlite_code
 from pipeline.gem.common.processes import file_lock
 from pipeline.gem.tracking.addresses import database_url, environment_address
 
@@ -31,7 +32,7 @@ _KEEP_ALIVE = """
 SELECT set_config(name, value, false) FROM pg_settings JOIN (VALUES
 ('tcp_keepalives_idle', '30'), ('tcp_keepalives_interval', '10'), ('tcp_keepalives_count', '3'),
 ('idle_session_timeout', '0')) AS wanted (name, value) USING (name)"""
-_LIVING_WORKERS = """
+_RUNNING_WORKERS = """
 SELECT objid FROM pg_locks JOIN pg_database ON pg_database.oid = database
 WHERE locktype = 'advisory' AND granted AND classid = :key AND datname = current_database()"""
 
@@ -41,17 +42,11 @@ _DATABASE_ERRORS = (
     sqlite3.Error,
     optuna.exceptions.StorageInternalError,
 )
-# A part of the reason: what to do.
-_REMEDIES = {
+# A part of the reason of a server: what to do.
+_SERVER_ADVICE = {
     "password": "correct the user or the password",
     "does not exist": "create it, or correct the address",
     "permission denied": "give the user the right to create tables and to write",
-    "locked": "another program holds the file; end it",
-    "readonly": "make the file and its folder writable",
-    "full": "free space; the same command continues the search",
-    "malformed": "restore the file, or move it away: then the search starts again",
-    "not a database": "correct the address, or move the file away",
-    "unable to open": "the folder must be writable, and the file must be a file",
 }
 
 # The search reports each trial in one line; Optuna would add tracebacks.
@@ -118,10 +113,10 @@ class StudyStorage:
             cause = error.__cause__ or error  # Optuna hides the reason
             cause = getattr(cause, "orig", None) or cause
             lines = [line.strip() for line in str(cause).splitlines()] or [type(cause).__name__]
-            raise self._unusable(f"cannot be used ({lines[0][:120]})", _remedy(lines[0])) from None
+            raise self._unusable(f"cannot be used ({lines[0][:120]})", _advice(cause)) from None
 
-    def _unusable(self, problem: str, remedy: str) -> InputError:
-        return InputError(f"{STORAGE_VARIABLE}: {self.address} {problem}; {remedy}")
+    def _unusable(self, problem: str, advice: str) -> InputError:
+        return InputError(f"{STORAGE_VARIABLE}: {self.address} {problem}; {advice}")
 
     def _open(self, skip_table_creation: bool = False) -> RDBStorage:
         url = self.url.render_as_string(hide_password=False)
@@ -139,9 +134,10 @@ class StudyStorage:
     def _check_file(self) -> None:
         """Raises an error for a file that is damaged, or that cannot be written now."""
         if self._file.exists() and not self._file.is_file():
-            raise self._unusable("is not a file", "correct the address")
-        if self._execute("PRAGMA quick_check(1)") != "ok":
-            raise sqlite3.DatabaseError("database disk image is malformed")
+            raise self._unusable("is not a file", SQLITE_ADVICE[sqlite3.SQLITE_NOTADB])
+        if (problem := self._execute("PRAGMA quick_check(1)")) != "ok":
+            advice = SQLITE_ADVICE[sqlite3.SQLITE_CORRUPT]
+            raise self._unusable(f"is damaged ({problem})", advice)
         self._execute("BEGIN IMMEDIATE")
 
     def _execute(self, statement: str) -> object:
@@ -153,7 +149,7 @@ class StudyStorage:
     def _check_schema(self) -> None:
         """Refuses a database of another program or of another release of Optuna, before Optuna
         adds its tables to it."""
-        with closing_engine(self._engine()) as engine:
+        with temporary_engine(self._engine()) as engine:
             tables = set(sqlalchemy.inspect(engine).get_table_names())
             if "version_info" not in tables:
                 # A database of PostgreSQL may hold anything that does not use the same library.
@@ -167,21 +163,22 @@ class StudyStorage:
         # Optuna creates alembic_version last, and would create tables that were dropped again.
         if "alembic_version" in tables and not tables >= _TABLES:
             missing = ", ".join(sorted(_TABLES - tables))
-            raise self._unusable(f"lacks the tables {missing}", _REMEDIES["malformed"])
+            advice = SQLITE_ADVICE[sqlite3.SQLITE_CORRUPT]
+            raise self._unusable(f"lacks the tables {missing}", advice)
         storage = self._open(skip_table_creation=True)
-        with closing_engine(storage.engine) as engine, engine.connect() as connection:
+        with temporary_engine(storage.engine) as engine, engine.connect() as connection:
             query = sqlalchemy.text("SELECT library_version FROM version_info")
             release = connection.execute(query).scalar()
             storage.remove_session()
             version = storage.get_current_version()
             if version == storage.get_head_version():
                 return
-            remedy = "use that release, or name another database"
+            advice = "use that release, or name another database"
             if version in storage.get_all_versions():
-                remedy = f"run: optuna storage upgrade --storage '{self.address}'"
+                advice = f"run: optuna storage upgrade --storage '{self.address}'"
         raise self._unusable(
             f"was made by Optuna {release}, and this is {optuna.__version__}",
-            f"{remedy} (or move the file away: then the search starts again)",
+            f"{advice} (or move the file aside: then the search starts again)",
         )
 
     def _engine(self) -> sqlalchemy.Engine:
@@ -199,12 +196,13 @@ class StudyStorage:
         """Admits one process at a time. The lock is released when its holder dies."""
         if self._file:
             try:
-                with file_lock(Path(f"{self._file}.lock"), _LOCK_TIMEOUT_S):
-                    yield
+                lock = file_lock(Path(f"{self._file}.lock"), _LOCK_TIMEOUT_S).acquire()
             except filelock.Timeout:
                 raise self._unusable(
                     f"is held by another process for {_LOCK_TIMEOUT_S} s", "end that process"
                 ) from None
+            with lock:
+                yield
             return
         with self._engine().connect() as connection:
             connection.execute(sqlalchemy.text(f"SET lock_timeout = '{_LOCK_TIMEOUT_S}s'"))
@@ -214,7 +212,7 @@ class StudyStorage:
 
     @contextmanager
     def worker(self) -> Iterator[str]:
-        """The name of a worker, which is among `living_workers` until the end of this context or
+        """The name of a worker, which is among `running_workers` until the end of this context or
         of the process."""
         number = secrets.randbelow(2**31)
         if self._file:
@@ -233,11 +231,11 @@ class StudyStorage:
     def _workers_folder(self) -> Path:
         return self._file.with_name(f"{self._file.name}.workers")
 
-    def living_workers(self) -> set[str]:
+    def running_workers(self) -> set[str]:
         """The names of all workers that run a trial. The caller holds the lock."""
         if not self._file:
             with self._engine().connect() as connection:
-                query = sqlalchemy.text(_LIVING_WORKERS)
+                query = sqlalchemy.text(_RUNNING_WORKERS)
                 rows = connection.execute(query, {"key": _ADVISORY_LOCK})
                 return {str(number) for (number,) in rows}
         # The name of a lock on a file system without locks has a suffix.
@@ -256,13 +254,16 @@ def _is_held(path: Path) -> bool:
 
 
 @contextmanager
-def closing_engine(engine: sqlalchemy.Engine) -> Iterator[sqlalchemy.Engine]:
+def temporary_engine(engine: sqlalchemy.Engine) -> Iterator[sqlalchemy.Engine]:
     try:
         yield engine
     finally:
         engine.dispose()
 
 
-def _remedy(reason: str) -> str:
-    known = (remedy for part, remedy in _REMEDIES.items() if part in reason.lower())
+def _advice(error: BaseException) -> str:
+    if isinstance(error, sqlite3.Error):
+        return SQLITE_ADVICE.get(sqlite_code(error), SQLITE_ADVICE[sqlite3.SQLITE_CORRUPT])
+    reason = str(error).lower()
+    known = (advice for part, advice in _SERVER_ADVICE.items() if part in reason)
     return next(known, "start the server, or correct the address")

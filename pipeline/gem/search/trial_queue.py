@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 Evaluate = Callable[["RunningTrial"], float | list[float]]
 
 _POLL_INTERVAL_S = 0.5  # while other workers finish the last trials
-_MAX_DEATHS = 4  # workers that die in one epoch of a trial, until it counts as failed
+_MAX_LOST_WORKERS = 4  # in one epoch of a trial, until it counts as failed
 
 # User attributes of a trial.
 POINT = "point"  # saved before the parameters, which Optuna saves one by one
@@ -31,7 +31,7 @@ REASON = "reason"  # why a trial failed
 RUN = "mlflow_run"
 EPOCHS_TRAINED, EPOCHS_PLANNED = "epochs_trained", "epochs_planned"  # of all seeds
 _WORKER = "worker"  # set when the trial has all its parameters
-_DEATHS = "deaths"  # [number of workers that died, epoch in which they died]
+_LOST_WORKERS = "lost_workers"  # [number of workers that died, epoch in which they died]
 
 
 class RunningTrial:
@@ -202,24 +202,24 @@ class TrialQueue:
         if not self.trials(TrialState.RUNNING):
             return
         # Before the trials: a worker may finish its trial, and go, at any moment.
-        living = self.storage.living_workers()
+        running = self.storage.running_workers()
         for trial in self.trials(TrialState.RUNNING):
             # A worker sets its name before it releases the lock. So a running trial without one
             # belongs to a process that died while it held the lock.
-            if trial.user_attrs.get(_WORKER) not in living:
+            if trial.user_attrs.get(_WORKER) not in running:
                 with suppress(optuna.exceptions.UpdateFinishedTrialError):
                     self._requeue(trial)
 
     def _requeue(self, trial: FrozenTrial) -> None:
         # Only deaths without progress in between count: the point may exceed the memory.
         epoch = trial.user_attrs.get(EPOCHS_TRAINED, 0)
-        deaths, epoch_before = trial.user_attrs.get(_DEATHS, (0, epoch))
-        deaths = deaths + 1 if epoch == epoch_before else 1
-        if deaths < _MAX_DEATHS:
+        lost, epoch_before = trial.user_attrs.get(_LOST_WORKERS, (0, epoch))
+        lost = lost + 1 if epoch == epoch_before else 1
+        if lost < _MAX_LOST_WORKERS:
             self._set_waiting(trial.number)
-            self._set_attribute(trial.number, _DEATHS, [deaths, epoch])
+            self._set_attribute(trial.number, _LOST_WORKERS, [lost, epoch])
         else:
-            self._set_attribute(trial.number, REASON, f"its worker died {deaths} times")
+            self._set_attribute(trial.number, REASON, f"its worker died {lost} times")
             self.study.tell(trial.number, state=TrialState.FAIL)
 
 

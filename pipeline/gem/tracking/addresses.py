@@ -11,16 +11,16 @@ from sqlalchemy.engine import URL, make_url
 from pipeline.gem.common.errors import InputError
 from pipeline.gem.common.logs import without_passwords
 
-_DVC_COPIES = (".dvc", "tmp", "exps")  # in the project; `dvc exp run --temp` and --queue run there
+DVC_COPIES = ".dvc/tmp/exps"  # in the project; `dvc exp run --temp` and --queue run there
 _ENCODE = "in a password write %23 for #, %2F for /, %3A for :, %3F for ?, %40 for @"
 
 
 def project_root() -> Path:
     """The project's folder: the working directory, but for DVC's temporary copies of the project
     the project itself, because DVC removes the copies."""
-    folder = Path.cwd()
+    folder, copies = Path.cwd(), Path(DVC_COPIES).parts
     for index in range(1, len(folder.parts)):
-        if folder.parts[index : index + 3] == _DVC_COPIES:
+        if folder.parts[index : index + len(copies)] == copies:
             return Path(*folder.parts[:index])
     return folder
 

@@ -8,10 +8,12 @@ import logging
 import os
 import sqlite3
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
 import mlflow
 import sqlalchemy
 from mlflow.exceptions import MlflowException
@@ -19,6 +21,7 @@ from mlflow.store.db import utils as mlflow_database
 
 from pipeline.gem.common.errors import GemError, InputError
 from pipeline.gem.common.logs import without_passwords
+from pipeline.gem.common.machine_errors import BUGS
 from pipeline.gem.common.processes import file_lock
 from pipeline.gem.tracking.addresses import (
     at_root,
@@ -33,6 +36,7 @@ log = logging.getLogger(__name__)
 VARIABLE, LOCAL_STORE = "MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"
 BUDGET_S = 5.0  # of failed requests in a process; then it sends nothing any more
 RETRY_INTERVAL_S = 10.0  # after a failed request, or 60 times as long as it took
+LOCK_TIMEOUT_S = 30.0  # for another process of this project, which registers a model for seconds
 # With MLflow's own timeouts a hanging server would block a training for many minutes; these add up
 # to eleven seconds.
 _DEFAULTS = {
@@ -62,7 +66,7 @@ class ServerDownError(Exception):
 
 
 class RejectedError(ServerDownError):
-    """The server answers, but does not take a request."""
+    """A request that will fail again: the server does not take it, or its code has a bug."""
 
 
 def open_experiment(name: str) -> None:
@@ -78,7 +82,7 @@ def open_experiment(name: str) -> None:
     for variable, value in _DEFAULTS.items():
         os.environ.setdefault(variable, value)
     _set_address(environment_address(VARIABLE, LOCAL_STORE))
-    with outages(connecting=True):
+    with outages(first_request=True):
         _open_experiment()
 
 
@@ -97,11 +101,12 @@ def _set_address(text: str) -> None:
 
 
 @contextmanager
-def outages(connecting: bool = False) -> Iterator[None]:
+def outages(first_request: bool = False) -> Iterator[None]:
     """Raises ServerDownError instead of whatever MLflow and its libraries raise, and warns once;
     for a while after a failure, and once BUDGET_S is spent, also instead of another attempt.
 
-    `connecting`: InputError for an error that waiting does not end.
+    `first_request`: no work is lost yet. InputError for an error that waiting does not end; a bug
+    as it is.
     """
     global _next_attempt, _lost_s, _has_warned
     if time.monotonic() < _next_attempt or _lost_s > BUDGET_S:
@@ -115,14 +120,16 @@ def outages(connecting: bool = False) -> Iterator[None]:
         raise
     except Exception as error:
         temporary = _is_temporary(error)
-        if connecting and not temporary:
+        if first_request and isinstance(error, BUGS):
+            raise
+        if first_request and not temporary:
             raise InputError(
                 f"{VARIABLE}: cannot open {shown_address()} ({reason(error)}); correct the address"
             ) from None
         seconds = time.monotonic() - start
         _lost_s += seconds
         _next_attempt = time.monotonic() + max(RETRY_INTERVAL_S, 60 * seconds)
-        _warn_once(error, temporary)
+        _warn_once(error, _fault(error))
         raise (ServerDownError if temporary else RejectedError)(reason(error)) from error
 
 
@@ -133,17 +140,24 @@ def _is_temporary(error: BaseException) -> bool:
     return isinstance(error, _OUTAGES)
 
 
-def _warn_once(error: BaseException, temporary: bool) -> None:
+def _fault(error: BaseException) -> str:
+    if isinstance(error, BUGS):
+        return "fails by a bug of this program or of MLflow; report it"
+    if not _is_temporary(error):
+        return "rejects a request"
+    return "cannot be used" if _store else "does not answer"
+
+
+def _warn_once(error: BaseException, fault: str) -> None:
     global _has_warned
     if _has_warned:
         return
     _has_warned = True
-    fault = "cannot be used" if _store else "does not answer"
     log.warning(
         "MLflow at %s %s (%s): continuing without it; a later stage logs what it misses, or "
         "`python -m pipeline.register`",
         shown_address(),
-        fault if temporary else "rejects a request",
+        fault,
         reason(error),
     )
 
@@ -189,7 +203,7 @@ def _create_experiment() -> str:
             return number
         raise
     if _store:
-        _store.correct_places(_experiment)
+        _store.correct_place(_experiment)
     return number
 
 
@@ -204,8 +218,15 @@ def experiment_id() -> str:
 
 @contextmanager
 def exclusive_store() -> Iterator[None]:
-    """Excludes other processes of this project."""
-    with file_lock(at_root(".gem/mlflow.lock"), reentrant=True):
+    """Excludes other processes of this project. TimeoutError if one holds the store for
+    LOCK_TIMEOUT_S."""
+    path = at_root(".gem/mlflow.lock")
+    try:
+        lock = file_lock(path, LOCK_TIMEOUT_S, reentrant=True).acquire()
+    except filelock.Timeout:
+        text = f"another process of this project holds {path} for {LOCK_TIMEOUT_S:g} s"
+        raise TimeoutError(text) from None
+    with lock:
         yield
 
 
@@ -221,9 +242,13 @@ def shown_address() -> str:
 def reason(error: BaseException) -> str:
     """The first line of an error, of the system's error behind it if there is one."""
     cause = error
-    while following := cause.__cause__ or cause.__context__:
+    while following := cause.__cause__ or (not cause.__suppress_context__ and cause.__context__):
         cause = following
     if not isinstance(cause, OSError | sqlite3.Error):
         cause = error
     text = next(iter(str(cause).splitlines()), "") or type(error).__name__
+    if isinstance(error, BUGS):
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(line.filename).name}:{line.lineno}"
+        text = f"{type(error).__name__}: {error} at {place}"
     return without_passwords(text)[:_LONGEST_REASON]

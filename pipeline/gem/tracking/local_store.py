@@ -17,7 +17,8 @@ import mlflow
 from mlflow.store.db import utils as mlflow_database
 
 from pipeline.gem.common.errors import InputError
-from pipeline.gem.tracking.addresses import project_root
+from pipeline.gem.common.machine_errors import SQLITE_ADVICE, sqlite_code
+from pipeline.gem.tracking.addresses import DVC_COPIES, project_root
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +32,12 @@ _PLACES = (  # columns with absolute paths of artifacts
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-_ADVICE = {
-    "SQLITE_READONLY": "give write permission to it and its folder, or set MLFLOW_TRACKING_URI",
-    "SQLITE_CANTOPEN": "give write permission to it and its folder, or set MLFLOW_TRACKING_URI",
-    "SQLITE_NOTADB": "move it aside, or set MLFLOW_TRACKING_URI",
-    "SQLITE_CORRUPT": "restore a copy, or move it aside: the next stage makes a new one",
-}
+_LASTING = (  # errors that waiting does not end
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_CORRUPT,
+)
 
 
 class LocalStore:
@@ -72,9 +73,9 @@ class LocalStore:
             if not self.file.exists() or not self.file.stat().st_size:
                 self._create()
         except (NotADirectoryError, FileExistsError, PermissionError) as error:
-            raise self._problem(f"cannot be made ({error})", "SQLITE_CANTOPEN") from None
+            raise self._problem(f"cannot be made ({error})", sqlite3.SQLITE_CANTOPEN) from None
         if not self.file.is_file():
-            raise self._problem("is no file", "SQLITE_NOTADB")
+            raise self._problem("is no file", sqlite3.SQLITE_NOTADB)
         with self._errors(), closing(self._connect()) as database:
             self._check(database)
         self._identity = _identity(self.file)
@@ -105,26 +106,38 @@ class LocalStore:
                 "project; set another tracking.experiment in params.yaml, or MLFLOW_TRACKING_URI"
             )
 
-    def correct_places(self, new: str | None = None) -> None:
-        """Replaces the folder of a project that was moved or copied by the present one. In a store
-        outside of the project only for the experiment `new`, which this process has made."""
-        path, root = self.file.resolve(), project_root()
-        own = path.is_relative_to(root)
+    def correct_places(self) -> None:
+        """Replaces the former folder of a project that was moved or copied by the present one: the
+        folder of the oldest experiment, which MLflow makes with the store. Places that somebody
+        has chosen for other experiments stay."""
+        root = project_root()
+        if not self.file.resolve().is_relative_to(root):
+            return
         with closing(self._connect()) as database, database:
-            query = "SELECT artifact_location FROM experiments"
-            query, names = (query, ()) if own else (f"{query} WHERE name = ?", (new,))
-            locations = [location for (location,) in database.execute(query, names)]
-            target = root if own else path.parent
-            old = {_place(location) for location in locations} - {None, _text(target)}
+            query = "SELECT artifact_location FROM experiments ORDER BY experiment_id"
+            places = [place for (text,) in database.execute(query) if (place := _place(text))]
+            # A process that was killed in a temporary copy of DVC leaves the place of the copy.
+            old = {place for place in places if place.startswith(f"{_text(root)}/{DVC_COPIES}/")}
+            old |= set(places[:1]) - {_text(root)}
             if old:
                 database.execute("BEGIN IMMEDIATE")
             for place in sorted(old):
-                if not new:
-                    self._require_artifacts(place, target)
-                _replace(database, place, _text(target), None if own else new)
-        for place in () if new else sorted(old):
+                self._require_artifacts(place, root)
+                _replace(database, place, _text(root))
+        for place in sorted(old):
             message = "tracking: %s was made in %s; its paths of artifacts are corrected"
             log.info(message, self._relative(), place)
+
+    def correct_place(self, experiment: str) -> None:
+        """Moves an experiment that this process has made from the working directory, where MLflow
+        puts it, to the project, or beside a store outside of the project."""
+        path, root = self.file.resolve(), project_root()
+        target = root if path.is_relative_to(root) else path.parent
+        with closing(self._connect()) as database, database:
+            query = "SELECT artifact_location FROM experiments WHERE name = ?"
+            (location,) = database.execute(query, (experiment,)).fetchone()
+            if place := _place(location):
+                _replace(database, place, _text(target), experiment)
 
     def _require_artifacts(self, old: str, root: Path) -> None:
         before = Path(unquote(urlsplit(old).path) if old.startswith("file:") else old) / ARTIFACTS
@@ -149,12 +162,13 @@ class LocalStore:
         _test_writing(database)
         found = database.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
-            raise self._problem(f"is damaged ({found})", "SQLITE_CORRUPT")
+            raise self._problem(f"is damaged ({found})", sqlite3.SQLITE_CORRUPT)
         query = "SELECT name FROM sqlite_master WHERE type = 'table'"
         tables = sorted(name for (name,) in database.execute(query))
         if "experiments" not in tables or "alembic_version" not in tables:
             names = ", ".join(tables[:3])
-            raise self._problem(f"is no database of MLflow (tables: {names})", "SQLITE_NOTADB")
+            words = f"is no database of MLflow (tables: {names})"
+            raise self._problem(words, sqlite3.SQLITE_NOTADB)
         (version,) = database.execute("SELECT version_num FROM alembic_version").fetchone() or ("",)
         self._check_version(version)
 
@@ -183,13 +197,16 @@ class LocalStore:
         try:
             yield
         except sqlite3.Error as error:
-            code = "_".join(getattr(error, "sqlite_errorname", "").split("_")[:2])
-            if code not in _ADVICE:
+            code = sqlite_code(error)
+            if code not in _LASTING:
                 raise
             raise self._problem(f"cannot be used ({error})", code) from None
 
-    def _problem(self, words: str, code: str) -> InputError:
-        return InputError(f"MLflow's store {self._relative()} {words}; {_ADVICE[code]}")
+    def _problem(self, words: str, code: int) -> InputError:
+        advice = SQLITE_ADVICE[code]
+        return InputError(
+            f"MLflow's store {self._relative()} {words}; {advice}, or set MLFLOW_TRACKING_URI"
+        )
 
 
 def deleted_experiment(name: str, number: str, address: str) -> InputError:
@@ -232,7 +249,9 @@ def _text(folder: Path) -> str:
     return folder.as_uri() if re.search(r"[%?#]", str(folder)) else str(folder)
 
 
-def _replace(database: sqlite3.Connection, old: str, new: str, experiment: str | None) -> None:
+def _replace(
+    database: sqlite3.Connection, old: str, new: str, experiment: str | None = None
+) -> None:
     """In all paths, or in the place of one experiment."""
     tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
     before, after = f"{old}/{ARTIFACTS}/", f"{new}/{ARTIFACTS}/"

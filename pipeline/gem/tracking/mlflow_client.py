@@ -6,6 +6,7 @@ Requests raise ServerDownError while a server or a store does not work.
 import json
 import logging
 import time
+from contextlib import suppress
 
 import mlflow
 from mlflow.entities import (
@@ -168,6 +169,7 @@ def _missing_points(buffered: BufferedRun, run_id: str) -> list[tuple[str, float
 
 def _dataset_input(name: str, digest: str, context: str) -> DatasetInput:
     source = json.dumps({"tags": {"name": name}})
+    digest = digest[:36]  # of MLflow's column
     dataset = Dataset(name, digest, source_type="code", source=source)
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
 
@@ -213,15 +215,22 @@ def send_saved() -> None:
     """Sends what earlier runs left behind, the oldest run first, and ends killed runs."""
     for buffered in saved_runs(address()):
         try:
-            if buffered.load():
+            if _load(buffered):
                 _send_saved(buffered)
-        except (ValueError, KeyError, TypeError) as error:
-            message = "%s cannot be read (%s); it is kept as %s"
-            log.warning(message, buffered.folder, reason(error), buffered.set_aside())
         except OSError as error:
             log.warning("%s: %s; the next stage sends it", buffered.folder, reason(error))
         finally:
             buffered.release()
+
+
+def _load(buffered: BufferedRun) -> bool:
+    """Whether a saved run is read. Sets a damaged one aside."""
+    try:
+        return buffered.load()
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        message = "%s cannot be read (%r); it is kept as %s"
+        log.warning(message, buffered.folder, error, buffered.set_aside())
+        return False
 
 
 def _send_saved(buffered: BufferedRun) -> None:
@@ -239,7 +248,17 @@ def _send_saved(buffered: BufferedRun) -> None:
         buffered.close(stopped=buffered.status == KILLED)
     except RejectedError as error:
         attempt_again()
-        message = "MLflow rejects the buffered part of run %s (%s); it is kept in %s"
-        log.warning(message, buffered.run, error, buffered.set_aside())
+        with suppress(ServerDownError):
+            if _is_experiment_active(buffered.run):
+                message = "MLflow cannot take the buffered part of run %s (%s); it is kept in %s"
+                log.warning(message, buffered.run, error, buffered.set_aside())
     except ServerDownError:
         return
+
+
+def _is_experiment_active(run: str) -> bool:
+    """False if somebody has deleted the experiment of a run: it takes runs once it is restored."""
+    found = find_run(run)
+    number = found.info.experiment_id if found else experiment_id()
+    with outages():
+        return mlflow.MlflowClient().get_experiment(number).lifecycle_stage == "active"

@@ -64,7 +64,7 @@ def register_models(folder: Path) -> dict[str, dict[str, object]]:
     directories.sort(key=lambda path: (path.name != DEFAULT, path.name))
     tags = {path: _tags(path) | {CODE_TAG: code_sha256} for path in directories}
     done = False
-    with suppress(ServerDownError), connection.exclusive_store(), connection.outages():
+    with suppress(ServerDownError), connection.outages(), connection.exclusive_store():
         _register(tags, files)
         done = True
     hashes = {"code_sha256": code_sha256, "registered": done}

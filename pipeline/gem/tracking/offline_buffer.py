@@ -9,6 +9,7 @@ further effect, so a process may be killed at any moment.
 import json
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from dataclasses import asdict, dataclass, field, replace
@@ -164,9 +165,7 @@ class BufferedRun:
         if self.folder in file.parents:
             return str(file)
         # A folder for every copy: names of artifacts may repeat.
-        folder = self.folder / str(len(list(self.folder.iterdir())))
-        folder.mkdir()
-        return str(shutil.copy(file, folder / file.name))
+        return str(shutil.copy(file, Path(tempfile.mkdtemp(dir=self.folder)) / file.name))
 
     def close(self, stopped: bool = False) -> None:
         """Keeps what is unsent, and a stopped run that has an identity; ends the lock."""
@@ -184,7 +183,10 @@ class BufferedRun:
 
     def set_aside(self) -> Path:
         """Keeps a run that the server rejects, but does not send it again."""
-        return self.folder.rename(f"{self.folder}{REJECTED}")
+        path = Path(f"{self.folder}{REJECTED}")
+        if path.exists():
+            path = Path(f"{self.folder}-{uuid.uuid4().hex[:8]}{REJECTED}")
+        return self.folder.rename(path)
 
     def release(self) -> None:
         if "_lock" in vars(self):
@@ -214,7 +216,7 @@ def unsent_runs(server: str) -> list[Path]:
 def _is_complete(file: Path) -> bool:
     try:
         return json.loads(file.read_bytes())["complete"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return False
 
 

@@ -118,7 +118,7 @@ class Run:
 
     def log_dataset(self, name: str, digest: str, context: str) -> None:
         """The data by its DVC hash: equal data have an equal digest in every run."""
-        self.log(RunUpdate(datasets=[(name, digest[:36], context)]))
+        self.log(RunUpdate(datasets=[(name, digest, context)]))
 
     def log_artifacts(self, paths: list[Path], folder: str | None = None) -> None:
         self.log(RunUpdate(artifacts=[(str(path), folder) for path in paths]))
@@ -160,13 +160,8 @@ def _continued(server: str, identity: str) -> BufferedRun | None:
     return buffered
 
 
-def _log_to(run: str, update: RunUpdate) -> None:
-    """Logs to a run without opening it again."""
-    buffered = BufferedRun(address(), run)
-    _log_once(buffered, update)
-
-
 def _log_once(buffered: BufferedRun, update: RunUpdate) -> None:
+    """Logs to a run without opening it again."""
     run = Run(buffered)
     if buffered.is_saved:
         buffered.load()
@@ -229,7 +224,8 @@ def exists(run: str) -> bool:
 
 def log_results(run: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
     """Adds to a finished run; its status and duration stay those of its own work."""
-    _log_to(run, RunUpdate(metrics=_points(metrics, 0), tags=dict(tags)))
+    update = RunUpdate(metrics=_points(metrics, 0), tags=dict(tags))
+    _log_once(BufferedRun(address(), run), update)
 
 
 def log_scores(
@@ -262,4 +258,4 @@ def log_settings(run: Run, params: Params, cohort: Cohort) -> None:
 
 def _dataset(cohort: Cohort, context: str) -> tuple[str, str, str]:
     digest = provenance.data_digest(str(COHORT), cohort.train_validation_sha256)
-    return "cohort", digest[:36], context
+    return "cohort", digest, context

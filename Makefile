@@ -88,7 +88,8 @@ format: environment  ## format the code
 	python -m ruff check --fix .
 	python -m ruff format .
 
-benchmark: environment  ## measure the speed of prediction against a plain loop (some minutes)
+benchmark: environment  ## measure the speed of training and prediction against plain loops (some minutes)
+	python -m benchmarks.training
 	python -m benchmarks.prediction
 
 realism: environment  ## compare the simulated cohort with real ones: statistics and a figure

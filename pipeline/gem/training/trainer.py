@@ -270,6 +270,21 @@ class Trainer:
 
     def _run_epoch(self, number: int) -> EpochMetrics:
         start_time = time.monotonic()
+        loss, means = self.train_epoch(number)
+        absent = dict.fromkeys(("nll_reference", "nll_unseen_study", "kl_partial_metadata"))
+        return EpochMetrics(
+            epoch=number,
+            epochs=self.schedule.epochs,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            loss=loss,
+            **absent | means,
+            **self._validation_metrics(),
+            seconds=time.monotonic() - start_time,
+        )
+
+    def train_epoch(self, number: int) -> tuple[float, dict[str, float]]:
+        """(the loss, its unweighted terms) of the epoch with this number, mean over samples.
+        DivergedError if one is not finite."""
         self.network.train()
         first_step = (number - 1) * self.steps_per_epoch
         losses, sizes, sums = [], [], 0.0
@@ -285,16 +300,7 @@ class Trainer:
             step = first_step + int((~torch.isfinite(stacked)).nonzero()[0])
             raise self._divergence(step, list(terms), means)
         loss = (stacked * torch.tensor(sizes, device=stacked.device)).sum() / self.samples
-        absent = dict.fromkeys(("nll_reference", "nll_unseen_study", "kl_partial_metadata"))
-        return EpochMetrics(
-            epoch=number,
-            epochs=self.schedule.epochs,
-            learning_rate=self.optimizer.param_groups[0]["lr"],
-            loss=float(loss),
-            **absent | dict(zip(terms, means.tolist(), strict=True)),
-            **self._validation_metrics(),
-            seconds=time.monotonic() - start_time,
-        )
+        return float(loss), dict(zip(terms, means.tolist(), strict=True))
 
     def batches(self) -> Iterator[Batch]:
         """All training samples in random order, with random masks, references, batch effects."""

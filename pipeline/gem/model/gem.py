@@ -211,7 +211,8 @@ class TrainedGEM:
         for start in range(0, len(expression), _ROWS):
             rows = slice(start, start + _ROWS)
             block = expression[rows].to(self.device)
-            residuals.append(self.network.reference_residual(block, posterior.rows(rows)))
+            decoded = self.network.decode(posterior.mean[rows])
+            residuals.append(self.network.reference_residual(block, decoded))
         return posterior, torch.cat(residuals)
 
     def _sources(self, technical: np.ndarray) -> np.ndarray:

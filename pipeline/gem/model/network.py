@@ -5,7 +5,7 @@ their sum, K classes of a head. After GEM-1 (bioRxiv 10.1101/2025.09.08.674753),
 objective (objective.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.gem.common.config import GROUPS, Model
-from pipeline.gem.model.normal import LOG_VARIANCE_RANGE
+from pipeline.gem.model.normal import LOG_VARIANCE_RANGE, shift_and_scale
 from pipeline.gem.model.observation_models import build_observation
 
 INPUT_EPSILON = 1.0  # of the layer norm in front of the encoder
@@ -104,6 +104,22 @@ class Gaussian(NamedTuple):
     def rows(self, index: slice | Tensor) -> "Gaussian":
         return Gaussian(self.mean[index], self.log_variance[index])
 
+    def split(self, sizes: list[int]) -> list["Gaussian"]:
+        """Consecutive rows; the gradients of all parts are one copy."""
+        return [
+            Gaussian(*parts)
+            for parts in zip(self.mean.split(sizes), self.log_variance.split(sizes), strict=True)
+        ]
+
+    @classmethod
+    def join(cls, parts: Iterable["Gaussian"], dim: int) -> "Gaussian":
+        means, log_variances = zip(*parts, strict=True)
+        return cls(torch.cat(means, dim), torch.cat(log_variances, dim))
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """(B, L) the reparameterised draw that standard Normal `noise` (B, L) makes."""
+        return shift_and_scale(noise, *self)
+
 
 class Network(nn.Module):
     """Prior, encoder, decoder, observation model and label heads of GEM."""
@@ -149,10 +165,18 @@ class Network(nn.Module):
         self.observation = build_observation(params.observation, genes, params.min_variance)
         # Logit of the share of a reference's residual that is kept: intercept and slope per gene.
         self.residual_gate = nn.Parameter(torch.tensor([[-2.0], [0.0]]).expand(2, genes).clone())
+        # By group: one matrix for all heads of a group is one product.
         self.head_groups = {name: group for name, (group, _) in heads.items()}
-        # By position: any text may name a covariate, but not every text may name a module.
-        self.heads = nn.ModuleList(
-            nn.Linear(self.sizes[group], classes) for group, classes in heads.values()
+        self.head_classes = {
+            group: [classes for other, classes in heads.values() if other == group]
+            for group in GROUPS
+            if group in self.head_groups.values()
+        }
+        self.heads = nn.ModuleDict(
+            {
+                group: nn.Linear(self.sizes[group], sum(classes))
+                for group, classes in self.head_classes.items()
+            }
         )
 
     def initialise(self, expression: Tensor) -> None:
@@ -176,17 +200,14 @@ class Network(nn.Module):
 
     def joint_prior(self, metadata: Mapping[str, Tensor], index: Mapping[str, Tensor]) -> Gaussian:
         """p(z | m) of B samples, from distinct metadata rows (U, D_g) and their index (B,)."""
-        parts = [self.prior(group, metadata[group]).rows(index[group]) for group in GROUPS]
-        means, log_variances = zip(*parts, strict=True)
-        return Gaussian(torch.cat(means, 1), torch.cat(log_variances, 1))
+        parts = (self.prior(group, metadata[group]).rows(index[group]) for group in GROUPS)
+        return Gaussian.join(parts, dim=1)
 
     def posterior(self, expression: Tensor) -> Gaussian:
         """q(z | x) of log-CPM (B, G), which the encoder alone normalises."""
         normalised = F.layer_norm(expression, expression.shape[-1:], eps=INPUT_EPSILON)
-        # Group after group, the mean before the log variance.
-        parts = self.encoder(normalised).split([2 * self.sizes[group] for group in GROUPS], dim=1)
-        means, log_variances = zip(*(part.chunk(2, dim=1) for part in parts), strict=True)
-        return Gaussian(torch.cat(means, 1), torch.cat(log_variances, 1).clamp(*LOG_VARIANCE_RANGE))
+        mean, log_variance = self.encoder(normalised).chunk(2, dim=1)
+        return Gaussian(mean, log_variance.clamp(*LOG_VARIANCE_RANGE))
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, G) decoded from latents (B, L), on the scale of the observation model."""
@@ -204,30 +225,34 @@ class Network(nn.Module):
 
     @staticmethod
     def add_target_effect(decoded: Tensor, target_gene: Tensor, effect: Tensor) -> Tensor:
-        """Decoded (B, G) plus an effect (B,) on each sample's target gene (B,), -1 without one."""
+        """Decoded (B, G) plus an effect (B,) on each sample's target gene (B,), -1 without one; in
+        place."""
         effect = torch.where(target_gene >= 0, effect, 0.0)
-        return decoded.scatter_add(1, target_gene.clamp_min(0)[:, None], effect[:, None])
+        return decoded.scatter_add_(1, target_gene.clamp_min(0)[:, None], effect[:, None])
 
-    def reference_residual(self, reference: Tensor, posterior: Gaussian) -> Tensor:
-        """(B, G) to add to predictions from references (B, G) with `posterior` q(z | reference).
+    def reference_residual(self, reference: Tensor, decoded: Tensor) -> Tensor:
+        """(B, G) to add to predictions from references (B, G) whose posterior means are decoded to
+        `decoded` (B, G).
 
         Latents cannot represent effects that training never showed, such as that of a new study.
         These remain in the reference's residual, beside donor effects and count noise. A learnt
         share per gene is kept, as in the best linear unbiased prediction of a random effect; it
         depends on the size of the residual relative to the residuals of training.
         """
-        residual = reference - self.observation.log_cpm(self.decode(posterior.mean))
+        residual = reference - self.observation.log_cpm(decoded)
         mean_square = residual.square() @ self.observation.precision() / residual.shape[1]
         surprise = mean_square.clamp_min(1e-6).log()[:, None]
-        return torch.sigmoid(self.residual_gate[0] + self.residual_gate[1] * surprise) * residual
+        intercept, slope = self.residual_gate
+        return torch.addcmul(intercept, slope, surprise).sigmoid_() * residual
 
     def classify(self, latents: Tensor) -> dict[str, Tensor]:
         """Logits (B, K) per head from latents (B, L)."""
         slices = self.slices()
-        return {
-            name: head(latents[:, slices[group]])
-            for (name, group), head in zip(self.head_groups.items(), self.heads, strict=True)
+        logits = {
+            group: iter(self.heads[group](latents[:, slices[group]]).split(classes, dim=1))
+            for group, classes in self.head_classes.items()
         }
+        return {name: next(logits[group]) for name, group in self.head_groups.items()}
 
     def condition(
         self, prior: Gaussian, reference: Gaussian, conditioning: tuple[str, ...]

@@ -11,10 +11,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from pipeline.gem.common.config import GROUPS, Train
-from pipeline.gem.model.network import Network
-from pipeline.gem.model.normal import kl_normal, shift_and_scale
+from pipeline.gem.model.network import Gaussian, Network
+from pipeline.gem.model.normal import kl_normal
 from pipeline.gem.model.observation import LatentSource, Observed
 
 
@@ -75,27 +77,10 @@ def objective_terms(network: Network, batch: Batch) -> dict[str, Tensor]:
     classification: cross entropy, summed over heads.
     """
     # Gradients add up in the order of these operations: another order changes the last bits.
-    observed, size, references = batch.observed, len(batch.observed), len(batch.reference)
-    prior = network.joint_prior(batch.metadata, batch.index)
-    reference = batch.reference + batch.batch_effect
-    encoded = network.posterior(torch.cat([observed.expression, reference]))
-    posterior, reference_posterior = encoded.rows(slice(size)), encoded.rows(slice(size, None))
-    noise = batch.noise
-    latents = [shift_and_scale(noise.posterior, *posterior), shift_and_scale(noise.prior, *prior)]
-    if references:
-        prior_of_first = prior.rows(slice(references))
-        mixed = network.condition(prior_of_first, reference_posterior, GROUPS[:2])
-        latents.append(shift_and_scale(noise.reference, *mixed))
-    effect = network.target_effect(batch.metadata["perturbation"])[batch.index["perturbation"]]
-    decoded = [
-        network.add_target_effect(part, batch.target_gene[: len(part)], effect[: len(part)])
-        for part in network.decode(torch.cat(latents)).split([len(part) for part in latents])
-    ]
-    if references:
-        residual = network.reference_residual(reference, reference_posterior)
-        decoded[LatentSource.REFERENCE] = (
-            decoded[LatentSource.REFERENCE] + residual - batch.batch_effect
-        )
+    priors = {group: network.prior(group, rows) for group, rows in batch.metadata.items()}
+    prior = Gaussian.join((priors[group].rows(batch.index[group]) for group in GROUPS), dim=1)
+    latents, decoded, posterior = _decode_all(network, batch, prior)
+    observed = batch.observed
     names = ("nll_reconstruction", "nll_predictive", "nll_reference")  # as LatentSource
     terms = {
         name: -network.observation.log_likelihood(observed.first(len(part)), part, source).mean()
@@ -107,26 +92,68 @@ def objective_terms(network: Network, batch: Batch) -> dict[str, Tensor]:
     divergence = kl_normal(*posterior, *prior).mean(dim=0)
     terms |= {f"kl_{group}": divergence[columns] for group, columns in network.slices().items()}
     if batch.partial_metadata:
-        terms["kl_partial_metadata"] = _partial_metadata(network, batch)
+        terms["kl_partial_metadata"] = _partial_metadata(network, batch, priors)
     terms["classification"] = _classification(network, latents[0], batch.labels)
     return terms
 
 
+def _decode_all(
+    network: Network, batch: Batch, prior: Gaussian
+) -> tuple[list[Tensor], list[Tensor], Gaussian]:
+    """(latents (B, L) and decoded values (B, G) of each LatentSource of the batch, the posterior of
+    its samples). One encoding, and one decoding: a large product is faster than some small ones."""
+    size, references = len(batch.observed), len(batch.reference)
+    if not references:
+        posterior = network.posterior(batch.observed.expression)
+        gaussians, noise = [posterior, prior], torch.cat(batch.noise[:2])
+    else:
+        reference = batch.reference + batch.batch_effect
+        encoded = network.posterior(torch.cat([batch.observed.expression, reference]))
+        posterior, reference_posterior = encoded.split([size, references])
+        of_first = prior.rows(slice(references))
+        mixed = network.condition(of_first, reference_posterior, GROUPS[:2])
+        gaussians, noise = [posterior, prior, mixed], torch.cat(batch.noise[:3])
+    drawn = Gaussian.join(gaussians, dim=0).draw(noise)
+    effect = network.target_effect(batch.metadata["perturbation"])[batch.index["perturbation"]]
+    sizes = [len(gaussian.mean) for gaussian in gaussians]
+    rows = drawn
+    target_gene = torch.cat([batch.target_gene[:length] for length in sizes])
+    effects = torch.cat([effect[:length] for length in sizes])
+    if references:
+        # The references themselves, for their residuals: decoded without a target effect.
+        rows = torch.cat([drawn, reference_posterior.mean])
+        target_gene = F.pad(target_gene, (0, references), value=-1)
+        effects, sizes = F.pad(effects, (0, references)), [*sizes, references]
+    decoded = network.add_target_effect(network.decode(rows), target_gene, effects).split(sizes)
+    if references:
+        *decoded, of_reference = decoded
+        residual = network.reference_residual(reference, of_reference)
+        decoded[LatentSource.REFERENCE] = decoded[LatentSource.REFERENCE] + (
+            residual - batch.batch_effect
+        )
+    return drawn.split(sizes[: len(gaussians)]), decoded, posterior
+
+
 def objective(terms: Mapping[str, Tensor], params: Train, warmup: float) -> Tensor:
     """The weighted loss, in nats per sample; `warmup` in [0, 1] scales the KL weights."""
-    loss = terms["nll_reconstruction"] + params.predictive_weight * terms["nll_predictive"]
-    optional = {
+    weights = {
+        "nll_reconstruction": 1.0,
+        "nll_predictive": params.predictive_weight,
         "nll_reference": params.reference_weight,
         "nll_unseen_study": params.unseen_study_weight,
         "kl_partial_metadata": params.partial_metadata_weight,
+        "classification": params.classifier_weight,
     }
-    for name, weight in optional.items():
-        if name in terms:
-            loss = loss + weight * terms[name]
+    values = [terms[name] for name in weights if name in terms]
+    factors = [weight for name, weight in weights.items() if name in terms]
     for group in GROUPS:
-        weight = warmup * getattr(params.kl_weight, group)
-        loss = loss + weight * terms[f"kl_{group}"].clamp_min(params.free_bits).sum()
-    return loss + params.classifier_weight * terms["classification"]
+        divergence = terms[f"kl_{group}"]
+        if params.free_bits:
+            divergence = divergence.clamp_min(params.free_bits)
+        values.append(divergence.sum())
+        factors.append(warmup * getattr(params.kl_weight, group))
+    stacked = torch.stack(values)
+    return stacked @ stacked.new_tensor(factors)
 
 
 def _unseen_study(network: Network, batch: Batch, latents: Tensor, decoded: Tensor) -> Tensor:
@@ -137,17 +164,33 @@ def _unseen_study(network: Network, batch: Batch, latents: Tensor, decoded: Tens
     """
     technical = network.slices()["technical"]
     prior = network.prior("technical", batch.unseen_study).rows(batch.index["technical"])
+    drawn = prior.draw(batch.noise.unseen_study)
     weight = network.linear_decoder.weight[:, technical]
-    without_technical = (decoded - F.linear(latents[:, technical], weight)).detach()
-    drawn = shift_and_scale(batch.noise.unseen_study, *prior)
-    decoded = without_technical + F.linear(drawn, weight)
+    decoded = _Replaced.apply(decoded.detach(), latents[:, technical].detach(), drawn, weight)
     log_likelihood = network.observation.log_likelihood(
         batch.observed, decoded, LatentSource.UNSEEN_STUDY
     )
     return -log_likelihood.mean()
 
 
-def _partial_metadata(network: Network, batch: Batch) -> Tensor:
+class _Replaced(Function):
+    """Decoded values (B, G) after a linear map with `weight` (G, K) of some latents (B, K), with
+    other latents in their place. The gradient is that of `new @ weight.t()`, with one product less.
+    """
+
+    @staticmethod
+    def forward(ctx, decoded: Tensor, old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(new, weight)
+        return torch.addmm(decoded, new - old, weight.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        new, weight = ctx.saved_tensors
+        return None, None, gradient @ weight, gradient.t() @ new
+
+
+def _partial_metadata(network: Network, batch: Batch, priors: Mapping[str, Gaussian]) -> Tensor:
     """KL(prior of all fields | prior of some), summed over latents, for queries with few fields.
 
     It is least where the prior of some fields has the mean and variance of the mixture of all
@@ -155,8 +198,7 @@ def _partial_metadata(network: Network, batch: Batch) -> Tensor:
     """
     divergences = []
     for group, rows in batch.partial_metadata.items():
-        with torch.no_grad():
-            teacher = network.prior(group, batch.metadata[group])
+        teacher = [part.detach() for part in priors[group]]
         divergence = kl_normal(*teacher, *network.prior(group, rows)).sum(dim=1)
         divergences.append(divergence[batch.index[group]].mean())
     return torch.stack(divergences).sum()

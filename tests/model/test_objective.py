@@ -51,21 +51,40 @@ def without_latents(net: Network) -> Network:
 
 
 @pytest.mark.parametrize("references", [6, 2, 0])
-@torch.no_grad()
-def test_terms_are_sums_over_genes_and_latents_averaged_over_samples_once(small_model, references):
-    """Sample by sample with torch.distributions."""
-    net, size = network(small_model), 6
-    data = replace(without_references(batch(), references), partial_metadata={})
-    terms = objective_terms(net, data)
+def test_terms_and_gradients_are_those_of_a_loop_over_samples(params, small_model, references):
+    """With torch.distributions and no closed form: values to 1e-4, gradients to 1e-4 of the largest
+    of a parameter. Terms are sums over genes and latents, averaged over samples once."""
+    net, data = network(small_model), without_references(batch(), references)
+    train = params.train.model_copy(update={"free_bits": 0.0})
+    values, gradients = [], []
+    for derive in (objective_terms, terms_by_sample):
+        net.zero_grad(set_to_none=True)
+        terms = derive(net, data)
+        objective(terms, train, 0.7).backward()
+        values.append({name: float(value.detach().sum()) for name, value in terms.items()})
+        zeros = {name: torch.zeros_like(weight) for name, weight in net.named_parameters()}
+        weights = net.named_parameters()
+        gradients.append(zeros | {name: w.grad for name, w in weights if w.grad is not None})
+    assert values[0] == pytest.approx(values[1], rel=1e-4, abs=1e-4)
+    for name, gradient in gradients[0].items():
+        tolerance = 1e-4 * float(gradients[1][name].abs().max()) + 1e-6
+        assert_close(gradient, gradients[1][name], rtol=0, atol=tolerance, msg=name)
+
+
+def terms_by_sample(net: Network, data: Batch) -> dict[str, torch.Tensor]:
+    """The terms from their definitions."""
+    size, references = len(data.observed), len(data.reference)
     noise = {name: part for name, part in zip(SOURCES, data.noise, strict=True) if len(part)}
-    names = [*noise, "classification", *(f"kl_{group}" for group in GROUPS)]
-    expected = dict.fromkeys(names, 0.0)
+    names = [*noise, "classification", "kl_partial_metadata", *(f"kl_{group}" for group in GROUPS)]
+    terms = dict.fromkeys(names, torch.zeros(()))
     for row in range(size):
-        metadata = {group: data.metadata[group][data.index[group][row]][None] for group in GROUPS}
-        priors = [net.prior(group, metadata[group]) for group in GROUPS]
-        prior = Gaussian(*(torch.cat(parts, 1) for parts in zip(*priors, strict=True)))
+        index = {group: data.index[group][row] for group in GROUPS}
+        priors = {
+            group: net.prior(group, data.metadata[group][index[group]][None]) for group in GROUPS
+        }
+        prior = Gaussian(*(torch.cat(parts, 1) for parts in zip(*priors.values(), strict=True)))
         posterior = net.posterior(data.observed.expression[row][None])
-        technical = net.prior("technical", data.unseen_study[data.index["technical"][row]][None])
+        technical = net.prior("technical", data.unseen_study[index["technical"]][None])
         sources = {"nll_reconstruction": posterior, "nll_predictive": prior}
         if row < references:
             shifted = (data.reference + data.batch_effect)[row][None]
@@ -74,40 +93,48 @@ def test_terms_are_sums_over_genes_and_latents_averaged_over_samples_once(small_
             sources["nll_reference"] = Gaussian(
                 *(torch.cat([c[:, :5], p[:, 5:]], 1) for c, p in zip(control, prior, strict=True))
             )
+        sources["nll_unseen_study"] = technical
         latents = {
             name: source.mean + torch.exp(0.5 * source.log_variance) * noise[name][row]
-            for name, source in (sources | {"nll_unseen_study": technical}).items()
+            for name, source in sources.items()
         }
-        # Without the study, only the technical latents differ from the prediction.
-        latents["nll_unseen_study"] = torch.cat(
-            [latents["nll_unseen_study"], latents["nll_predictive"][:, 2:]], 1
-        )
+        effect = net.target_effect(data.metadata["perturbation"][index["perturbation"]][None])
         for name, z in latents.items():
-            mean = net.decode(z)[0]
+            if name == "nll_unseen_study":
+                # Only the technical latents differ from the prediction, and have a gradient.
+                weight = net.linear_decoder.weight[:, :2]
+                others = torch.cat([torch.zeros(1, 2), latents["nll_predictive"][:, 2:]], 1)
+                mean = net.decode(others)[0].detach() + weight @ z[0]
+            else:
+                mean = net.decode(z)[0]
             if data.target_gene[row] >= 0:
-                mean[data.target_gene[row]] += net.target_effect(metadata["perturbation"])[0]
+                change = torch.zeros(GENES).index_fill(0, data.target_gene[row], 1.0) * effect
+                mean = mean + (change.detach() if name == "nll_unseen_study" else change)
             if name == "nll_reference":
-                mean += (
-                    net.reference_residual(shifted, net.decode(control.mean))[0]
-                    - data.batch_effect[row]
-                )
+                mean = mean + net.reference_residual(shifted, net.decode(control.mean))[0]
+                mean = mean - data.batch_effect[row]
             deviation = torch.exp(0.5 * net.observation.log_variance(SOURCES[name]))
             log_density = Normal(mean, deviation).log_prob(data.observed.expression[row]).sum()
             rows = references if name == "nll_reference" else size
-            expected[name] -= float(log_density) / rows
+            terms[name] = terms[name] - log_density / rows
         for head, logits in enumerate(net.classify(latents["nll_reconstruction"]).values()):
             label = data.labels[row, head]
             if label >= 0:
-                expected["classification"] -= float(logits[0].log_softmax(0)[label]) / size
-        distributions = (
-            Normal(part.mean[0], torch.exp(0.5 * part.log_variance[0]))
-            for part in (posterior, prior)
-        )
-        divergence = kl_divergence(*distributions)
+                nats = -logits[0].log_softmax(0)[label]
+                terms["classification"] = terms["classification"] + nats / size
+        divergence = kl_divergence(distribution(posterior), distribution(prior))[0]
         for group, columns in net.slices().items():
-            expected[f"kl_{group}"] += float(divergence[columns].sum()) / size
-    totals = {name: float(value.sum()) for name, value in terms.items()}
-    assert totals == pytest.approx(expected, rel=1e-4, abs=1e-4)
+            terms[f"kl_{group}"] = terms[f"kl_{group}"] + divergence[columns].sum() / size
+        for group, rows in data.partial_metadata.items():
+            teacher = distribution(Gaussian(*(part.detach() for part in priors[group])))
+            partial = distribution(net.prior(group, rows[index[group]][None]))
+            nats = kl_divergence(teacher, partial).sum()
+            terms["kl_partial_metadata"] = terms["kl_partial_metadata"] + nats / size
+    return terms
+
+
+def distribution(gaussian: Gaussian) -> Normal:
+    return Normal(gaussian.mean, torch.exp(0.5 * gaussian.log_variance))
 
 
 def test_terms_without_their_part_of_the_batch_are_left_out(small_model):

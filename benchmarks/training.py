@@ -112,7 +112,7 @@ def build_loops(size: Size) -> dict[str, Callable[[], object]]:
     for loop, changes in zip(LOOPS[1:], ({}, SHORT), strict=True):
         changed = params.override(changes)
         gem = build_model(data, changed)
-        gem.network.initialise(data.train.expression)
+        gem.network.initialise(data.moments)
         trainer = Trainer(data, changed.train, gem, torch.Generator().manual_seed(0))
         loops[loop] = partial(trainer.train_epoch, 1)
     return loops

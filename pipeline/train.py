@@ -44,7 +44,7 @@ def train(params: Params, stop_signal: StopSignal) -> None:
     require(training_needs(cohort.manifest), params)
     data = TrainingData.load(cohort, device, params.model.uses_counts)
     params = data.resolve_latent_sizes(params)
-    samples, genes = data.train.expression.shape
+    samples, genes = len(data.train), len(data.genes)
     sizes = params.model.latent.model_dump().items()
     latents = ", ".join(f"{size} {group}" for group, size in sizes)
     log.info("train: %d samples x %d genes on %s; latents: %s", samples, genes, device, latents)

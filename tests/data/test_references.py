@@ -5,7 +5,12 @@ import pandas as pd
 import pytest
 
 from pipeline.gem.common.config import Covariates, Data
-from pipeline.gem.data.references import SampleGroups, choose_references, matching_controls
+from pipeline.gem.data.references import (
+    ControlGroups,
+    SampleGroups,
+    choose_references,
+    matching_controls,
+)
 
 
 @pytest.fixture
@@ -55,8 +60,11 @@ def test_without_a_study_column_controls_match_by_biology_and_context(data):
 
 
 def test_a_sample_is_not_its_own_control(data):
-    matches = matching_controls(POOL, POOL, data, same=True)
-    assert [positions.tolist() for positions in matches] == [[1], [0], [0, 1], [0], []]
+    groups, matches = ControlGroups.of(POOL, data), []
+    for start, size, own in zip(groups.start, groups.size, groups.own, strict=True):
+        listed = groups.rows[start : start + size + (own <= size)].tolist() if size else []
+        matches.append([row for position, row in enumerate(listed) if position != own])
+    assert matches == [[1], [0], [0, 1], [0], []]
 
 
 def test_a_pool_without_controls_matches_nothing(data):

@@ -21,7 +21,7 @@ from pipeline.gem.model.network import (
     TargetEffect,
 )
 from pipeline.gem.model.normal import LOG_VARIANCE_RANGE, kl_normal, normal_log_likelihood
-from pipeline.gem.model.observation import LatentSource
+from pipeline.gem.model.observation import GeneMoments, LatentSource
 
 # Weights, inputs, noise and outputs of the public reference implementation (synthesizebio/gem-1).
 GEM1 = ROOT / "tests" / "fixtures" / "gem1_forward.npz"
@@ -125,7 +125,8 @@ def test_decoder_starts_at_the_training_mean_and_noise_at_the_training_variance(
         small_model.model_copy(update=GEM1_DECODER | {"linear_decoder": linear})
     )
     mean, variance = torch.linspace(0, 9, GENES), torch.linspace(0.05, 3, GENES)
-    net.initialise(mean + variance.sqrt() * torch.tensor([-1.0, 0.0, 1.0])[:, None])
+    expression = mean + variance.sqrt() * torch.tensor([-1.0, 0.0, 1.0])[:, None]
+    net.initialise(GeneMoments.of(expression.split(2)))
     assert_close(net.decoder[-1].bias.detach(), mean)
     if linear:  # the nonlinear part starts at zero: latents of zero decode to the mean
         assert_close(net.decode(torch.zeros(2, 7)).detach(), mean.expand(2, GENES))

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pipeline.gem.data.splits import TRAIN
-from pipeline.gem.training.dataset import EncodedSplit, study_spread
+from pipeline.gem.training.dataset import study_spread
 
 
 def test_every_sample_points_at_its_own_metadata_row(cohort, data):
-    encoded = EncodedSplit.load(cohort, TRAIN, data.encoder, torch.device("cpu"))
+    encoded = data.train
     for group, matrix in data.encoder.encode(cohort.rows([TRAIN])).items():
         assert len(encoded.metadata[group]) < len(matrix)
         assert np.array_equal(encoded.metadata[group][encoded.index[group]].numpy(), matrix)
@@ -38,8 +38,9 @@ def test_references_are_controls_of_the_same_study_and_context(cohort, data, gen
     assert (rows[~has_control] == np.flatnonzero(~has_control)).all()
 
 
-def test_study_spread_is_the_deviation_of_control_means_of_studies_within_a_context(cohort):
+def test_study_spread_is_the_deviation_of_control_means_of_studies_within_a_context(cohort, data):
     samples, expression = cohort.rows([TRAIN]), cohort.expression([TRAIN])
+    resident = data.train.expression
     control = (samples["perturbation"] == "control").to_numpy()
     squares, freedom = np.zeros(expression.shape[1]), 0
     contexts = samples["tissue"] + samples["cell_type"]
@@ -53,10 +54,10 @@ def test_study_spread_is_the_deviation_of_control_means_of_studies_within_a_cont
         )
         squares += ((means - means.mean(axis=0)) ** 2).sum(axis=0)
         freedom += len(means) - 1
-    spread = study_spread(samples, expression, cohort.declared)
+    spread = study_spread(samples, resident, cohort.declared)
     np.testing.assert_allclose(spread, np.sqrt(squares / freedom), rtol=1e-4)
     without_study = cohort.declared.model_copy(update={"study_column": None})
-    assert (study_spread(samples, expression, without_study) == 0).all()
+    assert (study_spread(samples, resident, without_study) == 0).all()
 
 
 @pytest.mark.parametrize(("columns", "size"), [(0, 64), (47, 64), (65, 65), (300, 300), (513, 512)])

@@ -1,19 +1,23 @@
 """The prepared cohort on disk: samples, genes, splits, counts by role, and a manifest.
 
-samples.parquet   sample_id, the declared columns, `total` (counts over all genes of the source)
+samples.parquet   sample_id, the declared columns, `total` (counts over all genes of the source);
+                  in the order of the shards: training, validation, test
 genes.parquet     gene_id of the kept genes, in the order of the counts
 splits.parquet    sample_id, split
 sizes.csv         a row per split: samples, studies, contexts, perturbations, pairs, controls
 targets.parquet   perturbation, gene_id of its target gene; empty if unknown
 embeddings/       a table of features per embedding covariate, by its position
-counts/           train-*.parquet, validation-*.parquet, test-*.parquet (never read in training)
+counts/           train-*.parquet, validation-*.parquet, test-*.parquet (never read in training),
+                  in random order
 truth/            parameters of the simulator, for a synthetic cohort
 manifest.json     format version, declarations, integer type by role, checksums of all files and
                   of itself; written last
+
+B samples of a block, N of the splits that are read, G genes.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,11 +33,11 @@ from pipeline.gem.data.expression import log_cpm
 from pipeline.gem.data.features import FeatureTable
 from pipeline.gem.data.labels import label_texts
 from pipeline.gem.data.shards import read_shard
-from pipeline.gem.data.splits import role_of
+from pipeline.gem.data.splits import SPLIT_ROLES, role_of
 from pipeline.gem.data.storage.parquet import read_parquet
 from pipeline.gem.data.storage.reading import check_regular, file_errors
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 # Keys of params.yaml: data that later stages read.
 DECLARED = (
     "covariates",
@@ -196,28 +200,66 @@ class Cohort:
         """Samples of the splits, in cohort order."""
         return self.samples[self.samples["split"].isin(splits)]
 
+    def integer_type(self, splits: Sequence[str]) -> np.dtype:
+        """The smallest type of the counts of the splits."""
+        roles = {role_of(split) for split in splits}
+        return np.result_type(*(self.manifest["integer_type"][role] for role in roles))
+
+    def blocks(self, splits: Sequence[str]) -> Iterator[np.ndarray]:
+        """Counts (B, G) of `rows(splits)`, block after block. Opens only the shards of their roles.
+
+        IntegrityError if the shards do not hold the samples of the table in its order.
+        """
+        names = self.samples["sample_id"].to_numpy()
+        inside = self.samples["split"].isin(splits).to_numpy()
+        for role, (start, stop) in self._role_rows().items():
+            if role not in map(role_of, splits):
+                continue
+            for path in self.shards(role):
+                for sample_ids, counts in read_shard(path, len(self.genes)):
+                    rows = slice(start, start + len(sample_ids))
+                    start = rows.stop
+                    if not np.array_equal(names[rows], sample_ids):
+                        raise IntegrityError(
+                            f"{path}: its samples are not those of samples.parquet in its order; "
+                            f"{_REBUILD}"
+                        )
+                    kept = inside[rows]
+                    if kept.any():
+                        yield counts if kept.all() else counts[kept]
+            if start != stop:
+                raise IntegrityError(
+                    f"{self.folder}: no counts for samples {examples(names[start:stop])}; "
+                    f"{_REBUILD}"
+                )
+
+    def shards(self, role: Role) -> list[Path]:
+        """The files of a role in order. IntegrityError if one is damaged; each is verified once."""
+        stored = self.manifest["shards"][role]
+        for name in stored.keys() - self._verified:
+            self._verify({name: stored[name]})
+            self._verified.add(name)
+        return [self.folder / name for name in stored]
+
+    @cached_property
+    def _verified(self) -> set[str]:
+        """Names of the shards whose checksums match."""
+        return set()
+
+    def _role_rows(self) -> dict[Role, tuple[int, int]]:
+        """The first row of each role in `samples`, and the one after the last."""
+        sizes = self.manifest["splits"]
+        numbers = [sum(sizes.get(split, 0) for split in splits) for splits in SPLIT_ROLES.values()]
+        stops = np.cumsum(numbers).tolist()
+        return dict(zip(SPLIT_ROLES, zip([0, *stops], stops, strict=False), strict=True))
+
     def counts(self, splits: Sequence[str]) -> np.ndarray:
-        """(N, G) counts of `rows(splits)`. Opens only the shards of their roles."""
-        names = self.rows(splits)["sample_id"].to_numpy()
-        position = pd.Series(np.arange(len(names)), index=names)
-        read = np.zeros(len(names), dtype=bool)
-        roles = dict.fromkeys(role_of(split) for split in splits)
-        dtype = np.result_type(*(self.manifest["integer_type"][role] for role in roles))
-        counts = np.empty((len(names), len(self.genes)), dtype=dtype)
-        shards = {}
-        for role in roles:
-            shards |= self.manifest["shards"][role]
-        for name, stored in shards.items():
-            self._verify({name: stored})
-            for sample_ids, block in read_shard(self.folder / name, len(self.genes)):
-                rows = position.reindex(sample_ids).to_numpy()
-                inside = ~np.isnan(rows)
-                rows = rows[inside].astype(np.int64)
-                counts[rows], read[rows] = block[inside], True
-        if not read.all():
-            raise IntegrityError(
-                f"{self.folder}: no counts for samples {examples(names[~read])}; {_REBUILD}"
-            )
+        """(N, G) counts of `rows(splits)`, in memory."""
+        shape = len(self.rows(splits)), len(self.genes)
+        counts, start = np.empty(shape, dtype=self.integer_type(splits)), 0
+        for block in self.blocks(splits):
+            counts[start : start + len(block)] = block
+            start += len(block)
         return counts
 
     def expression(self, splits: Sequence[str]) -> np.ndarray:

@@ -5,14 +5,16 @@ The only home of these rules, for training, baselines and metrics:
 `SampleGroups(samples, data)`  a text key per sample for context, study, treatment, condition
 `.control_keys`                keys by which a control matches a sample, best first
 `.replicates`                  index of each sample's condition within its study
-`matching_controls`            positions of the best matching controls of each sample
+`matching_controls`            positions of the best matching controls of each sample in a pool
+`ControlGroups.of(samples, data)`  the same within one table, as indices into few arrays
 `choose_references`            one of them per sample, drawn by seed
 
-N samples.
+N samples, M of them controls.
 """
 
 from collections.abc import Iterable
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -102,13 +104,43 @@ class SampleGroups:
         return [label_key(self.samples[name]) for name in names if name in self.samples]
 
 
-def matching_controls(
-    samples: pd.DataFrame, pool: pd.DataFrame, data: Data, same: bool = False
-) -> list[np.ndarray]:
-    """For each sample the positions in `pool` of its best matching controls; empty without any.
+class ControlGroups(NamedTuple):
+    """The best matching controls of each sample i of a table: `rows[start[i] : start[i] + size[i]]`
+    without position `own[i]`, so that no sample is its own reference. A size without `own` of
+    zero: no other control matches.
 
-    `same`: `pool` is `samples`, and no sample is its own reference.
+    Samples share the lists of their controls: memory does not grow with the size of the groups.
     """
+
+    rows: np.ndarray  # (3 M,) controls by key, one order after another
+    start: np.ndarray  # (N,)
+    size: np.ndarray  # (N,) of candidates, without the sample itself
+    own: np.ndarray  # (N,) position of the sample within its list; its length if it is not there
+
+    @classmethod
+    def of(cls, samples: pd.DataFrame, data: Data) -> "ControlGroups":
+        groups, number = SampleGroups(samples, data), len(samples)
+        controls = np.flatnonzero(groups.control.to_numpy())
+        rows = [np.empty(0, dtype=np.int64)]
+        start, size, own = (np.zeros(number, dtype=np.int64) for _ in range(3))
+        for level, key in enumerate(groups.control_keys if len(controls) else ()):
+            code, names = pd.factorize(key.to_numpy())
+            order = np.argsort(code[controls], kind="stable")
+            rows.append(controls[order])
+            sizes = np.bincount(code[controls], minlength=len(names))
+            first = np.cumsum(sizes) - sizes
+            position = np.full(number, number)
+            position[rows[-1]] = np.arange(len(controls)) - first[code[rows[-1]]]
+            candidates = sizes[code] - (position < number)
+            better = (size == 0) & (candidates > 0)
+            start[better] = level * len(controls) + first[code[better]]
+            size[better] = candidates[better]
+            own[better] = position[better]
+        return cls(np.concatenate(rows), start, size, own)
+
+
+def matching_controls(samples: pd.DataFrame, pool: pd.DataFrame, data: Data) -> list[np.ndarray]:
+    """For each sample the positions in `pool` of its best matching controls; empty without any."""
     controls = np.flatnonzero(is_control(pool, data).to_numpy())
     matches: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(samples)
     if not len(controls):
@@ -120,8 +152,7 @@ def matching_controls(
         positions = {key: rows.to_numpy() for key, rows in groups}
         for row, key in enumerate(of_samples):
             if not len(matches[row]):
-                candidates = positions.get(key, matches[row])
-                matches[row] = candidates[candidates != row] if same else candidates
+                matches[row] = positions.get(key, matches[row])
     return matches
 
 

@@ -1,6 +1,6 @@
 """Parquet shards of counts: sample_id, and a list of integers in gene order per sample."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,14 @@ from pipeline.gem.common.errors import GemError, InputError, IntegrityError
 from pipeline.gem.data.storage.reading import check_regular, file_errors
 from pipeline.gem.data.tables import identifiers
 
-ROW_GROUP = 1024  # rows
+ROW_GROUP = 1024  # rows at most
 SHARD_VALUES = 2**28  # counts in one shard at most
-BATCH_VALUES = 2**23  # counts read at a time, whatever the row groups of a file
+BATCH_VALUES = 2**23  # counts in a row group at most; also counts read at a time from any file
+
+
+def rows_per_group(genes: int) -> int:
+    """Rows of a row group, which is the unit of a random read."""
+    return max(1, min(ROW_GROUP, BATCH_VALUES // max(1, genes)))
 
 
 class ShardWriter:
@@ -56,7 +61,7 @@ class ShardWriter:
                 write_page_checksum=True,
             )
             self._rows = 0
-        self._writer.write_table(table, row_group_size=ROW_GROUP)
+        self._writer.write_table(table, row_group_size=rows_per_group(counts.shape[1]))
         self._rows += len(counts)
 
 
@@ -71,8 +76,7 @@ def read_shard(
     `error` if the file is damaged or a row has another length; InputError if counts are not lists
     of numbers.
     """
-    rows = max(1, min(ROW_GROUP, BATCH_VALUES // max(1, genes)))
-    start = 0
+    rows, start = rows_per_group(genes), 0
     check_regular(path, error)
     with (
         file_errors(path, advice, error),
@@ -93,6 +97,29 @@ def read_shard(
                     )
                 yield names, counts.reshape(-1, genes)
             start += len(batch)
+
+
+def group_sizes(path: Path) -> list[int]:
+    """The number of rows of each row group."""
+    with pq.ParquetFile(path) as file:
+        metadata = file.metadata
+        return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+
+
+def read_groups(path: Path, numbers: Sequence[int], out: np.ndarray) -> None:
+    """Reads the counts of row groups of a shard of a cohort, in this order, into `out` (N, G)."""
+    with (
+        file_errors(path, "restore it, or run the stage that writes it again", IntegrityError),
+        pq.ParquetFile(path, page_checksum_verification=True) as file,
+    ):
+        start = 0
+        for number in numbers:
+            column = file.read_row_group(number, columns=["counts"])["counts"]
+            for chunk in column.chunks:
+                counts, _ = _flat(chunk)
+                rows = len(chunk)
+                out[start : start + rows] = counts.reshape(rows, -1)
+                start += rows
 
 
 def _check_columns(path: Path, schema: pa.Schema) -> None:

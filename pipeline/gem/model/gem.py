@@ -226,10 +226,10 @@ class TrainedGEM:
         without_study = ~technical[:, np.array(study, dtype=bool)].any(axis=1) & any(study)
         return np.where(without_study, LatentSource.UNSEEN_STUDY, LatentSource.PRIOR)
 
-    def with_temperatures(self, expression: np.ndarray, labels: np.ndarray) -> "TrainedGEM":
+    def with_temperatures(self, latents: Tensor, labels: np.ndarray) -> "TrainedGEM":
         """This model with the temperatures of its heads fitted to labels (N, heads), -1 missing, of
-        log-CPM (N, G); 1 without samples."""
-        logits = self.logits(self.posterior(expression).mean) if len(expression) else {}
+        samples with latents (N, L); 1 without samples."""
+        logits = self.logits(latents) if len(latents) else {}
         fitted = {
             name: fit_temperature(logits[name], labels[:, position])
             for position, name in enumerate(logits)

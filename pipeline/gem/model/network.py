@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.gem.common.config import GROUPS, Model
 from pipeline.gem.model.normal import LOG_VARIANCE_RANGE, shift_and_scale
+from pipeline.gem.model.observation import GeneMoments
 from pipeline.gem.model.observation_models import build_observation
 
 INPUT_EPSILON = 1.0  # of the layer norm in front of the encoder
@@ -179,10 +180,10 @@ class Network(nn.Module):
             }
         )
 
-    def initialise(self, expression: Tensor) -> None:
-        """Starts decoder and noise at each gene's mean and variance in training log-CPM (N, G)."""
+    def initialise(self, moments: GeneMoments) -> None:
+        """Starts decoder and noise at each gene's mean and variance in the training split."""
         with torch.no_grad():
-            self.decoder[-1].bias.copy_(self.observation.initialise(expression))
+            self.decoder[-1].bias.copy_(self.observation.initialise(moments))
 
     def slices(self) -> dict[str, slice]:
         """The position of each group among the L latent dimensions."""

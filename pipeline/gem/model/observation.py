@@ -6,7 +6,7 @@ its total is over all genes of the cohort's source.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -27,6 +27,29 @@ class LatentSource(IntEnum):
 
 
 Source = LatentSource | Tensor  # one for all samples, or one for each (B,)
+
+
+class GeneMoments(NamedTuple):
+    """Of the log-CPM of N samples."""
+
+    mean: Tensor  # (G,)
+    variance: Tensor  # (G,) with N - 1 degrees of freedom
+    mean_cpm: Tensor  # (G,) mean counts per million, float64
+
+    @classmethod
+    def of(cls, blocks: Iterable[Tensor]) -> "GeneMoments":
+        """Of log-CPM (B, G) block after block: float64 sums, relative to the mean of the first."""
+        samples, first, second, cpm, shift = 0, 0.0, 0.0, 0.0, None
+        for block in blocks:
+            values = block.double()
+            shift = values.mean(0) if shift is None else shift
+            samples += len(values)
+            cpm = cpm + values.expm1().sum(0)
+            values -= shift
+            first, second = first + values.sum(0), second + values.square().sum(0)
+        variance = (second - first.square() / samples) / (samples - 1)
+        mean = shift + first / samples
+        return cls(mean.float(), variance.clamp_min(0).float(), cpm / samples)
 
 
 class CountProbabilities(NamedTuple):
@@ -75,8 +98,9 @@ class Observation(nn.Module, ABC):
     """The interface of observation models. Log-likelihoods are in nats, summed over genes."""
 
     @abstractmethod
-    def initialise(self, expression: Tensor) -> Tensor:
-        """(G,) initial decoder bias for training log-CPM (N, G); sets the noise to theirs."""
+    def initialise(self, moments: GeneMoments) -> Tensor:
+        """(G,) initial decoder bias for the moments of the training split; sets the noise to
+        theirs."""
 
     @abstractmethod
     def log_likelihood(self, observed: Observed, decoded: Tensor, source: Source) -> Tensor:

@@ -24,6 +24,7 @@ from pipeline.gem.model.normal import (
 )
 from pipeline.gem.model.observation import (
     CountProbabilities,
+    GeneMoments,
     LatentSource,
     Observation,
     Observed,
@@ -48,12 +49,12 @@ class Normal(Observation):
         floor = self.log_variances.new_tensor(self.min_log_variance)
         return torch.logaddexp(self.log_variances[source], floor).clamp(max=LOG_VARIANCE_RANGE[1])
 
-    def initialise(self, expression: Tensor) -> Tensor:
+    def initialise(self, moments: GeneMoments) -> Tensor:
         floor = math.exp(self.min_log_variance)
         with torch.no_grad():
-            log_variance = (expression.var(0) - floor).clamp_min(0.1 * floor).log()
+            log_variance = (moments.variance - floor).clamp_min(0.1 * floor).log()
             self.log_variances.copy_(log_variance.expand_as(self.log_variances))
-        return expression.mean(0)
+        return moments.mean
 
     def log_likelihood(self, observed: Observed, decoded: Tensor, source: Source) -> Tensor:
         return normal_log_likelihood(observed.expression, decoded, self.log_variance(source))
@@ -123,12 +124,11 @@ class CountModel(Observation):
         # The library's mean share of the total in training.
         self.register_buffer("modelled_share", torch.ones(()))
 
-    def initialise(self, expression: Tensor) -> Tensor:
-        cpm = sum(part.double().expm1().sum(0) for part in expression.split(1024)) / len(expression)
-        self.variance.copy_(expression.var(0).clamp_min(1e-4))
-        self.modelled_share.copy_(cpm.sum() / CPM)
+    def initialise(self, moments: GeneMoments) -> Tensor:
+        self.variance.copy_(moments.variance.clamp_min(1e-4))
+        self.modelled_share.copy_(moments.mean_cpm.sum() / CPM)
         # A gene without training counts starts at one count in a hundred libraries of a million.
-        return cpm.clamp_min(1e-2).log().float()
+        return moments.mean_cpm.clamp_min(1e-2).log().float()
 
     def fractions(self, decoded: Tensor) -> Tensor:
         return torch.softmax(decoded, dim=1)
@@ -180,8 +180,8 @@ class NegativeBinomial(CountModel):
         """(G,) or (B, G) log theta."""
         return self.log_inverse_dispersions[source].clamp(*map(math.log, INVERSE_DISPERSION_RANGE))
 
-    def initialise(self, expression: Tensor) -> Tensor:
-        bias = super().initialise(expression)
+    def initialise(self, moments: GeneMoments) -> Tensor:
+        bias = super().initialise(moments)
         with torch.no_grad():
             log_theta = -self.variance.clamp(1e-2, 1e2).log()
             self.log_inverse_dispersions.copy_(log_theta.expand_as(self.log_inverse_dispersions))

@@ -71,22 +71,25 @@ def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> di
         # One integer type per role: large test counts must not change the bytes training reads.
         dtype = np.min_scalar_type(int(summary.gene_maxima[role][genes].max()))
         roles[role] = RoleSamples(np.flatnonzero(kept & split.isin(names).to_numpy()), dtype)
-    samples, split, gene_table = samples[kept], split[kept], source.genes[genes]
+    gene_table, number = source.genes[genes], int(kept.sum())
     manifest = {
         "format_version": FORMAT_VERSION,
-        "samples": len(samples),
+        "samples": number,
         "genes": len(gene_table),
         "gene_list_sha256": sha256_of(gene_table["gene_id"].tolist()),
         "integer_type": {role: dtype.name for role, (_, dtype) in roles.items()},
         "declared": _declarations(data),
-        "splits": {name: int(size) for name, size in split.value_counts().sort_index().items()},
-        "missing": {name: int(samples[name].isna().sum()) for name in data.covariates.all()},
+        "splits": {
+            name: int(size) for name, size in split[kept].value_counts().sort_index().items()
+        },
+        "missing": {name: int(samples[name][kept].isna().sum()) for name in data.covariates.all()},
         "notes": notes,
     }
     with folder_replacement(folder) as temporary:
-        shards = write_shuffled_shards(
+        shards, order = write_shuffled_shards(
             source, data.source, genes, roles, params.seed, temporary / "counts"
         )
+        samples, split = samples.iloc[order], split.iloc[order]
         tables = _write_tables(samples, gene_table, split, annotations, data, temporary)
         write_table(temporary / SIZES, split_sizes(samples, split, data))
         truth = _copy_truth(Path(data.source), temporary)

@@ -27,7 +27,7 @@ from pipeline.gem.tracking.runs import FIT_SECTIONS, Run
 from pipeline.gem.training.checkpoint import Checkpoint
 from pipeline.gem.training.dataset import TrainingData
 from pipeline.gem.training.trainer import EpochMetrics, FitResult, fit
-from pipeline.gem.training.validation import posterior_terms
+from pipeline.gem.training.validation import posterior_means, posterior_terms
 
 _SEED = 0  # of posterior draws and of the probe: the same for every trial
 
@@ -179,8 +179,11 @@ def selection_metrics(
 def reconstruction_log_likelihood(result: FitResult, data: TrainingData) -> float:
     """E_q[log p(x | z)] by one posterior draw per sample, mean over samples; nats."""
     generator = torch.Generator(data.validation.expression.device).manual_seed(_SEED)
-    terms = posterior_terms(result.gem.network, data.validation, generator)
-    return float(-terms["nll_reconstruction"])
+    total = 0.0
+    for samples in data.validation.blocks():
+        terms = posterior_terms(result.gem.network, samples, generator)
+        total -= float(terms["nll_reconstruction"]) * len(samples.observed)
+    return total / len(data.validation)
 
 
 def latent_leakage(result: FitResult, data: TrainingData) -> float:
@@ -189,7 +192,7 @@ def latent_leakage(result: FitResult, data: TrainingData) -> float:
     The mean over label and group of (balanced accuracy - chance) / (1 - chance), at least 0. 0: no
     leakage, 1: every label is predicted.
     """
-    means = result.gem.posterior(data.validation.expression.cpu().numpy()).mean.cpu().numpy()
+    means = posterior_means(result.gem.network, data.validation).cpu().numpy()
     scores = []
     for owner, labels in _labels(data):
         for group, columns in result.gem.network.slices().items():

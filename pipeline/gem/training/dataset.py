@@ -1,8 +1,9 @@
 """The training and validation samples of a cohort as tensors, loaded and encoded once.
 
-N samples, G genes. Expression is log-CPM.
+N samples, B of a batch, G genes. Expression is log-CPM.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,54 +11,72 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pipeline.gem.common.config import Data, Params
+from pipeline.gem.common.config import GROUPS, Data, Params
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.encoder import MetadataEncoder, distinct_rows
-from pipeline.gem.data.expression import log_cpm
 from pipeline.gem.data.labels import LabelForm
-from pipeline.gem.data.references import SampleGroups, matching_controls
+from pipeline.gem.data.references import ControlGroups, SampleGroups
 from pipeline.gem.data.splits import SELECTION_SPLITS, TRAIN
-from pipeline.gem.model.observation import Observed
+from pipeline.gem.model.observation import GeneMoments, Observed
 from pipeline.gem.model.query import TargetGenes
 from pipeline.gem.model.training_support import TrainingSupport
+from pipeline.gem.training.expression import Expression, ResidentExpression
 
+_SPREAD_VALUES = 2**24  # in float64
 _TECHNICAL_LATENTS = (64, 512)  # bounds of their number where params.yaml leaves it open
 
 
 @dataclass(frozen=True)
-class EncodedSplit:
-    """The samples of one split."""
+class EncodedRows:
+    """B samples of a split."""
 
     observed: Observed
-    metadata: dict[str, Tensor]  # by group: distinct encoded rows
-    index: dict[str, Tensor]  # by group: (N,) row of `metadata`
-    labels: Tensor  # (N, heads) class index, -1 missing
-    target_gene: Tensor  # (N,) position of the perturbation's own target gene, -1 without
-    totals: Tensor  # (N,) counts
+    metadata: dict[str, Tensor]  # by group: (U, D) distinct encoded rows
+    index: dict[str, Tensor]  # by group: (B,) row of `metadata`
+    labels: Tensor  # (B, heads) class index, -1 missing
+    target_gene: Tensor  # (B,) position of the perturbation's own target gene, -1 without
+    totals: Tensor  # (B,) counts
 
-    @property
-    def expression(self) -> Tensor:
-        """(N, G)"""
-        return self.observed.expression
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """The N samples of one split, in the order of the cohort. All but the expression is in memory.
+
+    Fields as in EncodedRows.
+    """
+
+    expression: Expression
+    metadata: dict[str, Tensor]
+    index: dict[str, Tensor]
+    labels: Tensor
+    target_gene: Tensor
+    totals: Tensor
+
+    def __len__(self) -> int:
+        return len(self.totals)
+
+    def rows(self, rows: Tensor, observed: Observed) -> EncodedRows:
+        """The samples of rows (B,), whose expression is `observed`."""
+        metadata, index = {}, {}
+        for group in GROUPS:
+            distinct, index[group] = torch.unique(self.index[group][rows], return_inverse=True)
+            metadata[group] = self.metadata[group][distinct]
+        of_rows = (part[rows] for part in (self.labels, self.target_gene, self.totals))
+        return EncodedRows(observed, metadata, index, *of_rows)
+
+    def blocks(self) -> Iterator[EncodedRows]:
+        """All samples in order, block after block."""
+        for rows, observed in self.expression.blocks():
+            yield self.rows(rows, observed)
 
     @classmethod
     def load(
-        cls,
-        cohort: Cohort,
-        split: str,
-        encoder: MetadataEncoder,
-        device: torch.device,
-        with_counts: bool = False,
+        cls, cohort: Cohort, split: str, encoder: MetadataEncoder, expression: Expression
     ) -> "EncodedSplit":
-        """`with_counts`: also the integer counts, for observation models of counts."""
-
         def tensor(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(device)
+            return torch.from_numpy(array).to(expression.device)
 
-        samples, counts = cohort.rows([split]), cohort.counts([split])
-        totals = samples["total"].to_numpy()
-        integers = tensor(counts.astype(np.int32)) if with_counts else None
-        observed = Observed(tensor(log_cpm(counts, totals)), integers)
+        samples = cohort.rows([split])
         metadata, index = {}, {}
         for group, matrix in encoder.encode(samples, unknown="missing").items():
             first, inverse = distinct_rows(matrix)
@@ -66,7 +85,8 @@ class EncodedSplit:
         no_labels = np.zeros((len(samples), 0), dtype=np.int64)
         labels = np.stack(columns, axis=1) if columns else no_labels
         target_gene = TargetGenes.from_cohort(cohort).positions(samples)
-        return cls(observed, metadata, index, tensor(labels), tensor(target_gene), tensor(totals))
+        arrays = labels, target_gene, samples["total"].to_numpy()
+        return cls(expression, metadata, index, *map(tensor, arrays))
 
 
 @dataclass(frozen=True)
@@ -79,6 +99,7 @@ class TrainingData:
     training_support: TrainingSupport
     label_form: LabelForm
     train: EncodedSplit
+    moments: GeneMoments  # of the training split
     references: "References"
     study_spread: Tensor  # (G,), see `study_spread`
     study_column: str | None
@@ -89,15 +110,16 @@ class TrainingData:
     def load(
         cls, cohort: Cohort, device: torch.device, with_counts: bool = False
     ) -> "TrainingData":
-        """`with_counts` as in EncodedSplit.load."""
+        """`with_counts` as in Expression."""
         samples, declared = cohort.rows([TRAIN]), cohort.declared
         encoder = MetadataEncoder.fit(samples, declared.covariates, cohort.features)
-        train = EncodedSplit.load(cohort, TRAIN, encoder, device, with_counts)
+        expression = ResidentExpression(cohort, TRAIN, device, with_counts)
+        train = EncodedSplit.load(cohort, TRAIN, encoder, expression)
         selection_split = next((split for split in SELECTION_SPLITS if cohort.has(split)), None)
         validation = None
         if selection_split:
-            validation = EncodedSplit.load(cohort, selection_split, encoder, device, with_counts)
-        spread = study_spread(samples, train.expression.cpu().numpy(), declared)
+            expression = ResidentExpression(cohort, selection_split, device, with_counts)
+            validation = EncodedSplit.load(cohort, selection_split, encoder, expression)
         return cls(
             encoder=encoder,
             genes=cohort.genes,
@@ -105,8 +127,9 @@ class TrainingData:
             training_support=TrainingSupport.from_samples(samples, declared),
             label_form=LabelForm.of(declared),
             train=train,
+            moments=train.expression.moments(),
             references=References.from_samples(samples, declared, device),
-            study_spread=torch.from_numpy(spread).to(device),
+            study_spread=study_spread(samples, train.expression, declared),
             study_column=declared.study_column,
             validation=validation,
             selection_split=selection_split,
@@ -125,28 +148,46 @@ class TrainingData:
         return params.override({"model.latent.technical": size})
 
 
-def study_spread(samples: pd.DataFrame, expression: np.ndarray, data: Data) -> np.ndarray:
-    """(G,) float32 standard deviation of study means around their context's mean, from controls
-    (N, G); log-CPM. From all samples if there are no controls. Zero if no context has two studies.
+def study_spread(samples: pd.DataFrame, expression: Expression, data: Data) -> Tensor:
+    """(G,) standard deviation of study means around their context's mean, of the controls among the
+    samples (N,) of `expression`; log-CPM. Of all samples if there are no controls. Zero if no
+    context has two studies.
+
+    Of more than _SPREAD_VALUES means of a study in a context, the first in the order of the cohort,
+    which is random, are used.
     """
-    control = SampleGroups(samples, data).control.to_numpy()
-    if control.any():
-        samples, expression = samples[control], expression[control]
+    spread = torch.zeros(expression.genes, device=expression.device)
     if data.study_column is None:
-        return np.zeros(expression.shape[1], dtype=np.float32)
-    groups, levels = SampleGroups(samples, data), ["context", "study"]
-    keys = pd.MultiIndex.from_arrays([groups.context, groups.study], names=levels)
-    means = pd.DataFrame(expression, index=keys).groupby(level=levels).mean()
-    deviations = means - means.groupby(level="context").transform("mean")
-    freedom = len(means) - means.index.get_level_values("context").nunique()
+        return spread
+    groups = SampleGroups(samples, data)
+    used = groups.control.to_numpy()
+    used = used if used.any() else ~used
+    keys = pd.DataFrame({"context": groups.context, "study": groups.study})[used]
+    pairs = keys.groupby(["context", "study"], sort=False).ngroup().to_numpy()
+    number = min(pairs.max() + 1, max(2, _SPREAD_VALUES // expression.genes))
+    pair_of, context_of = np.full(len(samples), -1), np.empty(number, dtype=np.int64)
+    pair_of[used] = np.where(pairs < number, pairs, -1)
+    contexts, _ = pd.factorize(keys["context"][pairs < number])
+    context_of[pairs[pairs < number]] = contexts
+    freedom = number - len(np.unique(context_of))
     if freedom < 1:
-        return np.zeros(expression.shape[1], dtype=np.float32)
-    return np.sqrt((deviations**2).sum(axis=0).to_numpy() / freedom).astype(np.float32)
+        return spread
+    pair_of = torch.from_numpy(pair_of).to(expression.device)
+    sums = torch.zeros(number, expression.genes, dtype=torch.float64, device=expression.device)
+    for rows, observed in expression.blocks():
+        pair = pair_of[rows]
+        inside = pair >= 0
+        sums.index_add_(0, pair[inside], observed.expression[inside].double())
+    means = sums / torch.bincount(pair_of[pair_of >= 0], minlength=number)[:, None]
+    context_of = torch.from_numpy(context_of).to(expression.device)
+    centres = torch.zeros_like(means).index_add_(0, context_of, means)
+    centres /= torch.bincount(context_of, minlength=number)[:, None].clamp_min(1)
+    return ((means - centres[context_of]).square().sum(0) / freedom).sqrt().float()
 
 
 @dataclass(frozen=True)
 class References:
-    """The best matching controls of each training sample i: `rows[start[i] : start[i] + size[i]]`.
+    """The best matching controls of each of N training samples, as in ControlGroups.
 
     A sample without another matching control is its own reference.
     """
@@ -154,18 +195,20 @@ class References:
     rows: Tensor
     start: Tensor  # (N,)
     size: Tensor  # (N,)
+    own: Tensor  # (N,)
 
     @classmethod
     def from_samples(cls, samples: pd.DataFrame, data: Data, device: torch.device) -> "References":
-        matches = matching_controls(samples, samples, data, same=True)
-        lists = [rows if len(rows) else np.array([row]) for row, rows in enumerate(matches)]
-        sizes = np.array([len(rows) for rows in lists])
-        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        arrays = np.concatenate(lists), starts, sizes
+        arrays = ControlGroups.of(samples, data)
         return cls(*(torch.from_numpy(array).to(device) for array in arrays))
 
     def draw(self, samples: Tensor, generator: torch.Generator) -> Tensor:
         """(B,) row of a random reference for each of the sample rows (B,)."""
         uniform = torch.rand(len(samples), generator=generator, device=samples.device)
         size = self.size[samples]
-        return self.rows[self.start[samples] + torch.minimum((uniform * size).long(), size - 1)]
+        position = torch.minimum((uniform * size).long(), size - 1)
+        position += position >= self.own[samples]
+        if not len(self.rows):
+            return samples
+        listed = self.rows[self.start[samples] + position.clamp_min(0)]
+        return torch.where(size > 0, listed, samples)

@@ -22,7 +22,7 @@ from pipeline.gem.training.checkpoint import Checkpoint
 from pipeline.gem.training.dataset import TrainingData
 from pipeline.gem.training.masking import dropout_fields, mask_fields, simulate_batch_effects
 from pipeline.gem.training.schedule import TrainingSchedule, kl_warmup, one_cycle
-from pipeline.gem.training.validation import METRICS, validation_metrics
+from pipeline.gem.training.validation import METRICS, posterior_means, validation_metrics
 
 _VARIANCE_RATE = 10.0  # learning rate of the log variances, relative to the weights
 
@@ -96,7 +96,7 @@ def fit(
     `checkpoint` the fit resumes after the last epoch that is saved there; `on_epoch` receives the
     earlier ones again. DivergedError if a loss is not finite.
     """
-    if params.model.uses_counts and data.train.observed.counts is None:
+    if params.model.uses_counts and not data.train.expression.with_counts:
         raise ValueError(f"model.observation {params.model.observation} needs data with counts")
     params = data.resolve_latent_sizes(params)
     torch.set_num_threads(params.train.threads)
@@ -105,15 +105,15 @@ def fit(
         torch.manual_seed(seed)  # of weights and dropout; all else draws from `generator`
         gem = build_model(data, params)
         gem.network.to(device)
-        gem.network.initialise(data.train.expression)
+        gem.network.initialise(data.moments)
         generator = torch.Generator(device).manual_seed(seed)
         trainer = Trainer(data, params.train, gem, generator, on_step)
         result = trainer.run(on_epoch, checkpoint)
     split = data.validation
     if split is None:
         return result
-    expression, labels = split.expression.cpu().numpy(), split.labels.cpu().numpy()
-    return replace(result, gem=result.gem.with_temperatures(expression, labels))
+    latents = posterior_means(result.gem.network, split)
+    return replace(result, gem=result.gem.with_temperatures(latents, split.labels.cpu().numpy()))
 
 
 def build_model(data: TrainingData, params: Params) -> TrainedGEM:
@@ -289,7 +289,7 @@ class Trainer:
         first_step = (number - 1) * self.steps_per_epoch
         losses, sizes, sums = [], [], 0.0
         # Sums stay on the device, so that no step waits for a number.
-        for step, batch in enumerate(self.batches(), first_step):
+        for step, batch in enumerate(self.batches(number), first_step):
             self.on_step()
             loss, terms = self._step(batch, step)
             losses.append(loss)
@@ -302,23 +302,25 @@ class Trainer:
         loss = (stacked * torch.tensor(sizes, device=stacked.device)).sum() / self.samples
         return float(loss), dict(zip(terms, means.tolist(), strict=True))
 
-    def batches(self) -> Iterator[Batch]:
-        """All training samples in random order, with random masks, references, batch effects."""
-        train, device = self.data.train, self.data.train.expression.device
-        order = torch.randperm(self.samples, generator=self.generator, device=device)
-        for rows in order.split(self.schedule.batch_size):
-            metadata, index = {}, {}
-            for group in GROUPS:
-                distinct, index[group] = torch.unique(train.index[group][rows], return_inverse=True)
-                metadata[group] = dropout_fields(
-                    train.metadata[group][distinct],
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """All training samples in the order of an epoch, with random masks, references, batch
+        effects."""
+        train, seed = self.data.train, self.generator.initial_seed()
+        for rows, observed in train.expression.batches(seed, epoch, self.schedule.batch_size):
+            samples = train.rows(rows, observed)
+            metadata = {
+                group: dropout_fields(
+                    samples.metadata[group],
                     self.blocks[group],
                     self.schedule.metadata_dropout[group],
                     self.params.identity_dropout,
                     self.generator,
                 )
+                for group in GROUPS
+            }
             first = rows[: self._references_per_batch(len(rows))]
-            reference = train.expression[self.data.references.draw(first, self.generator)]
+            chosen = self.data.references.draw(first, self.generator)
+            reference = train.expression.references(chosen, first, observed)
             batch_effect = simulate_batch_effects(
                 len(first),
                 self.params.simulated_batch_effects,
@@ -328,11 +330,11 @@ class Trainer:
             unseen_study = self.mask_study(metadata["technical"])
             partial_metadata = self._partial_metadata(metadata)
             yield Batch(
-                train.observed.rows(rows),
+                observed,
                 metadata,
-                index,
-                train.target_gene[rows],
-                train.labels[rows],
+                samples.index,
+                samples.target_gene,
+                samples.labels,
                 self._noise(len(rows)),
                 reference=reference,
                 batch_effect=batch_effect,

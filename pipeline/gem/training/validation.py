@@ -13,7 +13,7 @@ from pipeline.gem.model.objective import Batch, LatentNoise, objective_terms
 from pipeline.gem.model.observation import LatentSource
 from pipeline.gem.model.predictive import predictive_log_likelihood
 from pipeline.gem.model.query import DecoderInput
-from pipeline.gem.training.dataset import EncodedSplit
+from pipeline.gem.training.dataset import EncodedRows, EncodedSplit
 
 _SEED = 0  # of the prior draws
 METRICS = ("predictive_log_likelihood", "evidence_lower_bound", "mse")
@@ -27,19 +27,8 @@ def validation_metrics(network: Network, split: EncodedSplit, draws: int) -> dic
     """
     network.eval()
     generator = torch.Generator(split.expression.device).manual_seed(_SEED)
-    prior = network.joint_prior(split.metadata, split.index)
-    effects = network.target_effect(split.metadata["perturbation"])
-    effect = effects[split.index["perturbation"]]
-    source = torch.full_like(split.target_gene, LatentSource.PRIOR)
-    inputs = DecoderInput(prior, split.target_gene, effect, source)
-    score, decoded = predictive_log_likelihood(network, split.observed, inputs, draws, generator)
-    mean = network.observation.expected_log_cpm(decoded, split.totals, LatentSource.PRIOR)
-    values = (
-        float(score.mean()),
-        evidence_lower_bound(network, split, generator),
-        float((mean - split.expression).square().mean()),
-    )
-    metrics = dict(zip(METRICS, values, strict=True))
+    sums = sum(_sums(network, samples, draws, generator) for samples in split.blocks())
+    metrics = dict(zip(METRICS, (sums / len(split)).tolist(), strict=True))
     infinite = [name for name, value in metrics.items() if not math.isfinite(value)]
     if infinite:
         raise DivergedError(
@@ -49,32 +38,45 @@ def validation_metrics(network: Network, split: EncodedSplit, draws: int) -> dic
     return metrics
 
 
-@torch.no_grad()
-def evidence_lower_bound(
-    network: Network, split: EncodedSplit, generator: torch.Generator
-) -> float:
-    """The unweighted bound E_q[log p(x | z)] - KL, one posterior draw per sample, mean over
-    samples."""
-    terms = posterior_terms(network, split, generator)
-    return float(-terms["nll_reconstruction"] - sum(terms[f"kl_{group}"].sum() for group in GROUPS))
+def _sums(network: Network, samples: EncodedRows, draws: int, generator: torch.Generator) -> Tensor:
+    """(3,) float64 sums of METRICS over the samples of a block."""
+    prior = network.joint_prior(samples.metadata, samples.index)
+    effects = network.target_effect(samples.metadata["perturbation"])
+    effect = effects[samples.index["perturbation"]]
+    source = torch.full_like(samples.target_gene, LatentSource.PRIOR)
+    inputs = DecoderInput(prior, samples.target_gene, effect, source)
+    score, decoded = predictive_log_likelihood(network, samples.observed, inputs, draws, generator)
+    mean = network.observation.expected_log_cpm(decoded, samples.totals, LatentSource.PRIOR)
+    terms = posterior_terms(network, samples, generator)
+    # The unweighted bound E_q[log p(x | z)] - KL, one posterior draw per sample.
+    bound = -terms["nll_reconstruction"] - sum(terms[f"kl_{group}"].sum() for group in GROUPS)
+    error = (mean - samples.observed.expression).square().mean()
+    return torch.stack([score.mean(), bound, error]).double() * len(samples.observed)
 
 
 def posterior_terms(
-    network: Network, split: EncodedSplit, generator: torch.Generator
+    network: Network, samples: EncodedRows, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """The objective's terms without references and masked metadata, with one posterior draw per
     sample."""
-    empty = split.expression[:0]
+    empty = samples.observed.expression[:0]
     batch = Batch(
-        split.observed,
-        split.metadata,
-        split.index,
-        split.target_gene,
-        split.labels,
-        LatentNoise.draw(network, len(split.observed), generator),
+        samples.observed,
+        samples.metadata,
+        samples.index,
+        samples.target_gene,
+        samples.labels,
+        LatentNoise.draw(network, len(samples.observed), generator),
         reference=empty,
         batch_effect=empty,
-        unseen_study=split.metadata["technical"][:0],
+        unseen_study=samples.metadata["technical"][:0],
         partial_metadata={},
     )
     return objective_terms(network, batch)
+
+
+@torch.no_grad()
+def posterior_means(network: Network, split: EncodedSplit) -> Tensor:
+    """(N, L) mean latents of all samples of a split."""
+    blocks = (observed.expression for _, observed in split.expression.blocks())
+    return torch.cat([network.posterior(expression).mean for expression in blocks])

@@ -18,6 +18,8 @@ from pipeline.gem.tracking import mlflow_client
 from pipeline.gem.tracking.runs import COHORT, Run, log_settings
 from pipeline.gem.tracking.training_run import TrainingJob
 from pipeline.gem.training.dataset import TrainingData
+from pipeline.gem.training.expression import memory_for_counts
+from pipeline.gem.training.multi_seed import processes
 from pipeline.gem.training.trainer import choose_device
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,8 @@ def train(params: Params, stop_signal: StopSignal) -> None:
     mlflow_client.connect(params.tracking.experiment)
     cohort = Cohort(COHORT)
     require(training_needs(cohort.manifest), params)
-    data = TrainingData.load(cohort, device, params.model.uses_counts)
+    memory = memory_for_counts(params.train.memory_share, device, processes(params.train))
+    data = TrainingData.load(cohort, device, params.model.uses_counts, memory)
     params = data.resolve_latent_sizes(params)
     samples, genes = len(data.train), len(data.genes)
     sizes = params.model.latent.model_dump().items()

@@ -340,6 +340,7 @@ class Train(Frozen):
     gradient_clip: number(1e-6, 1e9)
     predictive_draws: integer(1, 10**4)
     device: Literal["auto", "cpu", "cuda"]
+    memory_share: number(0, 1)
     threads: integer(1, 1024)
 
     @model_validator(mode="after")

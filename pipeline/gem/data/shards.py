@@ -114,7 +114,7 @@ def read_groups(path: Path, numbers: Sequence[int], out: np.ndarray) -> None:
     ):
         start = 0
         for number in numbers:
-            column = file.read_row_group(number, columns=["counts"])["counts"]
+            column = file.read_row_group(number, ["counts"], use_threads=False)["counts"]
             for chunk in column.chunks:
                 counts, _ = _flat(chunk)
                 rows = len(chunk)

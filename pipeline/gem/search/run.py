@@ -28,6 +28,7 @@ from pipeline.gem.tracking.runs import COHORT, FIT_SECTIONS, Run, log_settings
 from pipeline.gem.tracking.training_run import TrainingJob
 from pipeline.gem.training.checkpoint import FOLDER as CHECKPOINTS
 from pipeline.gem.training.dataset import TrainingData
+from pipeline.gem.training.expression import memory_for_counts
 from pipeline.gem.training.trainer import choose_device
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,9 @@ class SearchSession:
         self.cohort = Cohort(COHORT)
         if problems := size_problems(name, config, params, self.cohort.manifest):
             raise InputError(*problems)
-        self.data = TrainingData.load(self.cohort, device, _uses_counts(config, params))
+        # Forked workers share the counts of this process.
+        memory = memory_for_counts(params.train.memory_share, device)
+        self.data = TrainingData.load(self.cohort, device, _uses_counts(config, params), memory)
         self.params = self.data.resolve_latent_sizes(params)
         self.data_sha256 = self.cohort.train_validation_sha256
         provenance.code_tags()  # before the workers are forked: one warning if git refuses

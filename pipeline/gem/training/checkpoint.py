@@ -35,7 +35,8 @@ class Checkpoint:
     @classmethod
     def of(cls, params: Params, data_sha256: str, seed: int, folder: Path = FOLDER) -> "Checkpoint":
         settings = params.flat("model", "train")
-        del settings["train.seeds"]
+        for name in ("train.seeds", "train.memory_share"):
+            del settings[name]
         cuda = params.train.device != "cpu" and torch.cuda.is_available()
         name = sha256_of(settings, data_sha256, seed, _code(), torch.__version__, cuda)[:16]
         return cls(folder / f"{name}{_SUFFIX}")

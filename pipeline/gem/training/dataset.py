@@ -3,6 +3,7 @@
 N samples, B of a batch, G genes. Expression is log-CPM.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from pipeline.gem.data.splits import SELECTION_SPLITS, TRAIN
 from pipeline.gem.model.observation import GeneMoments, Observed
 from pipeline.gem.model.query import TargetGenes
 from pipeline.gem.model.training_support import TrainingSupport
-from pipeline.gem.training.expression import Expression, ResidentExpression
+from pipeline.gem.training.expression import Expression, open_expression
 
 _SPREAD_VALUES = 2**24  # in float64
 _TECHNICAL_LATENTS = (64, 512)  # bounds of their number where params.yaml leaves it open
@@ -108,17 +109,25 @@ class TrainingData:
 
     @classmethod
     def load(
-        cls, cohort: Cohort, device: torch.device, with_counts: bool = False
+        cls,
+        cohort: Cohort,
+        device: torch.device,
+        with_counts: bool = False,
+        memory: float = math.inf,
     ) -> "TrainingData":
-        """`with_counts` as in Expression."""
+        """`with_counts` as in Expression. A split whose counts do not fit in `memory` bytes, beside
+        those of the splits before it, is streamed."""
         samples, declared = cohort.rows([TRAIN]), cohort.declared
         encoder = MetadataEncoder.fit(samples, declared.covariates, cohort.features)
-        expression = ResidentExpression(cohort, TRAIN, device, with_counts)
+        references = References.from_samples(samples, declared, device)
+        controls = np.unique(references.rows.cpu().numpy())
+        expression = open_expression(cohort, TRAIN, device, with_counts, memory, controls)
         train = EncodedSplit.load(cohort, TRAIN, encoder, expression)
         selection_split = next((split for split in SELECTION_SPLITS if cohort.has(split)), None)
         validation = None
         if selection_split:
-            expression = ResidentExpression(cohort, selection_split, device, with_counts)
+            left = memory - expression.resident_bytes
+            expression = open_expression(cohort, selection_split, device, with_counts, left)
             validation = EncodedSplit.load(cohort, selection_split, encoder, expression)
         return cls(
             encoder=encoder,
@@ -128,7 +137,7 @@ class TrainingData:
             label_form=LabelForm.of(declared),
             train=train,
             moments=train.expression.moments(),
-            references=References.from_samples(samples, declared, device),
+            references=references,
             study_spread=study_spread(samples, train.expression, declared),
             study_column=declared.study_column,
             validation=validation,

@@ -8,9 +8,16 @@ so that the memory of a machine changes the speed of a fit and none of its bits.
 N samples, B of a batch, G genes.
 """
 
+import os
+import tempfile
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.gem.common.capacity import available_memory
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.expression import CPM
-from pipeline.gem.data.shards import group_sizes, rows_per_group
+from pipeline.gem.data.shards import group_sizes, read_groups, rows_per_group
 from pipeline.gem.data.splits import role_of
 from pipeline.gem.model.observation import GeneMoments, Observed
 
@@ -90,6 +98,11 @@ class Expression(ABC):
         A reference is a control or the sample itself.
         """
 
+    @property
+    @abstractmethod
+    def resident_bytes(self) -> int:
+        """Memory of the counts, which stays taken."""
+
     def moments(self) -> GeneMoments:
         return GeneMoments.of(observed.expression for _, observed in self.blocks())
 
@@ -131,5 +144,135 @@ class ResidentExpression(Expression):
     def references(self, rows: Tensor, samples: Tensor, observed: Observed) -> Tensor:
         return self.rows(rows).expression
 
+    @property
+    def resident_bytes(self) -> int:
+        return self._counts.nbytes
+
     def rows(self, rows: Tensor) -> Observed:
         return self._observed(rows, self._counts[rows].view(self._dtype))
+
+
+class StreamedExpression(Expression):
+    """Counts stay on disk: two buffers of row groups are in memory, and one block of rows.
+
+    `controls` (M,): the rows that `references` may ask for, ascending. They are copied into a file
+    without a name beside the cohort, which is read at random places.
+    """
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        split: str,
+        device: torch.device,
+        with_counts: bool = False,
+        controls: np.ndarray = np.empty(0, dtype=np.int64),  # noqa: B008 (never written)
+    ):
+        super().__init__(cohort, split, device, with_counts)
+        self._dtype, self._controls = cohort.integer_type([split]), controls
+        self._file = tempfile.TemporaryFile(dir=cohort.folder.parent)  # noqa: SIM115 (as below)
+        weakref.finalize(self, self._file.close)
+        if len(controls):
+            for start, counts in self._count_blocks():
+                first, last = np.searchsorted(controls, [start, start + len(counts)])
+                counts[controls[first:last] - start].astype(self._dtype).tofile(self._file)
+            self._file.flush()
+
+    def batches(self, seed: int, epoch: int, size: int) -> Iterator[tuple[Tensor, Observed]]:
+        buffers = shuffled_buffers(self._groups, seed, epoch)
+        rest = np.empty(0, dtype=np.int64), np.empty((0, self.genes), dtype=self._dtype)
+        for buffer, counts in self._read_ahead(buffers):
+            rows, order = buffer.rows(), buffer.order
+            # The first batch of a buffer begins with the last samples of the one before.
+            start = min(size - len(rest[0]), len(rows)) if len(rest[0]) else 0
+            if start:
+                taken = rows[:start], counts[order[:start]]
+                rest = tuple(np.concatenate(pair) for pair in zip(rest, taken, strict=True))
+                if len(rest[0]) < size:
+                    continue
+                yield self._batch(*rest)
+            stop = start + (len(rows) - start) // size * size
+            for first in range(start, stop, size):
+                part = slice(first, first + size)
+                yield self._batch(rows[part], counts[order[part]])
+            rest = rows[stop:], counts[order[stop:]]
+            del counts  # before the next buffer is waited for
+        if len(rest[0]):
+            yield self._batch(*rest)
+
+    def blocks(self) -> Iterator[tuple[Tensor, Observed]]:
+        for start, counts in self._count_blocks():
+            yield self._batch(np.arange(start, start + len(counts)), counts)
+
+    def references(self, rows: Tensor, samples: Tensor, observed: Observed) -> Tensor:
+        expression = observed.expression[: len(rows)].clone()
+        other = rows != samples
+        if other.any():
+            wanted = rows[other].cpu().numpy()
+            counts = np.empty((len(wanted), self.genes), dtype=self._dtype)
+            for row, position in zip(counts, np.searchsorted(self._controls, wanted), strict=True):
+                os.preadv(self._file.fileno(), [row], int(position) * row.nbytes)
+            expression[other] = self._batch(wanted, counts)[1].expression
+        return expression
+
+    @property
+    def resident_bytes(self) -> int:
+        return 0
+
+    def _batch(self, rows: np.ndarray, counts: np.ndarray) -> tuple[Tensor, Observed]:
+        device_rows = torch.from_numpy(rows).to(self.device)
+        return device_rows, self._observed(device_rows, torch.from_numpy(counts).to(self.device))
+
+    def _count_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, counts (B, G)) of all samples in order, in blocks of the size that resident
+        counts have: sums over blocks then have the same bits."""
+        size, start = rows_per_group(self.genes), 0
+        rest = np.empty((0, self.genes), dtype=self._dtype)
+        for block in self.cohort.blocks([self.split]):
+            rest = np.concatenate([rest, block]) if len(rest) else block
+            while len(rest) >= size:
+                yield start, rest[:size]
+                start, rest = start + size, rest[size:]
+        if len(rest):
+            yield start, rest
+
+    def _read_ahead(self, buffers: Iterable[Buffer]) -> Iterator[tuple[Buffer, np.ndarray]]:
+        """Buffers with their counts (K, G); a thread reads the next one meanwhile."""
+        with ThreadPoolExecutor(1) as reader:
+            pending: deque[Future] = deque()
+            for buffer in buffers:
+                pending.append(reader.submit(self._read, buffer))
+                if len(pending) > 1:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+
+    def _read(self, buffer: Buffer) -> tuple[Buffer, np.ndarray]:
+        counts, start = np.empty((len(buffer.order), self.genes), dtype=self._dtype), 0
+        for path, groups in groupby(buffer.groups, key=attrgetter("path")):
+            listed = list(groups)
+            stop = start + sum(group.stop - group.start for group in listed)
+            read_groups(path, [group.number for group in listed], counts[start:stop])
+            start = stop
+        return buffer, counts
+
+
+def open_expression(
+    cohort: Cohort,
+    split: str,
+    device: torch.device,
+    with_counts: bool,
+    memory: float,
+    controls: np.ndarray = np.empty(0, dtype=np.int64),  # noqa: B008 (never written)
+) -> Expression:
+    """Resident if the counts take at most `memory` bytes, else streamed."""
+    samples, genes = cohort.manifest["splits"][split], len(cohort.genes)
+    if samples * genes * cohort.integer_type([split]).itemsize <= memory:
+        return ResidentExpression(cohort, split, device, with_counts)
+    return StreamedExpression(cohort, split, device, with_counts, controls)
+
+
+def memory_for_counts(share: float, device: torch.device, processes: int = 1) -> float:
+    """Bytes: the `share` of the free memory, of the GPU on a GPU, for each of the processes."""
+    cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if cuda else available_memory()
+    return share * free / processes

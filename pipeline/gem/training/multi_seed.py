@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from pipeline.gem.common.config import Params
+from pipeline.gem.common.config import Params, Train
 from pipeline.gem.common.errors import GemError, InputError, StoppedError
 from pipeline.gem.common.machine_errors import machine_problem
 from pipeline.gem.common.processes import end_with_parent
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.training.checkpoint import Checkpoint
 from pipeline.gem.training.dataset import TrainingData
+from pipeline.gem.training.expression import memory_for_counts
 from pipeline.gem.training.trainer import EpochMetrics, FitResult, fit
 
 _POLL_INTERVAL_S = 0.2
@@ -44,7 +45,7 @@ def fit_seeds(
     is called before every step, or often while other processes train; its exceptions end the fits.
     """
     seeds = params.train.seeds
-    limit = min(len(seeds), max(1, (os.cpu_count() or 1) // params.train.threads))
+    limit = _parallel_fits(params.train)
     if limit > 1 and data.train.expression.device.type == "cpu":
         jobs = [_Job(folder, params, seed, checkpoints.get(seed)) for seed in seeds]
         return _fit_in_processes(jobs, limit, on_epoch, on_step)
@@ -59,6 +60,16 @@ def fit_seeds(
         )
         for seed in seeds
     ]
+
+
+def _parallel_fits(params: Train) -> int:
+    return min(len(params.seeds), max(1, (os.cpu_count() or 1) // params.threads))
+
+
+def processes(params: Train) -> int:
+    """How many processes hold the data of a training on processors, this one included."""
+    fits = _parallel_fits(params)
+    return fits + (fits > 1)
 
 
 @dataclass(frozen=True)
@@ -129,9 +140,9 @@ def _run_job(job: _Job, sender: Connection) -> None:
         sender.send_bytes(pickle.dumps(message))
 
     try:
-        data = TrainingData.load(
-            Cohort(job.folder), torch.device("cpu"), job.params.model.uses_counts
-        )
+        params, device = job.params, torch.device("cpu")
+        memory = memory_for_counts(params.train.memory_share, device, processes(params.train))
+        data = TrainingData.load(Cohort(job.folder), device, params.model.uses_counts, memory)
         send(fit(data, job.params, job.seed, send, job.checkpoint))
     except GemError as error:
         send(error)

@@ -30,6 +30,7 @@ from pipeline.gem.common.config import Covariates, read_params
 from pipeline.gem.common.progress import Progress
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.model.gem import TrainedGEM
+from pipeline.gem.model.metadata.rows import MetadataRows
 from pipeline.gem.model.query import TargetGenes
 from pipeline.gem.model.training_support import TrainingSupport
 from pipeline.gem.prediction import output_files, predictor
@@ -158,10 +159,11 @@ def run_simple_loop(gem: TrainedGEM, query_path: Path, output: Path) -> None:
     samples, writer = pd.read_parquet(query_path), None
     for start in range(0, len(samples), SIMPLE_LOOP_ROWS):
         rows = samples.iloc[start : start + SIMPLE_LOOP_ROWS]
-        encoded = gem.metadata.encode(rows)
-        priors = [
-            gem.network.prior(group, torch.from_numpy(part)) for group, part in encoded.items()
-        ]
+        encoded = {
+            group: MetadataRows.from_sparse(part.matrix(), gem.device)
+            for group, part in gem.metadata.encode(rows).items()
+        }
+        priors = [gem.network.prior(group, part) for group, part in encoded.items()]
         latents = torch.cat([prior.mean for prior in priors], dim=1)
         cpm = torch.expm1(gem.network.decode(latents).clamp(min=0))
         counts = torch.round(cpm / cpm.sum(dim=1, keepdim=True) * TOTAL_COUNT).int()

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from support.encoding import dense
 
 from pipeline.gem.common.config import Covariates, Embedding
 from pipeline.gem.common.errors import InputError
@@ -27,7 +28,7 @@ def encoder() -> MetadataEncoder:
 
 def encode(encoder: MetadataEncoder, *values, unknown: str = "refuse") -> list:
     samples = pd.DataFrame({"drug": pd.Series(values, dtype=object)})
-    return encoder.encode(samples, unknown)["perturbation"].tolist()
+    return dense(encoder, samples, unknown)["perturbation"].tolist()
 
 
 @pytest.mark.parametrize(
@@ -71,9 +72,32 @@ def test_an_unknown_label_is_an_error_with_the_known_ones(encoder, value, sugges
     assert encode(encoder, value, unknown="missing") == [[0] * 6]
 
 
-def test_blocks_separate_features_from_identities(encoder):
-    assert encoder.blocks("perturbation") == [(2, 4)]
-    assert encoder.sizes == {"technical": 0, "biological": 0, "perturbation": 6}
+def test_the_features_of_a_label_are_one_entry_beside_its_identity(encoder):
+    (part,) = encoder.columns("perturbation")
+    assert (part.own, part.features) == (slice(0, 4), slice(4, 7))
+    assert encoder.inputs == {"technical": 0, "biological": 0, "perturbation": 6}
+    (row,) = encoder.encode(pd.DataFrame({"drug": ["a|b"]}))["perturbation"].distinct
+    assert row.indices.tolist() == [0, 1, 4, 5] and row.data.tolist() == [1, 1, 1, 1]
+
+
+def test_the_columns_of_features_follow_those_of_all_covariates():
+    covariates = Covariates.model_validate(
+        {
+            "technical": {},
+            "biological": {},
+            "perturbation": {"drug": EMBEDDING, "type": CATEGORICAL, "other": EMBEDDING},
+        }
+    )
+    samples = pd.DataFrame({"drug": ["a", "b"], "type": ["t", "u"], "other": ["b", "bare"]})
+    features = {"drug": FEATURES, "other": FEATURES}
+    encoder = MetadataEncoder.fit(samples, covariates, features)
+    columns = encoder.columns("perturbation")
+    owns = [(part.own.start, part.own.stop) for part in columns]
+    assert owns == [(0, 2), (2, 4), (4, 6)]
+    labels = [(part.features.start, part.features.stop) for part in columns]
+    assert labels == [(6, 9), (9, 9), (9, 12)]
+    rows = encoder.encode(samples)["perturbation"].matrix()
+    assert [rows[[row]].indices.tolist() for row in (0, 1)] == [[0, 2, 4, 6, 10], [1, 3, 5, 7]]
 
 
 def test_features_are_standardised_over_labels_and_not_over_samples():
@@ -103,7 +127,7 @@ def test_labels_that_are_numbers_have_features():
     features = FeatureTable(("1", "2", "3"), np.array([[0.0], [2.0], [4.0]], dtype=np.float32))
     samples = pd.DataFrame({"drug": [1.0, 2.0, np.nan]})
     encoder = MetadataEncoder.fit(samples, DRUG, {"drug": features})
-    encoded = encoder.encode(pd.DataFrame({"drug": [3, 1]}))["perturbation"]
+    encoded = dense(encoder, pd.DataFrame({"drug": [3, 1]}))["perturbation"]
     assert encoded.tolist() == [[3, 0, 0], [-1, 1, 0]]
 
 
@@ -143,7 +167,7 @@ def dependent() -> MetadataEncoder:
 
 
 def encode_row(encoder: MetadataEncoder, unknown: str = "refuse", **values) -> list:
-    encoded = encoder.encode(pd.DataFrame([values]), unknown)
+    encoded = dense(encoder, pd.DataFrame([values]), unknown)
     return np.concatenate([matrix[0] for matrix in encoded.values()]).tolist()
 
 
@@ -183,11 +207,11 @@ def test_rows_are_filled_independently_of_their_order_and_type(dependent):
     query = pd.DataFrame(
         {"study": ["s1", "s3", None, "s2"] * 5, "platform": [None, "a", "b", ""] * 5}
     ).sample(frac=1, random_state=1)
-    whole = dependent.encode(query)["technical"]
+    whole = dense(dependent, query)["technical"]
     for row in range(len(query)):
-        single = dependent.encode(query.iloc[[row]])["technical"]
+        single = dense(dependent, query.iloc[[row]])["technical"]
         np.testing.assert_array_equal(whole[[row]], single)
-    np.testing.assert_array_equal(dependent.encode(query.astype("category"))["technical"], whole)
+    np.testing.assert_array_equal(dense(dependent, query.astype("category"))["technical"], whole)
 
 
 @pytest.mark.parametrize(

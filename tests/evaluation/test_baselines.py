@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.linear_model import Ridge as SklearnRidge
+from support.encoding import dense
 
 from pipeline.gem.common.config import GROUPS, Covariates, Data
 from pipeline.gem.data.encoder import MetadataEncoder
@@ -92,7 +93,7 @@ def test_the_training_mean_is_summed_in_double_precision():
 
 def sklearn_ridge(encoder, penalty: float, samples, expression, query) -> np.ndarray:
     def design(rows: pd.DataFrame) -> np.ndarray:
-        encoded = encoder.encode(rows, unknown="missing")
+        encoded = dense(encoder, rows, unknown="missing")
         return np.concatenate([encoded[group] for group in GROUPS], axis=1).astype(float)
 
     fitted = SklearnRidge(alpha=penalty).fit(design(samples), expression.astype(float))

@@ -7,18 +7,26 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.networks import GENES, HEADS, METADATA_SIZES, batch, network, untrained_network
+from support.networks import (
+    GENES,
+    HEADS,
+    METADATA_SIZES,
+    batch,
+    levels,
+    network,
+    sparse,
+    untrained_network,
+)
 from support.settings import ROOT
 
 from pipeline.gem.common.config import GROUPS, Latent
-from pipeline.gem.data.encoder import distinct_rows
 from pipeline.gem.data.expression import log_cpm
+from pipeline.gem.model.metadata.layers import TargetEffect
 from pipeline.gem.model.network import (
     INPUT_EPSILON,
     Gaussian,
     Interaction,
     Network,
-    TargetEffect,
 )
 from pipeline.gem.model.normal import LOG_VARIANCE_RANGE, kl_normal, normal_log_likelihood
 from pipeline.gem.model.observation import GeneMoments, LatentSource
@@ -54,7 +62,9 @@ def gem1_network(params, gem1) -> Network:
             own_name = name.removeprefix("weight/")
             for theirs, ours in renamed.items():
                 own_name = own_name.replace(theirs, ours)
-            state[own_name] = value
+            # Ours stores the first layer of a prior by input.
+            is_input = own_name.startswith("priors") and own_name.endswith(".0.weight")
+            state[own_name] = value.T if is_input else value
     state["observation.log_variances"] = gem1["weight/log_variance"].expand(4, 12)
     net.load_state_dict(net.state_dict() | state)
     # The reference's layer norm of the input has a scale and a shift: our first layer absorbs them.
@@ -82,7 +92,8 @@ def test_input_is_that_of_the_reference(gem1):
 
 def test_priors_and_posteriors_are_those_of_the_reference(gem1_network, gem1):
     one_hot = {
-        group: F.one_hot(gem1[f"input/{group}"], METADATA_SIZES[group]).float() for group in GROUPS
+        group: sparse(F.one_hot(gem1[f"input/{group}"], METADATA_SIZES[group]).float())
+        for group in GROUPS
     }
     prior = gem1_network.joint_prior(one_hot, dict.fromkeys(GROUPS, torch.arange(5)))
     posterior = gem1_network.posterior(gem1["input/log_cpm"])
@@ -188,9 +199,9 @@ def test_posterior_does_not_depend_on_the_other_samples_of_a_batch(small_model):
 
 def test_prior_of_distinct_rows_is_the_prior_of_all_rows(small_model, rng):
     net, matrix = network(small_model), (rng.random((50, 3)) < 0.5).astype(np.float32)
-    first, index = distinct_rows(matrix)
-    distinct = net.prior("technical", torch.from_numpy(matrix[first]))
-    every = net.prior("technical", torch.from_numpy(matrix))
+    unique, index = np.unique(matrix, axis=0, return_inverse=True)
+    distinct = net.prior("technical", sparse(torch.from_numpy(unique)))
+    every = net.prior("technical", sparse(torch.from_numpy(matrix)))
     rows = distinct.rows(torch.from_numpy(index))
     assert_close(tuple(rows), tuple(every), rtol=1e-5, atol=1e-6)
 
@@ -198,7 +209,7 @@ def test_prior_of_distinct_rows_is_the_prior_of_all_rows(small_model, rng):
 def test_a_group_without_covariates_has_one_prior_for_all_samples(small_model):
     sizes = METADATA_SIZES | {"technical": 0}
     net, data = network(small_model, sizes=sizes), batch(sizes=sizes)
-    data = replace(data, metadata=data.metadata | {"technical": torch.zeros(1, 0)})
+    data = replace(data, metadata=data.metadata | {"technical": sparse(torch.zeros(1, 0))})
     data = replace(data, index=data.index | {"technical": torch.zeros(6, dtype=torch.long)})
     mean = joint_prior(net, data).mean
     assert torch.equal(mean[:, :2], mean[:1, :2].expand(6, 2))
@@ -242,7 +253,7 @@ def test_the_technical_prior_is_linear_in_its_levels(small_model):
     net = network(small_model)
     rows = torch.tensor([[0.0, 0, 0], [1.0, 0, 0], [0.0, 1, 0], [1.0, 1, 0]])
     with torch.no_grad():
-        none, first, second, both = net.prior("technical", rows).mean
+        none, first, second, both = net.prior("technical", sparse(rows)).mean
     assert_close(both - none, (first - none) + (second - none), rtol=1e-5, atol=1e-6)
 
 
@@ -273,12 +284,12 @@ def test_a_target_effect_changes_the_target_gene_only(small_model, generator):
 
 
 def test_target_effects_do_not_depend_on_the_identity_of_the_perturbation(generator):
-    module = TargetEffect(torch.tensor([False, False, True, True]))
+    module = TargetEffect([levels("perturbation", 4)], [False, False, True, True])
     with torch.no_grad():
         module.narrow.weight.normal_(generator=generator)
     rows = torch.rand(2, 4, generator=generator)
     rows[1, 2:] = rows[0, 2:]
-    first, second = module(rows).tolist()
+    first, second = module(sparse(rows)).tolist()
     assert first == pytest.approx(second)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from support.networks import GENES, METADATA_SIZES, batch, network
+from support.networks import GENES, METADATA_SIZES, batch, network, sparse
 from torch.distributions import Normal, kl_divergence
 
 from pipeline.gem.common.config import GROUPS, KLWeight
@@ -80,11 +80,11 @@ def terms_by_sample(net: Network, data: Batch) -> dict[str, torch.Tensor]:
     for row in range(size):
         index = {group: data.index[group][row] for group in GROUPS}
         priors = {
-            group: net.prior(group, data.metadata[group][index[group]][None]) for group in GROUPS
+            group: net.prior(group, data.metadata[group][index[group][None]]) for group in GROUPS
         }
         prior = Gaussian(*(torch.cat(parts, 1) for parts in zip(*priors.values(), strict=True)))
         posterior = net.posterior(data.observed.expression[row][None])
-        technical = net.prior("technical", data.unseen_study[index["technical"]][None])
+        technical = net.prior("technical", data.unseen_study[index["technical"][None]])
         sources = {"nll_reconstruction": posterior, "nll_predictive": prior}
         if row < references:
             shifted = (data.reference + data.batch_effect)[row][None]
@@ -98,7 +98,7 @@ def terms_by_sample(net: Network, data: Batch) -> dict[str, torch.Tensor]:
             name: source.mean + torch.exp(0.5 * source.log_variance) * noise[name][row]
             for name, source in sources.items()
         }
-        effect = net.target_effect(data.metadata["perturbation"][index["perturbation"]][None])
+        effect = net.target_effect(data.metadata["perturbation"][index["perturbation"][None]])
         for name, z in latents.items():
             if name == "nll_unseen_study":
                 # Only the technical latents differ from the prediction, and have a gradient.
@@ -127,7 +127,7 @@ def terms_by_sample(net: Network, data: Batch) -> dict[str, torch.Tensor]:
             terms[f"kl_{group}"] = terms[f"kl_{group}"] + divergence[columns].sum() / size
         for group, rows in data.partial_metadata.items():
             teacher = distribution(Gaussian(*(part.detach() for part in priors[group])))
-            partial = distribution(net.prior(group, rows[index[group]][None]))
+            partial = distribution(net.prior(group, rows[index[group][None]]))
             nats = kl_divergence(teacher, partial).sum()
             terms["kl_partial_metadata"] = terms["kl_partial_metadata"] + nats / size
     return terms
@@ -138,7 +138,7 @@ def distribution(gaussian: Gaussian) -> Normal:
 
 
 def test_terms_without_their_part_of_the_batch_are_left_out(small_model):
-    data = replace(without_references(batch(), 0), unseen_study=torch.zeros(0, 3))
+    data = replace(without_references(batch(), 0), unseen_study=sparse(torch.zeros(0, 3)))
     terms = objective_terms(network(small_model), data)
     assert not {"nll_reference", "nll_unseen_study"} & set(terms)
 

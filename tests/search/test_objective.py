@@ -7,6 +7,8 @@ import numpy as np
 import optuna
 import pytest
 import torch
+import torch.nn.functional as F
+from support.networks import sparse
 from support.searches import search_config
 
 from pipeline.gem.common.errors import DivergedError, InputError, StoppedError
@@ -56,12 +58,9 @@ def test_latents_that_encode_the_label_of_another_group_leak_and_noise_does_not(
     then neither. The latents replace the posterior means."""
     samples = len(data.validation)
     label = torch.arange(samples) % 2
-    metadata = {
-        group: torch.zeros_like(rows[:1]).repeat(samples, 1)
-        for group, rows in data.validation.metadata.items()
-    }
-    assert data.encoder.groups["biological"][0].size >= 2
-    metadata["biological"][torch.arange(samples), label] = 1.0
+    assert len(data.encoder.groups["biological"][0].levels) >= 2
+    metadata = dict.fromkeys(data.validation.metadata, sparse(torch.zeros(samples, 2)))
+    metadata["biological"] = sparse(F.one_hot(label, 2).float())
     index = dict.fromkeys(metadata, torch.arange(samples))
     labelled = replace(data, validation=replace(data.validation, metadata=metadata, index=index))
     network = result.gem.network
@@ -79,7 +78,9 @@ def test_latents_that_encode_the_label_of_another_group_leak_and_noise_does_not(
 
 
 def test_latent_leakage_needs_labels(result, data):
-    metadata = {group: torch.zeros_like(rows) for group, rows in data.validation.metadata.items()}
+    metadata = {
+        group: sparse(torch.zeros(len(rows), 2)) for group, rows in data.validation.metadata.items()
+    }
     unlabelled = replace(data, validation=replace(data.validation, metadata=metadata))
     with pytest.raises(InputError, match="latent_leakage cannot be computed"):
         latent_leakage(result, unlabelled)

@@ -1,7 +1,14 @@
 """Small networks and batches in general position."""
 
-import torch
+from collections.abc import Mapping
 
+import torch
+from scipy.sparse import csr_array
+from torch import Tensor
+
+from pipeline.gem.common.config import Categorical
+from pipeline.gem.data.covariates import CovariateEncoder
+from pipeline.gem.model.metadata.rows import MetadataRows
 from pipeline.gem.model.network import Network
 from pipeline.gem.model.objective import Batch, LatentNoise
 from pipeline.gem.model.observation import Observed
@@ -14,8 +21,29 @@ HEADS = {"tissue": ("biological", 3), "sex": ("biological", 2), "perturbation": 
 
 def untrained_network(params, genes=GENES, sizes=METADATA_SIZES, heads=HEADS) -> Network:
     """A network as it starts; the first column of the perturbation is an intervention column."""
-    columns = tuple(column == 0 for column in range(sizes["perturbation"]))
-    return Network(genes, sizes, heads, columns, params)
+    columns = [column == 0 for column in range(sizes["perturbation"])]
+    return Network(genes, covariates(sizes), heads, columns, params)
+
+
+def covariates(sizes: Mapping[str, int]) -> dict[str, list[CovariateEncoder]]:
+    """One covariate of so many levels per group, none for zero."""
+    return {group: [levels(group, number)] if number else [] for group, number in sizes.items()}
+
+
+def levels(name: str, number: int) -> CovariateEncoder:
+    names = tuple(f"{level:06}" for level in range(number))
+    return CovariateEncoder(name, Categorical(kind="categorical"), names)
+
+
+def sparse(dense: Tensor) -> MetadataRows:
+    """Rows with the values of a matrix (U, C)."""
+    return MetadataRows.from_sparse(csr_array(dense.numpy()), dense.device)
+
+
+def dense(rows: MetadataRows, columns: int) -> Tensor:
+    """(U, C)"""
+    matrix = torch.zeros(len(rows), columns)
+    return matrix.index_put((rows.row(), rows.columns), rows.values, accumulate=True)
 
 
 def network(params, genes=GENES, sizes=METADATA_SIZES, heads=HEADS, seed=0) -> Network:
@@ -43,6 +71,9 @@ def batch(size=6, genes=GENES, sizes=METADATA_SIZES, heads=HEADS, seed=1) -> Bat
     def uniform(rows, columns):
         return torch.rand(rows, columns, generator=generator)
 
+    def binary(rows, columns):
+        return sparse((uniform(rows, columns) < 0.5).float())
+
     def integers(low, high):
         return torch.randint(low, high, (size,), generator=generator)
 
@@ -53,9 +84,9 @@ def batch(size=6, genes=GENES, sizes=METADATA_SIZES, heads=HEADS, seed=1) -> Bat
         reference=5 * uniform(size, genes),
         batch_effect=torch.randn(size, genes, generator=generator),
         target_gene=integers(-1, genes),
-        unseen_study=(uniform(4, sizes["technical"]) < 0.5).float(),
-        partial_metadata={group: torch.zeros(4, width) for group, width in sizes.items()},
-        metadata={group: (uniform(4, width) < 0.5).float() for group, width in sizes.items()},
+        unseen_study=binary(4, sizes["technical"]),
+        partial_metadata={group: sparse(torch.zeros(4, width)) for group, width in sizes.items()},
+        metadata={group: binary(4, width) for group, width in sizes.items()},
         index={group: integers(0, 4) for group in sizes},
         labels=torch.stack(labels, 1) if labels else torch.zeros(size, 0, dtype=torch.long),
     )

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from support.networks import dense
 
 from pipeline.gem.data.splits import TRAIN
 from pipeline.gem.training.dataset import study_spread
@@ -13,9 +14,11 @@ from pipeline.gem.training.dataset import study_spread
 
 def test_every_sample_points_at_its_own_metadata_row(cohort, data):
     encoded = data.train
-    for group, matrix in data.encoder.encode(cohort.rows([TRAIN])).items():
+    for group, rows in data.encoder.encode(cohort.rows([TRAIN])).items():
+        matrix = rows.matrix().toarray()
         assert len(encoded.metadata[group]) < len(matrix)
-        assert np.array_equal(encoded.metadata[group][encoded.index[group]].numpy(), matrix)
+        own = encoded.metadata[group][encoded.index[group]]
+        assert np.array_equal(dense(own, matrix.shape[1]).numpy(), matrix)
 
 
 def test_model_selection_uses_the_validation_split_of_combinations(data):
@@ -64,7 +67,7 @@ def test_study_spread_is_the_deviation_of_control_means_of_studies_within_a_cont
 def test_unset_technical_latents_become_the_number_of_technical_columns_within_bounds(
     data, params, columns, size
 ):
-    encoder = SimpleNamespace(sizes={"technical": columns, "biological": 900, "perturbation": 900})
+    encoder = SimpleNamespace(inputs={"technical": columns, "biological": 900, "perturbation": 900})
     other = replace(data, encoder=encoder)
     resolved = other.resolve_latent_sizes(params.override({"model.latent.technical": None}))
     assert resolved.model.latent.technical == size

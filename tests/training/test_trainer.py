@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.networks import dense
 
 from pipeline.gem.common.config import GROUPS
 from pipeline.gem.common.errors import DivergedError, InputError
@@ -149,10 +150,11 @@ def test_every_epoch_has_finite_metrics_under_stable_names(result):
 def test_batches_mask_exactly_the_columns_of_the_study(data, params):
     technical = data.train.metadata["technical"]
     masked = trainer(data, params).mask_study(technical)
-    study = data.encoder.groups["technical"][0]
-    assert study.name == "study"
-    assert (masked[:, : study.size] == 0).all()
-    torch.testing.assert_close(masked[:, study.size :], technical[:, study.size :])
+    study, *others = data.encoder.columns("technical")
+    assert study.field.name == "study" and study.own.start == 0
+    before, after = (dense(rows, others[-1].own.stop) for rows in (technical, masked))
+    assert (after[:, study.own] == 0).all()
+    torch.testing.assert_close(after[:, study.own.stop :], before[:, study.own.stop :])
     without = trainer(data, params, unseen_study_weight=0.0)
     assert without.gem.hidden_study is None and len(without.mask_study(technical)) == 0
 
@@ -161,8 +163,9 @@ def test_batches_mask_fields_of_their_own_metadata_rows(data, params):
     batch = next(trainer(data, params, partial_metadata_weight=1.0).batches(1))
     assert set(batch.partial_metadata) == set(GROUPS[1:]), "the technical prior is linear"
     for group, masked in batch.partial_metadata.items():
-        kept = masked != 0
-        assert torch.equal(masked[kept], batch.metadata[group][kept])
-        assert 0.2 < kept.sum() / (batch.metadata[group] != 0).sum() < 0.8
+        kept, rows = masked.values != 0, batch.metadata[group]
+        assert torch.equal(masked.columns, rows.columns)
+        assert torch.equal(masked.values[kept], rows.values[kept])
+        assert 0.2 < kept.sum() / (rows.values != 0).sum() < 0.8
     without = next(trainer(data, params, partial_metadata_weight=0.0).batches(1))
     assert without.partial_metadata == {}

@@ -25,14 +25,16 @@ ROUNDING = 1e-9
 
 # Cells of a column: (N,) position among the distinct values, -1 if missing; the values.
 Cells = tuple[np.ndarray, list]
+Entries = dict[int, float]  # of a sparse row: the values that are not zero, by column
 
 
 @dataclass(frozen=True)
 class CovariateEncoder:
-    """Encodes values of one covariate as vectors.
+    """Encodes values of one covariate as entries of a sparse row.
 
-    A label is [its features | one-hot or multi-hot level]; a number is [standardised value |
-    one-hot dimension]. Missing values are zeros.
+    Columns are [standardised value of a number | levels | labels with features]. A label has a 1 in
+    the column of its level, and a 1 in that of its features, which stand in a table of their own; a
+    number has its value and a 1 for its dimension. Missing values have no entries.
     """
 
     name: str
@@ -44,14 +46,19 @@ class CovariateEncoder:
     features: FeatureTable | None = None  # embedding: standardised over the training labels
 
     @property
-    def size(self) -> int:
-        """Columns of the encoding."""
-        return self.feature_size + len(self.levels)
+    def first_level(self) -> int:
+        """Column of the first level: those of a number follow its value."""
+        return int(isinstance(self.covariate, Numeric))
 
     @property
-    def feature_size(self) -> int:
-        """Columns before the levels: features of a label, or the value of a number."""
-        return self.features.size if self.features else int(isinstance(self.covariate, Numeric))
+    def first_features(self) -> int:
+        """Column of the first label with features; the number of columns before."""
+        return self.first_level + len(self.levels)
+
+    @property
+    def inputs(self) -> int:
+        """Numbers that describe a sample: value, levels and features."""
+        return self.first_features + (self.features.size if self.features else 0)
 
     @property
     def scaling(self) -> tuple[float, float, float]:
@@ -103,8 +110,8 @@ class CovariateEncoder:
             deviation = 1.0
         return cls(name, covariate, dimensions, mean, deviation, offset)
 
-    def try_encode(self, value: object, unknown: str) -> tuple[np.ndarray | None, str | None]:
-        """((size,) encoding or None, error message or None) of a value that is not missing.
+    def try_encode(self, value: object, unknown: str) -> tuple[Entries | None, str | None]:
+        """(entries or None, error message or None) of a value that is not missing.
 
         A value that is not in the training split is an error if `unknown` is "refuse".
         """
@@ -125,8 +132,8 @@ class CovariateEncoder:
             "(or treat unknown values as missing)"
         )
 
-    def encode_value(self, value: object) -> np.ndarray | None:
-        """(size,) encoding of a value that is not missing; None if the value is unknown.
+    def encode_value(self, value: object) -> Entries | None:
+        """Entries of a value that is not missing; None if the value is unknown.
 
         ValueError if a numeric covariate is no quantity.
         """
@@ -137,15 +144,11 @@ class CovariateEncoder:
         levels, rows = self._level_positions, self._feature_rows
         if any(label not in levels and label not in rows for label in labels):
             return None
-        code = np.zeros(self.size, dtype=np.float32)
-        for label in dict.fromkeys(labels):
-            if label in rows:
-                code[: self.feature_size] += self.features.values[rows[label]]
-            if label in levels:
-                code[self.feature_size + levels[label]] = 1
-        return code
+        columns = [levels[label] for label in labels if label in levels]
+        columns += [self.first_features + rows[label] for label in labels if label in rows]
+        return dict.fromkeys(sorted(columns), 1.0)
 
-    def _encode_quantity(self, value: object) -> np.ndarray | None:
+    def _encode_quantity(self, value: object) -> Entries | None:
         number, dimension = parse_quantity(value, self.covariate.plain_unit)
         if is_ambiguous(value, self.levels):
             raise ValueError(f"{cell_repr(value)}: M is ambiguous; write min, month or mol/l")
@@ -153,10 +156,8 @@ class CovariateEncoder:
             return None
         scaled = to_scale(number, self.covariate.scale, self.offset)
         standardised = (scaled - self.mean) / self.deviation
-        code = np.zeros(self.size, dtype=np.float32)
-        code[0] = min(max(standardised, -CLIP), CLIP)
-        code[1 + self._level_positions[dimension]] = 1
-        return code
+        column = self.first_level + self._level_positions[dimension]
+        return {0: min(max(standardised, -CLIP), CLIP), column: 1.0}
 
     def class_indices(self, column: pd.Series) -> np.ndarray:
         """(N,) position of each value among the levels, -1 if missing or no level."""

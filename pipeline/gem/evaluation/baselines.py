@@ -63,7 +63,8 @@ class Ridge:
     @staticmethod
     def _design(encoder: MetadataEncoder, samples: pd.DataFrame) -> np.ndarray:
         encoded = encoder.encode(samples, unknown="missing")
-        return np.concatenate([encoded[group] for group in GROUPS], axis=1).astype(np.float64)
+        parts = [encoded[group].matrix().toarray() for group in GROUPS]
+        return np.concatenate(parts, axis=1).astype(np.float64)
 
     def predict(self, samples: pd.DataFrame) -> np.ndarray:
         """(N, G)"""

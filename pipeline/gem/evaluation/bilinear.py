@@ -51,7 +51,7 @@ class PerturbationDesign:
     def __call__(self, samples: pd.DataFrame) -> np.ndarray:
         """(N, D)"""
         encoded = self.dose_time.encode(samples, unknown="missing")["perturbation"]
-        dose_time = encoded.astype(np.float64)  # (N, S)
+        dose_time = encoded.matrix().toarray().astype(np.float64)  # (N, S)
         names = label_key(samples[self.column]).to_numpy()
         features = self.features.reindex(names).fillna(0.0).to_numpy()  # (N, F)
         products = features[:, :, None] * dose_time[:, None, :]

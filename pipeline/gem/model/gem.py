@@ -15,10 +15,11 @@ from torch import Tensor
 from pipeline.gem.common.config import GROUPS, Model
 from pipeline.gem.common.errors import InputError, IntegrityError
 from pipeline.gem.common.files import sha256_of, write_atomically
-from pipeline.gem.data.encoder import MetadataEncoder, distinct_rows
+from pipeline.gem.data.encoder import EncodedGroup, MetadataEncoder
 from pipeline.gem.data.labels import LabelForm
 from pipeline.gem.model import model_file
 from pipeline.gem.model.calibration import fit_temperature, probabilities
+from pipeline.gem.model.metadata.rows import MetadataRows
 from pipeline.gem.model.network import Gaussian, Network
 from pipeline.gem.model.observation import LatentSource
 from pipeline.gem.model.query import DecoderInput, TargetGenes
@@ -58,12 +59,12 @@ class TrainedGEM:
             field.name: (metadata.group_of(field.name), len(field.levels))
             for field in metadata.heads()
         }
-        intervention_columns = tuple(
-            field.name != targets.column and field.features is None
-            for field in metadata.groups["perturbation"]
-            for _ in range(field.size)
-        )
-        network = Network(len(genes), metadata.sizes, heads, intervention_columns, params)
+        perturbation = metadata.columns("perturbation")
+        intervention_columns = [False] * (perturbation[-1].features.stop if perturbation else 0)
+        for part in perturbation:
+            if part.field.name != targets.column and part.field.features is None:
+                intervention_columns[part.own] = [True] * part.field.first_features
+        network = Network(len(genes), metadata.groups, heads, intervention_columns, params)
         learned = genes, targets, params, hidden_study, training_support, label_form
         return cls(network, metadata, *learned, dict.fromkeys(heads, 1.0))
 
@@ -185,10 +186,9 @@ class TrainedGEM:
             raise InputError(f"conditioning: unknown groups {unknown_groups}; known: {known}")
         encoded = self.metadata.encode(samples, unknown)
         metadata, index = {}, {}
-        for group in GROUPS:
-            first, inverse = distinct_rows(encoded[group])
-            metadata[group] = torch.from_numpy(encoded[group][first]).to(self.device)
-            index[group] = torch.from_numpy(inverse).to(self.device)
+        for group, rows in encoded.items():
+            metadata[group] = MetadataRows.from_sparse(rows.distinct, self.device)
+            index[group] = torch.from_numpy(rows.index).to(self.device)
         prior = self.network.joint_prior(metadata, index)
         effect = self.network.target_effect(metadata["perturbation"])[index["perturbation"]]
         target_gene = torch.from_numpy(self.targets.positions(samples)).to(self.device)
@@ -215,16 +215,15 @@ class TrainedGEM:
             residuals.append(self.network.reference_residual(block, decoded))
         return posterior, torch.cat(residuals)
 
-    def _sources(self, technical: np.ndarray) -> np.ndarray:
-        """(N,) UNSEEN_STUDY if training masked studies and the encoded technical metadata (N, D)
-        name none, else PRIOR."""
-        study = [
-            field.name == self.hidden_study
-            for field in self.metadata.groups["technical"]
-            for _ in range(field.size)
-        ]
-        without_study = ~technical[:, np.array(study, dtype=bool)].any(axis=1) & any(study)
-        return np.where(without_study, LatentSource.UNSEEN_STUDY, LatentSource.PRIOR)
+    def _sources(self, technical: EncodedGroup) -> np.ndarray:
+        """(N,) UNSEEN_STUDY if training masked studies and the metadata name none, else PRIOR."""
+        is_unseen = np.zeros(technical.distinct.shape[0], dtype=bool)
+        for part in self.metadata.columns("technical"):
+            if part.field.name == self.hidden_study:
+                names = [technical.distinct[:, columns] for columns in (part.own, part.features)]
+                is_unseen = sum(matrix.count_nonzero(axis=1) for matrix in names) == 0
+        sources = np.where(is_unseen, LatentSource.UNSEEN_STUDY, LatentSource.PRIOR)
+        return sources[technical.index]
 
     def with_temperatures(self, latents: Tensor, labels: np.ndarray) -> "TrainedGEM":
         """This model with the temperatures of its heads fitted to labels (N, heads), -1 missing, of

@@ -30,7 +30,7 @@ from pipeline.gem.model.query import TargetGenes
 from pipeline.gem.model.training_support import TrainingSupport
 
 MODEL_FILE = "model.safetensors"  # of a model directory
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 _BLOCK_TENSORS = 6  # of a residual block
 _TRAIN_AGAIN = "train the model again"
 _WEIGHTS, _FEATURES = "network.", "features."  # prefixes of tensor names
@@ -89,7 +89,7 @@ class MetadataState(Frozen):
 class ModelDescription(Frozen):
     """A trained model without its tensors; its fields are the keys of the JSON."""
 
-    format_version: Literal[7] = FORMAT_VERSION
+    format_version: Literal[8] = FORMAT_VERSION
     genes: Annotated[tuple[str, ...], Field(min_length=1)]
     gene_list_sha256: str
     metadata: MetadataState

@@ -1,11 +1,11 @@
 """GEM: a variational autoencoder whose prior is predicted from metadata, per latent group.
 
-B samples, G genes, D_g encoded metadata of group g, U distinct rows, L_g latent size of group g, L
-their sum, K classes of a head. After GEM-1 (bioRxiv 10.1101/2025.09.08.674753), with a corrected
+B samples, G genes, U distinct metadata rows, L_g latent size of group g, L their sum, K classes of
+a head. After GEM-1 (bioRxiv 10.1101/2025.09.08.674753), with a corrected
 objective (objective.py).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.gem.common.config import GROUPS, Model
+from pipeline.gem.data.covariates import CovariateEncoder
+from pipeline.gem.model.metadata.layers import LinearPrior, MetadataLinear, TargetEffect
+from pipeline.gem.model.metadata.rows import MetadataRows
 from pipeline.gem.model.normal import LOG_VARIANCE_RANGE, shift_and_scale
 from pipeline.gem.model.observation import GeneMoments
 from pipeline.gem.model.observation_models import build_observation
@@ -35,26 +38,16 @@ class ResidualBlock(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """Linear, residual blocks, LayerNorm, Linear."""
+    """A first layer of width `params.hidden`, residual blocks, LayerNorm, Linear."""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, params: Model):
+    def __init__(self, first: nn.Module, outputs: int, blocks: int, params: Model):
         width = params.hidden
         super().__init__(
-            nn.Linear(inputs, width),
+            first,
             *(ResidualBlock(width, params.expansion, params.dropout) for _ in range(blocks)),
             nn.LayerNorm(width),
             nn.Linear(width, outputs),
         )
-
-
-class LinearPrior(nn.Linear):
-    """A linear map of sparse one-hot rows. The gain compensates for weights that rarely have a
-    gradient."""
-
-    GAIN = 4.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.GAIN * x)
 
 
 class Interaction(nn.Module):
@@ -74,26 +67,6 @@ class Interaction(nn.Module):
     def strength(self, biological: Tensor, perturbation: Tensor) -> Tensor:
         """(B, P) activity of each program."""
         return self.response(biological) * self.loading(perturbation)
-
-
-class TargetEffect(nn.Module):
-    """The effect of a genetic perturbation on its own target gene, from its type, dose and time."""
-
-    WIDTH = 16
-
-    def __init__(self, columns: Tensor):
-        """`columns` (D,) bool: the intervention columns of the encoded perturbation."""
-        super().__init__()
-        self.register_buffer("columns", columns.float(), persistent=False)
-        self.widen = nn.Linear(max(len(columns), 1), self.WIDTH)
-        self.narrow = nn.Linear(self.WIDTH, 1)
-        nn.init.zeros_(self.narrow.weight)
-        nn.init.zeros_(self.narrow.bias)
-
-    def forward(self, metadata: Tensor) -> Tensor:
-        """(U,) log-CPM to add to the target gene, for encoded perturbations (U, D)."""
-        masked = _at_least_one_column(metadata * self.columns)
-        return self.narrow(F.relu(self.widen(masked))).squeeze(1)
 
 
 class Gaussian(NamedTuple):
@@ -128,34 +101,33 @@ class Network(nn.Module):
     def __init__(
         self,
         genes: int,
-        metadata_sizes: Mapping[str, int],
+        covariates: Mapping[str, Sequence[CovariateEncoder]],
         heads: Mapping[str, tuple[str, int]],
-        intervention_columns: tuple[bool, ...],
+        intervention_columns: Sequence[bool],
         params: Model,
     ):
-        """`heads`: name to (group, classes). `intervention_columns` (D,): columns of the encoded
-        perturbation that describe how it is applied, not which one it is. Weights are drawn from
-        torch's global random state."""
+        """`covariates` by group. `heads`: name to (group, classes). `intervention_columns`: which
+        columns of the encoded perturbation describe how it is applied, not which one it is. Weights
+        are drawn from torch's global random state."""
         super().__init__()
         self.sizes = params.latent.model_dump()
         total = sum(self.sizes.values())
-        inputs = {group: max(metadata_sizes[group], 1) for group in self.sizes}
-        self.priors = nn.ModuleDict(
-            {
-                group: MLP(inputs[group], 2 * size, params.prior_blocks, params)
-                for group, size in self.sizes.items()
-            }
-        )
-        if params.additive_technical:
-            # Levels are additive from metadata to genes: a new study is the sum of known levels.
-            technical = LinearPrior(inputs["technical"], 2 * self.sizes["technical"])
-            self.priors["technical"] = technical
-        self.encoder = MLP(genes, 2 * total, params.blocks, params)
+        self.priors = nn.ModuleDict()
+        for group, size in self.sizes.items():
+            if group == "technical" and params.additive_technical:
+                # Levels are additive from metadata to genes: a new study is the sum of known
+                # levels.
+                self.priors[group] = LinearPrior(covariates[group], 2 * size)
+            else:
+                first = MetadataLinear(covariates[group], params.hidden)
+                self.priors[group] = MLP(first, 2 * size, params.prior_blocks, params)
+        self.encoder = MLP(nn.Linear(genes, params.hidden), 2 * total, params.blocks, params)
         # Effects of library and platform multiply counts: additive on the log scale in any biology.
         self.mlp_start = self.sizes["technical"] if params.additive_technical else 0
-        self.decoder = MLP(total - self.mlp_start, genes, params.blocks, params)
+        first = nn.Linear(total - self.mlp_start, params.hidden)
+        self.decoder = MLP(first, genes, params.blocks, params)
         self.linear_decoder = nn.Linear(total, genes, bias=False) if params.linear_decoder else None
-        self.target_effect = TargetEffect(torch.tensor(intervention_columns, dtype=torch.bool))
+        self.target_effect = TargetEffect(covariates["perturbation"], intervention_columns)
         self.interaction = None
         if params.interactions:
             sizes = self.sizes["biological"], self.sizes["perturbation"]
@@ -193,14 +165,16 @@ class Network(nn.Module):
             start += self.sizes[group]
         return slices
 
-    def prior(self, group: str, metadata: Tensor) -> Gaussian:
-        """p(z_g | metadata (B, D_g)). Without covariates, all samples have the same prior."""
-        output = self.priors[group](_at_least_one_column(metadata))
+    def prior(self, group: str, metadata: MetadataRows) -> Gaussian:
+        """p(z_g | metadata) of U rows. Without covariates, all samples have the same prior."""
+        output = self.priors[group](metadata)
         mean, log_variance = output.chunk(2, dim=1)
         return Gaussian(mean, log_variance.clamp(*LOG_VARIANCE_RANGE))
 
-    def joint_prior(self, metadata: Mapping[str, Tensor], index: Mapping[str, Tensor]) -> Gaussian:
-        """p(z | m) of B samples, from distinct metadata rows (U, D_g) and their index (B,)."""
+    def joint_prior(
+        self, metadata: Mapping[str, MetadataRows], index: Mapping[str, Tensor]
+    ) -> Gaussian:
+        """p(z | m) of B samples, from distinct metadata rows and their index (B,)."""
         parts = (self.prior(group, metadata[group]).rows(index[group]) for group in GROUPS)
         return Gaussian.join(parts, dim=1)
 
@@ -266,8 +240,3 @@ class Network(nn.Module):
             torch.where(mask, reference.mean, prior.mean),
             torch.where(mask, reference.log_variance, prior.log_variance),
         )
-
-
-def _at_least_one_column(metadata: Tensor) -> Tensor:
-    """Metadata (U, D), or a column of zeros for a group without covariates."""
-    return metadata if metadata.shape[1] else metadata.new_zeros(len(metadata), 1)

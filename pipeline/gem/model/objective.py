@@ -1,7 +1,7 @@
 """The training objective of GEM: its terms and their weighted sum, in nats per sample.
 
 Every term is summed over genes and latent dimensions, then averaged over the batch once.
-B samples, R of them with a reference, G genes, D_g encoded metadata of group g, U distinct rows.
+B samples, R of them with a reference, G genes, U distinct metadata rows.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from pipeline.gem.common.config import GROUPS, Train
+from pipeline.gem.model.metadata.rows import MetadataRows
 from pipeline.gem.model.network import Gaussian, Network
 from pipeline.gem.model.normal import kl_normal
 from pipeline.gem.model.observation import LatentSource, Observed
@@ -52,7 +53,7 @@ class Batch:
     """B training samples."""
 
     observed: Observed
-    metadata: Mapping[str, Tensor]  # by group: distinct rows (U, D_g)
+    metadata: Mapping[str, MetadataRows]  # by group: distinct rows
     index: Mapping[str, Tensor]  # by group: (B,) row of `metadata`
     target_gene: Tensor  # (B,) position of the perturbation's own target gene, -1 without
     labels: Tensor  # (B, heads) class index, -1 missing
@@ -60,8 +61,8 @@ class Batch:
     # Each of the following is empty where the objective leaves its term out.
     reference: Tensor  # (R, G) log-CPM of references of the first R samples
     batch_effect: Tensor  # (R, G) of a simulated study, shared by those samples and references
-    unseen_study: Tensor  # (U, D) technical rows without the study
-    partial_metadata: Mapping[str, Tensor]  # `metadata` with fields masked at random
+    unseen_study: MetadataRows  # technical rows without the study
+    partial_metadata: Mapping[str, MetadataRows]  # `metadata` with fields masked at random
 
 
 def objective_terms(network: Network, batch: Batch) -> dict[str, Tensor]:

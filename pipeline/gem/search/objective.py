@@ -212,11 +212,15 @@ def latent_leakage(result: FitResult, data: TrainingData) -> float:
 def _labels(data: TrainingData) -> Iterator[tuple[str, np.ndarray]]:
     """(group, (N,) level or -1 if missing) of each covariate with several levels, decoded from
     its encoding."""
-    for group, fields in data.encoder.groups.items():
-        encoded = data.validation.metadata[group][data.validation.index[group]].cpu().numpy()
-        start = 0
-        for field in fields:
-            levels = encoded[:, start + field.feature_size : start + field.size]
-            start += field.size
-            if field.covariate.kind in ("categorical", "embedding") and len(field.levels) > 1:
-                yield group, np.where(levels.any(axis=1), levels.argmax(axis=1), -1)
+    for group in data.encoder.groups:
+        rows, index = data.validation.metadata[group], data.validation.index[group]
+        columns, row, index = (part.cpu().numpy() for part in (rows.columns, rows.row(), index))
+        for part in data.encoder.columns(group):
+            if part.field.covariate.kind in ("categorical", "embedding") and (
+                len(part.field.levels) > 1
+            ):
+                levels = np.full(len(rows), -1)
+                own = (columns >= part.own.start) & (columns < part.own.stop)
+                # Of several labels the first: it is written last.
+                levels[row[own][::-1]] = columns[own][::-1] - part.own.start
+                yield group, levels[index]

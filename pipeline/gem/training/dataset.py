@@ -14,10 +14,11 @@ from torch import Tensor
 
 from pipeline.gem.common.config import GROUPS, Data, Params
 from pipeline.gem.data.cohort import Cohort
-from pipeline.gem.data.encoder import MetadataEncoder, distinct_rows
+from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.data.labels import LabelForm
 from pipeline.gem.data.references import ControlGroups, SampleGroups
 from pipeline.gem.data.splits import SELECTION_SPLITS, TRAIN
+from pipeline.gem.model.metadata.rows import MetadataRows
 from pipeline.gem.model.observation import GeneMoments, Observed
 from pipeline.gem.model.query import TargetGenes
 from pipeline.gem.model.training_support import TrainingSupport
@@ -32,7 +33,7 @@ class EncodedRows:
     """B samples of a split."""
 
     observed: Observed
-    metadata: dict[str, Tensor]  # by group: (U, D) distinct encoded rows
+    metadata: dict[str, MetadataRows]  # by group: distinct rows
     index: dict[str, Tensor]  # by group: (B,) row of `metadata`
     labels: Tensor  # (B, heads) class index, -1 missing
     target_gene: Tensor  # (B,) position of the perturbation's own target gene, -1 without
@@ -47,7 +48,7 @@ class EncodedSplit:
     """
 
     expression: Expression
-    metadata: dict[str, Tensor]
+    metadata: dict[str, MetadataRows]
     index: dict[str, Tensor]
     labels: Tensor
     target_gene: Tensor
@@ -79,9 +80,9 @@ class EncodedSplit:
 
         samples = cohort.rows([split])
         metadata, index = {}, {}
-        for group, matrix in encoder.encode(samples, unknown="missing").items():
-            first, inverse = distinct_rows(matrix)
-            metadata[group], index[group] = tensor(matrix[first]), tensor(inverse)
+        for group, rows in encoder.encode(samples, unknown="missing").items():
+            metadata[group] = MetadataRows.from_sparse(rows.distinct, expression.device)
+            index[group] = tensor(rows.index)
         columns = list(encoder.labels(samples).values())
         no_labels = np.zeros((len(samples), 0), dtype=np.int64)
         labels = np.stack(columns, axis=1) if columns else no_labels
@@ -146,14 +147,14 @@ class TrainingData:
 
     def resolve_latent_sizes(self, params: Params) -> Params:
         """Sets the number of technical latents, where `params` leaves it open, to the number of
-        encoded technical columns.
+        inputs of the technical prior.
 
         Effects of studies are dense and unrelated: fewer latents than studies cannot hold them all.
         """
         if params.model.latent.technical is not None:
             return params
         lower, upper = _TECHNICAL_LATENTS
-        size = min(max(self.encoder.sizes["technical"], lower), upper)
+        size = min(max(self.encoder.inputs["technical"], lower), upper)
         return params.override({"model.latent.technical": size})
 
 

@@ -1,47 +1,69 @@
 """Random changes of training samples, so that incomplete metadata and new studies are nothing
 unusual at prediction: masked fields and simulated batch effects.
 
-U distinct metadata rows, D columns, R samples, G genes. `blocks` are those of
-MetadataEncoder.blocks: (feature columns, identity columns) of each field.
+U distinct metadata rows, E entries, C columns, R samples, G genes.
 """
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.gem.data.encoder import FieldColumns
+from pipeline.gem.model.metadata.rows import MetadataRows
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which field each column of a group belongs to."""
+
+    number: int
+    of_column: Tensor  # (C,) int64
+    is_identity: Tensor  # (C,) bool: levels of labels that have features
+    any_identity: bool
+
+    @classmethod
+    def of(cls, columns: list[FieldColumns], device: torch.device) -> "Fields":
+        width = columns[-1].features.stop if columns else 0
+        of_column, is_identity = np.zeros(width, dtype=np.int64), np.zeros(width, dtype=bool)
+        for number, part in enumerate(columns):
+            of_column[part.own] = of_column[part.features] = number
+            is_identity[part.own] = part.field.features is not None
+        tensors = (torch.from_numpy(array).to(device) for array in (of_column, is_identity))
+        return cls(len(columns), *tensors, bool(is_identity.any()))
+
 
 def dropout_fields(
-    metadata: Tensor,
-    blocks: list[tuple[int, int]],
+    metadata: MetadataRows,
+    fields: Fields,
     field_rate: float,
     identity_rate: float,
     generator: torch.Generator,
-) -> Tensor:
-    """Metadata rows (U, D) with parts set to missing at random: whole fields with probability
-    `field_rate`, and only the identity of labels with features with `identity_rate`."""
-    sizes = torch.tensor([size for block in blocks for size in block], device=metadata.device)
-    has_identities = any(identity for _, identity in blocks)
-    if metadata.shape[1] == 0 or (field_rate == 0 and (identity_rate == 0 or not has_identities)):
+) -> MetadataRows:
+    """The rows with parts set to missing at random: whole fields with probability `field_rate`, and
+    only the identity of labels with features with `identity_rate`."""
+    if fields.number == 0 or (field_rate == 0 and (identity_rate == 0 or not fields.any_identity)):
         return metadata
-    shape = 2, len(metadata), len(blocks)
-    uniform = torch.rand(*shape, generator=generator, device=metadata.device)
+    shape, device = (2, len(metadata), fields.number), metadata.values.device
+    uniform = torch.rand(*shape, generator=generator, device=device)
     keep_field = uniform[0] >= field_rate
     keep_identity = keep_field & (uniform[1] >= identity_rate)
-    keep = torch.stack([keep_field, keep_identity], dim=2).flatten(1)
-    return metadata * keep.repeat_interleave(sizes, dim=1)
+    row, field = metadata.row(), fields.of_column[metadata.columns]
+    is_identity = fields.is_identity[metadata.columns]
+    keep = torch.where(is_identity, keep_identity[row, field], keep_field[row, field])
+    return metadata.scale(keep)
 
 
-def mask_fields(
-    metadata: Tensor, blocks: list[tuple[int, int]], generator: torch.Generator
-) -> Tensor:
-    """Metadata rows (U, D) with fields set to missing at random. The probability is drawn per row
-    from [0, 1], so every number of fields is equally likely."""
-    if metadata.shape[1] == 0:
+def mask_fields(metadata: MetadataRows, fields: Fields, generator: torch.Generator) -> MetadataRows:
+    """The rows with fields set to missing at random. The probability is drawn per row from [0, 1],
+    so every number of fields is equally likely."""
+    if fields.number == 0:
         return metadata
-    sizes = torch.tensor([sum(block) for block in blocks], device=metadata.device)
-    rows, fields = len(metadata), len(blocks)
-    rate = torch.rand(rows, 1, generator=generator, device=metadata.device)
-    keep = torch.rand(rows, fields, generator=generator, device=metadata.device) >= rate
-    return metadata * keep.repeat_interleave(sizes, dim=1)
+    rows, device = len(metadata), metadata.values.device
+    rate = torch.rand(rows, 1, generator=generator, device=device)
+    keep = torch.rand(rows, fields.number, generator=generator, device=device) >= rate
+    return metadata.scale(keep[metadata.row(), fields.of_column[metadata.columns]])
 
 
 def simulate_batch_effects(

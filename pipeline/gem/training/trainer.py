@@ -1,6 +1,6 @@
 """Fitting GEM: the training loop, and the metrics of each epoch. Imports no tracker.
 
-N samples, B batch, G genes, D columns. Losses are in nats per sample.
+N samples, B batch, G genes. Losses are in nats per sample.
 """
 
 import math
@@ -16,11 +16,17 @@ from pipeline.gem.common.config import GROUPS, Params, Train
 from pipeline.gem.common.errors import DivergedError, InputError
 from pipeline.gem.model import tensor_file
 from pipeline.gem.model.gem import TrainedGEM
+from pipeline.gem.model.metadata.rows import MetadataRows
 from pipeline.gem.model.network import Network
 from pipeline.gem.model.objective import Batch, LatentNoise, objective, objective_terms
 from pipeline.gem.training.checkpoint import Checkpoint
 from pipeline.gem.training.dataset import TrainingData
-from pipeline.gem.training.masking import dropout_fields, mask_fields, simulate_batch_effects
+from pipeline.gem.training.masking import (
+    Fields,
+    dropout_fields,
+    mask_fields,
+    simulate_batch_effects,
+)
 from pipeline.gem.training.schedule import TrainingSchedule, kl_warmup, one_cycle
 from pipeline.gem.training.validation import METRICS, posterior_means, validation_metrics
 
@@ -178,13 +184,10 @@ class Trainer:
         self.steps = self.schedule.epochs * self.steps_per_epoch
         groups, rate = self._parameter_groups(), params.learning_rate
         self.optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
-        self.blocks = {group: data.encoder.blocks(group) for group in GROUPS}
-        keep = [
-            float(field.name != gem.hidden_study)
-            for field in data.encoder.groups["technical"]
-            for _ in range(field.size)
-        ]
-        self.study_mask = torch.tensor(keep, device=data.train.expression.device)  # (D,)
+        device = data.train.expression.device
+        self.fields = {group: Fields.of(data.encoder.columns(group), device) for group in GROUPS}
+        names = [field.name for field in data.encoder.groups["technical"]]
+        self.study = names.index(gem.hidden_study) if gem.hidden_study else None
 
     def _parameter_groups(self) -> list[dict]:
         """Weight decay for weights only, not for biases, norms and variances. Variances start far
@@ -311,7 +314,7 @@ class Trainer:
             metadata = {
                 group: dropout_fields(
                     samples.metadata[group],
-                    self.blocks[group],
+                    self.fields[group],
                     self.schedule.metadata_dropout[group],
                     self.params.identity_dropout,
                     self.generator,
@@ -351,12 +354,14 @@ class Trainer:
         share = self.params.reference_share if self.params.reference_weight else 0.0
         return math.ceil(share * size)
 
-    def mask_study(self, technical: Tensor) -> Tensor:
-        """Technical metadata rows (U, D) without the study; none if the model hides no study."""
-        return technical * self.study_mask if self.gem.hidden_study else technical[:0]
+    def mask_study(self, technical: MetadataRows) -> MetadataRows:
+        """Technical metadata without the study; no rows if the model hides no study."""
+        if self.study is None:
+            return technical.none()
+        return technical.scale(self.fields["technical"].of_column[technical.columns] != self.study)
 
-    def _partial_metadata(self, metadata: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The rows (U, D) per group with a random number of fields masked.
+    def _partial_metadata(self, metadata: Mapping[str, MetadataRows]) -> dict[str, MetadataRows]:
+        """The rows of each group with a random number of fields masked.
 
         Not for a linear prior: it cannot infer masked fields from others, and its weight decay
         keeps levels around their mean already.
@@ -365,7 +370,7 @@ class Trainer:
             return {}
         groups = GROUPS[1:] if self.gem.params.additive_technical else GROUPS
         return {
-            group: mask_fields(metadata[group], self.blocks[group], self.generator)
+            group: mask_fields(metadata[group], self.fields[group], self.generator)
             for group in groups
         }
 

@@ -69,7 +69,7 @@ def posterior_terms(
         LatentNoise.draw(network, len(samples.observed), generator),
         reference=empty,
         batch_effect=empty,
-        unseen_study=samples.metadata["technical"][:0],
+        unseen_study=samples.metadata["technical"].none(),
         partial_metadata={},
     )
     return objective_terms(network, batch)

@@ -19,14 +19,9 @@ from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.metadata.rows import MetadataRows
 from pipeline.gem.model.network import Network
 from pipeline.gem.model.objective import Batch, LatentNoise, objective, objective_terms
+from pipeline.gem.training import masking
 from pipeline.gem.training.checkpoint import Checkpoint
 from pipeline.gem.training.dataset import TrainingData
-from pipeline.gem.training.masking import (
-    Fields,
-    dropout_fields,
-    mask_fields,
-    simulate_batch_effects,
-)
 from pipeline.gem.training.schedule import TrainingSchedule, kl_warmup, one_cycle
 from pipeline.gem.training.validation import METRICS, posterior_means, validation_metrics
 
@@ -185,7 +180,9 @@ class Trainer:
         groups, rate = self._parameter_groups(), params.learning_rate
         self.optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
         device = data.train.expression.device
-        self.fields = {group: Fields.of(data.encoder.columns(group), device) for group in GROUPS}
+        self.fields = {
+            group: masking.Fields.of(data.encoder.columns(group), device) for group in GROUPS
+        }
         names = [field.name for field in data.encoder.groups["technical"]]
         self.study = names.index(gem.hidden_study) if gem.hidden_study else None
 
@@ -312,7 +309,7 @@ class Trainer:
         for rows, observed in train.expression.batches(seed, epoch, self.schedule.batch_size):
             samples = train.rows(rows, observed)
             metadata = {
-                group: dropout_fields(
+                group: masking.dropout_fields(
                     samples.metadata[group],
                     self.fields[group],
                     self.schedule.metadata_dropout[group],
@@ -324,7 +321,7 @@ class Trainer:
             first = rows[: self._references_per_batch(len(rows))]
             chosen = self.data.references.draw(first, self.generator)
             reference = train.expression.references(chosen, first, observed)
-            batch_effect = simulate_batch_effects(
+            batch_effect = masking.simulate_batch_effects(
                 len(first),
                 self.params.simulated_batch_effects,
                 self.data.study_spread,
@@ -370,7 +367,7 @@ class Trainer:
             return {}
         groups = GROUPS[1:] if self.gem.params.additive_technical else GROUPS
         return {
-            group: mask_fields(metadata[group], self.fields[group], self.generator)
+            group: masking.mask_fields(metadata[group], self.fields[group], self.generator)
             for group in groups
         }
 

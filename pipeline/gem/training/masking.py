@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.gem.data.encoder import FieldColumns
+from pipeline.gem.data.encoder import FieldColumns, MetadataEncoder
 from pipeline.gem.model.metadata.rows import MetadataRows
 
 
@@ -22,6 +22,10 @@ class Fields:
     of_column: Tensor  # (C,) int64
     is_identity: Tensor  # (C,) bool: levels of labels that have features
     any_identity: bool
+
+    @classmethod
+    def by_group(cls, encoder: MetadataEncoder, device: torch.device) -> dict[str, "Fields"]:
+        return {group: cls.of(encoder.columns(group), device) for group in encoder.groups}
 
     @classmethod
     def of(cls, columns: list[FieldColumns], device: torch.device) -> "Fields":

@@ -179,10 +179,7 @@ class Trainer:
         self.steps = self.schedule.epochs * self.steps_per_epoch
         groups, rate = self._parameter_groups(), params.learning_rate
         self.optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
-        device = data.train.expression.device
-        self.fields = {
-            group: masking.Fields.of(data.encoder.columns(group), device) for group in GROUPS
-        }
+        self.fields = masking.Fields.by_group(data.encoder, data.train.expression.device)
         names = [field.name for field in data.encoder.groups["technical"]]
         self.study = names.index(gem.hidden_study) if gem.hidden_study else None
 

@@ -35,7 +35,7 @@ LONGEST = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--times", type=int, default=2, help="repetitions of each fault in tests/faults"
+        "--times", type=int, default=1, help="repetitions of each fault in tests/faults"
     )
 
 

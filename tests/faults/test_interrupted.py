@@ -21,6 +21,7 @@ from pipeline.gem.common.files import sha256, write_json
 from pipeline.gem.training import model_directory
 
 STOPPED = 75
+EPOCHS = 6
 SEARCH = """
 description: of this test
 space:
@@ -42,7 +43,7 @@ def repository(no_figures, monkeypatch, cohort, migrated_store, tmp_path) -> Rep
     """A repository with a cohort, a search and an empty store."""
     # The figure takes seconds.
     monkeypatch.setattr(model_directory, "learning_curves", lambda _, path: write_json(path, {}))
-    changes = {"train.epochs": 6, "train.patience": 99, "train.batch_size": 128}
+    changes = {"train.epochs": EPOCHS, "train.patience": 99, "train.batch_size": 128}
     repository = Repository(tmp_path / "repository", TINY | changes)
     (repository.folder / "experiments" / "searches" / "short.yaml").write_text(SEARCH)
     shutil.copytree(cohort.folder, repository.folder / "data" / "cohort")
@@ -84,8 +85,8 @@ def test_an_interrupted_stage_gives_the_same_bytes(repository, verb, times, reco
     repository.stage(module, *arguments)
     seconds, expected = time.monotonic() - start, hashes(output)
     moments, counts, log = random.Random(0), Counter(finished=1), len(repository.log(module))
-    finished = True
-    for number in itertools.cycle((signal.SIGKILL, signal.SIGTERM)):
+    finished, signals = True, [signal.SIGKILL, signal.SIGTERM]
+    for number in itertools.cycle(signals if verb == "train" else reversed(signals)):
         if finished:
             # Another search: its database is empty. A training always starts again.
             (repository.folder / ".gem" / "optuna.db").unlink(missing_ok=True)
@@ -108,6 +109,10 @@ def test_an_interrupted_stage_gives_the_same_bytes(repository, verb, times, reco
     text = repository.log(module)[log:]
     assert "Traceback" not in text and "Exception ignored" not in text, text[-3000:]
     assert double_points(repository) == []
+    assert not list((repository.folder / ".gem/untracked").glob("*/*"))
+    if verb == "train":
+        losses = query(repository, "SELECT count(*) FROM metrics WHERE key = 'train/loss'")
+        assert losses == [(EPOCHS * counts["finished"],)]
     fits = {"train": {"default": 1}, "tune": {"short": 1, "short winner": 1}}[verb]
     runs = run_names(repository)
     assert {name: runs.count(name) for name in fits} == {

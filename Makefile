@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 SEARCH ?= latent_kl
 TRIALS ?=
-WORKERS ?= 1
+WORKERS ?=
 TESTERS ?= 2
 TIMES ?= 20
 PORT ?= 5000
@@ -24,6 +24,7 @@ export HOME ?= /tmp
 export PYTHONDONTWRITEBYTECODE = 1
 export MLFLOW_DISABLE_TELEMETRY = true
 # The stage reads the number of processes of a search here, because DVC's command line is fixed.
+# Empty: one per core.
 export GEM_WORKERS = $(WORKERS)
 
 .PHONY: all help environment check repro results test test-fast faults lint format benchmark realism tune \

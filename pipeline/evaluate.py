@@ -1,5 +1,5 @@
 """Compares baselines, GEM (default and tuned, from metadata and from a reference) and ceilings on
-every test split.
+every test split. A search whose winner is the default model adds no second copy of it.
 
 Reads   params.yaml (all of it: the report shows it); data/cohort/; experiments/default/ and
         experiments/<evaluate.search>/
@@ -30,6 +30,7 @@ from pipeline.gem.evaluation.predictors import MODELS, REFERENCE_SUFFIX
 from pipeline.gem.evaluation.report.console import show_results
 from pipeline.gem.evaluation.report.contents import report_data
 from pipeline.gem.evaluation.report.figures import draw_figures
+from pipeline.gem.evaluation.report.landscape import Landscape, summary_of
 from pipeline.gem.evaluation.report.page import write_report
 from pipeline.gem.evaluation.run import (
     METRICS_FILE,
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 
 EXPERIMENTS = Path("experiments")
 OUTPUT = EXPERIMENTS / "evaluation"
+TUNED = "gem_tuned"
 FIGURES, REPORT = OUTPUT / "figures", OUTPUT / "report.html"
 
 
@@ -67,10 +69,14 @@ def main() -> None:
 
 def show() -> None:
     scores, comparisons = (OUTPUT / TABLE_FILES[name] for name in ("scores", "comparisons"))
-    for path in (scores, comparisons):
+    search = EXPERIMENTS / read_params().evaluate.search
+    for path in (scores, comparisons, search / "best.yaml"):
         if not path.exists():
             raise InputError(f"{path}: not found; `dvc repro` writes it")
-    show_results(pd.read_csv(scores), pd.read_csv(comparisons))
+    table = pd.read_csv(scores)
+    show_results(table, pd.read_csv(comparisons))
+    result = "" if (table["predictor"] == TUNED).any() else "the defaults stay: "
+    print(f"search {search.name}: {result}{summary_of(search / 'best.yaml')}")
 
 
 def evaluate(params: Params) -> None:
@@ -78,11 +84,13 @@ def evaluate(params: Params) -> None:
     mlflow_client.connect(params.tracking.experiment)
     cohort = Cohort(COHORT)
     require(evaluation_needs(cohort.manifest), params)
-    directories = {
-        "gem": EXPERIMENTS / "default",
-        "gem_tuned": EXPERIMENTS / params.evaluate.search,
-    }
+    search = EXPERIMENTS / params.evaluate.search
+    directories = {"gem": EXPERIMENTS / "default", TUNED: search}
     models, seeds = load_models(directories, cohort)
+    if model_hashes(search) == model_hashes(directories["gem"]):
+        for by_name in (directories, models, seeds):
+            del by_name[TUNED]
+        log.info("evaluate: the winner of search %s is the default model", search.name)
     # More threads are slower beside other work, and their number changes the last digits.
     torch.set_num_threads(1)
     with threadpool_limits(1):
@@ -90,13 +98,20 @@ def evaluate(params: Params) -> None:
     scores = evaluation.tables["scores"]
     write_tables(evaluation, OUTPUT)
     draw_figures(scores, FIGURES)
-    write_report(report_data(evaluation, cohort, params, OUTPUT), REPORT)
+    landscape = Landscape.read(search)
+    write_report(report_data(evaluation, cohort, params, OUTPUT, landscape), REPORT)
     log_evaluation(scores, params, cohort)
     for name, directory in directories.items():
         fitted = fitted_params(directory, models[name][0], params)
         log_model_scores(name, directory, fitted, scores, cohort)
     size = f"{scores['split'].nunique()} splits, {scores['predictor'].nunique()} predictors"
     log.info("evaluate: %s in %s; open %s", size, duration(time.monotonic() - started), REPORT)
+
+
+def model_hashes(directory: Path) -> dict[str, str]:
+    """The hash of each model file in a model directory, which equal models share."""
+    files = [directory / MODEL_FILE, *sorted((directory / "seeds").iterdir())]
+    return {path.name: sha256(path) for path in files}
 
 
 def log_evaluation(scores: pd.DataFrame, params: Params, cohort: Cohort) -> None:

@@ -3,7 +3,7 @@
 Reads   params.yaml, experiments/searches/NAME.yaml, data/cohort/, the Optuna database
 Writes  experiments/NAME/: best.yaml, trials.csv, importance.csv, confirmed.csv, figures/, and the
         model directory of the winner
-Run     python -m pipeline.tune --search latent_kl [--workers 2]
+Run     python -m pipeline.tune --search latent_kl [--workers 2]    (default: one per core)
         (a second call, on this or another machine, continues to the budget)
 """
 
@@ -43,11 +43,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--search", required=True, help="name of a file in experiments/searches")
     parser.add_argument(
         "--workers",
-        default=os.environ.get(WORKERS_VARIABLE, "1"),
-        help=f"processes, with one thread each (default: {WORKERS_VARIABLE}, or one process "
-        "with train.threads)",
+        default=os.environ.get(WORKERS_VARIABLE, ""),
+        help=f"processes, with one thread each (default: {WORKERS_VARIABLE}, or one per core)",
     )
     arguments = parser.parse_args()
+    if not arguments.workers:
+        arguments.workers = None
+        return arguments
     if not arguments.workers.isdecimal() or int(arguments.workers) < 1:
         raise InputError(
             f"workers (--workers, WORKERS of make) is {arguments.workers!r}; "

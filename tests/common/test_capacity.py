@@ -34,12 +34,12 @@ def _machine(monkeypatch):
     """Eight GB and two cores, in the folder of params.yaml."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(capacity, "available_memory", lambda: 8e9)
-    monkeypatch.setattr(capacity, "_cores", lambda: 2)
+    monkeypatch.setattr(capacity, "cores", lambda: 2)
 
 
 def test_the_default_values_fit_a_small_machine(defaults, monkeypatch):
     monkeypatch.setattr(capacity, "available_memory", lambda: 2e9)
-    monkeypatch.setattr(capacity, "_cores", lambda: 1)
+    monkeypatch.setattr(capacity, "cores", lambda: 1)
     assert not list(need_problems(NEEDS, defaults.flat()))
 
 

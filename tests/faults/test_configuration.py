@@ -73,7 +73,7 @@ def test_every_value_of_every_key_makes_a_search_that_can_run_or_is_refused_in_o
 
 @pytest.mark.parametrize("change", ["absent", "misspelt"])
 def test_an_absent_or_misspelt_key_is_one_line_with_the_right_name(document, params, change):
-    optional = ("trials", "time_limit", "when", "epochs", "from_trials", "step")
+    optional = ("trials", "time_limit", "when", "epochs", "step")
     for key in removals(document.values, change):
         name = key[-1]
         if (name in optional and key != ("epochs",)) or "when" in key:

@@ -65,9 +65,9 @@ def repositories(no_figures, tmp_path_factory) -> tuple[Repository, Repository]:
     tests = splits["sample_id"][splits["split"].isin(SPLIT_ROLES["test"])]
     replace_by_noise(plain.folder / "data/synthetic", noisy.folder / "data/synthetic", tests)
     noisy.stage("pipeline.prepare")
-    for repository in (plain, noisy):
+    for repository, workers in ((plain, "1"), (noisy, "2")):
         repository.stage("pipeline.train")
-        repository.stage("pipeline.tune", "--search", "latent_kl")
+        repository.stage("pipeline.tune", "--search", "latent_kl", "--workers", workers)
     return plain, noisy
 
 
@@ -105,6 +105,7 @@ def test_training_gives_the_same_bytes(repositories):
 
 
 def test_the_search_has_the_same_name_trials_and_winner(repositories):
+    """By one worker and by two."""
     stores = [f"sqlite:///{repository.folder}/.gem/optuna.db" for repository in repositories]
     plain, noisy = (optuna.get_all_study_names(store) for store in stores)
     assert len(plain) == 2 and noisy == plain  # the search and its confirmation

@@ -8,7 +8,7 @@ from support.searches import NO_PRUNER, open_search, run, score, search_config
 
 from pipeline.gem.common.errors import DivergedError, StoppedError
 from pipeline.gem.common.processes import StopSignal
-from pipeline.gem.search.confirmation import Confirmation, best_trial, compare
+from pipeline.gem.search.confirmation import Confirmation, best_trial, compare, decide
 from pipeline.gem.search.search_config import Objective
 
 METRIC = "predictive_log_likelihood"
@@ -26,8 +26,8 @@ def scores(objective=LIKELIHOOD, **trials: list[float | None]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["trial", "seed", objective.metric])
 
 
-def decide(winner: int, **trials: list[float | None]):
-    return compare(scores(**trials), LIKELIHOOD, winner, {})
+def compared(winner: int, **trials: list[float | None]):
+    return compare(scores(**trials), LIKELIHOOD, winner, {}, others=11)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_the_winner_has_the_best_mean_over_all_seeds(objective, trials, expected
 
 def test_the_interval_is_that_of_a_paired_t_test(rng):
     baseline, gain = rng.normal(0, 5, 6), rng.normal(1, 0.3, 6)
-    decision = decide(4, t0=list(baseline), t4=list(baseline + gain))
+    decision = compared(4, t0=list(baseline), t4=list(baseline + gain))
     expected = stats.ttest_rel(baseline + gain, baseline).confidence_interval(0.95)
     assert (decision.low, decision.high) == pytest.approx((expected.low, expected.high))
     assert decision.difference == pytest.approx(gain.mean())
@@ -56,7 +56,7 @@ def test_the_interval_is_that_of_a_paired_t_test(rng):
 
 def test_a_winning_baseline_is_compared_with_the_best_other_trial():
     trials = {"t0": [5.0, 7.0, 6.0], "t3": [1.0] * 3, "t4": [4.5, 6.0, 5.4], "t9": [None, 9.0, 9.0]}
-    decision = decide(0, **trials)
+    decision = compared(0, **trials)
     expected = stats.ttest_rel(trials["t0"], trials["t4"]).confidence_interval(0.95)
     assert decision.runner_up == 4
     assert (decision.low, decision.high) == pytest.approx((expected.low, expected.high))
@@ -70,6 +70,8 @@ def test_a_winning_baseline_is_compared_with_the_best_other_trial():
         (4, {"t0": [1.0, 9.0, 5.0], "t4": [4.0, 8.0, 5.5]}, "3 fresh seeds; +0.8333 from the base"),
         (0, {"t0": [5.0, 7.0], "t4": [4.5, 6.0]}, "; +0.75 from the best other, trial 4 (95 % "),
         (4, {"t0": [1.0], "t4": [2.0]}, "1 fresh seed; +1 from the baseline; no interval from one"),
+        (4, {"t0": [1.0], "t4": [2.0]}, "trial 4 is the best of 12 settings: "),
+        (0, {"t0": [5.0, 7.0], "t4": [4.5, 6.0]}, "is confirmed against 11 other settings: "),
         (0, {"t0": [2.0, 2.0]}, "over 2 fresh seeds; no other candidate was confirmed"),
         (0, {"t0": [2.0, 2.0], "t4": [None, 1.0]}, "no other candidate was confirmed"),
         (
@@ -80,7 +82,29 @@ def test_a_winning_baseline_is_compared_with_the_best_other_trial():
     ],
 )
 def test_the_summary_states_the_comparison_and_its_significance(winner, trials, expected):
-    assert expected in decide(winner, **trials).summary
+    assert expected in compared(winner, **trials).summary
+
+
+@pytest.mark.parametrize(
+    ("gains", "winner"),
+    [
+        ([1.0, 1.1, 0.9], 4),  # beyond noise
+        ([3.0, 0.1, -0.1], 0),  # the better mean, within noise
+        ([-1.0, -1.1, -0.9], 0),
+        ([0.1], 4),  # no interval
+    ],
+)
+@pytest.mark.parametrize(("objective", "sign"), [(LIKELIHOOD, 1.0), (ERROR, -1.0)])
+def test_the_baseline_stays_unless_another_trial_beats_it_by_more_than_noise(
+    objective, sign, gains, winner
+):
+    baseline = [5.0, 3.0, 9.0][: len(gains)]
+    better = [value + sign * gain for value, gain in zip(baseline, gains, strict=True)]
+    table = scores(objective, t0=baseline, t4=better)
+    decision = decide(table, objective, lambda trial: {"trial": trial}, others=11)
+    assert (decision.trial, decision.values, decision.others) == (winner, {"trial": winner}, 11)
+    expected = sign * np.mean(gains) * (1 if winner else -1)
+    assert decision.difference == pytest.approx(expected)
 
 
 def confirmation(params, **changes) -> Confirmation:
@@ -171,17 +195,6 @@ def test_a_confirmation_in_which_every_candidate_failed_ends_with_the_reasons(pa
     message = "every candidate failed with some seed: loss is not finite at step 3"
     with pytest.raises(DivergedError, match=message):
         confirmed.decide()
-
-
-def test_a_small_search_has_a_short_confirmation(params):
-    config = search_config(
-        pruner=NO_PRUNER, confirm={"top": 2, "seeds": [5, 6, 7], "from_trials": 8}
-    )
-    search = run(open_search(params, config), 8)
-    short, full = (Confirmation(search, config.confirmation(trials), 9) for trials in (7, 8))
-    assert (len(short.candidates()), short.config.seeds, short.epochs) == (2, (5,), 2)
-    assert (len(full.candidates()), full.config.seeds, full.epochs) == (3, (5, 6, 7), 9)
-    assert short.queue.name != full.queue.name, "fits of different lengths do not mix"
 
 
 def test_no_fit_of_a_confirmation_is_pruned(params):

@@ -6,6 +6,8 @@ from collections import Counter
 import pytest
 from support.searches import KL, NO_PRUNER, open_search, points, run, score, search_config
 
+from pipeline.gem.search.samplers import suggest
+
 pytestmark = pytest.mark.slow
 
 
@@ -36,6 +38,19 @@ def test_adaptive_samplers_improve_on_their_startup_trials(params, name, trials)
     values = [trial.value for trial in search.finished]
     assert sum(values[-5:]) / 5 > sum(values[1:7]) / 6
     assert len(set(points(search))) == trials
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp", "cmaes"])
+def test_startup_trials_are_those_of_a_sequence_in_any_order(params, tmp_path, monkeypatch, name):
+    """As several workers finish them: none of the others is finished when a trial starts."""
+    found = []
+    for sampler in ({"name": name, "seed": 3, "startup_trials": 6}, {"name": "qmc", "seed": 3}):
+        (tmp_path / sampler["name"]).mkdir()
+        monkeypatch.chdir(tmp_path / sampler["name"])
+        search = open_search(params, search_config(sampler=sampler, pruner=NO_PRUNER))
+        trials = [search.queue.study.ask() for _ in range(7)]
+        found.append([suggest(trial, search.config) for trial in trials])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", ["random", "qmc"])

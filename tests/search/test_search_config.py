@@ -22,7 +22,7 @@ sampler: {name: tpe, seed: 5, startup_trials: 10}
 pruner: {name: asha, min_epochs: 2, reduction: 2}
 epochs: 18
 seeds: [1]
-confirm: {top: 2, seeds: [2, 3, 4], from_trials: 20}
+confirm: {top: 2, seeds: [2, 3, 4]}
 """
 
 

@@ -25,8 +25,9 @@ TINY_EPOCHS = ((r"\nepochs: \d+", "\nepochs: 3"),)
 TINY_SEARCH = (
     *TINY_EPOCHS,
     (r"type: integer, low: \d+, high: \d+", "type: integer, low: 2, high: 16"),
-    (r"latent: \{.*\}", "latent: {technical: 4, biological: 4, perturbation: 4}"),
-    (r"min_epochs: \d+", "min_epochs: 1"),
+    # Not the default model, so that an evaluation has two.
+    (r"latent: \{.*\}", "latent: {technical: 5, biological: 4, perturbation: 4}"),
+    (r"\n  top: 2\n  seeds: .*\n  epochs: .*", r"\n  top: 1\n  seeds: [2, 3]\n  epochs: 2"),
 )
 STORES = ("MLFLOW_", "OPTUNA_", "DVC_", "GIT_")  # variables of the caller that stages must not see
 
@@ -63,7 +64,7 @@ class Repository:
     def environment(self, store: str | None) -> dict[str, str]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(STORES)}
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "GEM_WORKERS": "1"}
         return environment | ({"MLFLOW_TRACKING_URI": store} if store else {})
 
     def run(

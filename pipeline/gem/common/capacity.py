@@ -24,7 +24,8 @@ Size = Mapping[str, int]  # of a cohort: samples, genes; such as its manifest
 LONGEST_DAYS = 100  # of one stage
 MOST_THREADS = 8  # per core; more only wait for each other
 _GB, _DAY = 1e9, 86400.0
-_CGROUP = Path("/sys/fs/cgroup/memory.max")  # the limit of a container
+# The limits of a container.
+_CGROUP, _CGROUP_CORES = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/cpu.max")
 
 # Bytes.
 _PROGRAM = 0.6e9  # Python with torch and MLflow
@@ -121,8 +122,8 @@ def training_needs(cohort: Size, search: bool = False) -> list[Need]:
     def memory(values: Values) -> float:
         # The seeds of a trial, or of one GPU, are fitted one after the other.
         alone = search or values["train.device"] == "cuda"
-        cores = max(1, _cores() // values["train.threads"])
-        processes = 1 if alone else min(len(values["train.seeds"]), cores)
+        parallel = max(1, cores() // values["train.threads"])
+        processes = 1 if alone else min(len(values["train.seeds"]), parallel)
         rows = min(values["train.batch_size"], samples)
         hidden, blocks = values["model.hidden"], values["model.blocks"]
         width = genes + hidden * (1 + blocks * (1 + values["model.expansion"]))
@@ -139,7 +140,7 @@ def training_needs(cohort: Size, search: bool = False) -> list[Need]:
         steps = max(values["train.epochs"] * -(-samples // rows), values["train.min_steps"])
         parameters, draws = network_parameters(values, genes), values["train.predictive_draws"]
         operations = parameters * (6 * rows * steps + values["train.epochs"] * draws * samples / 20)
-        rate = _OPERATIONS * _cores()
+        rate = _OPERATIONS * cores()
         seconds = steps * _PER_STEP + operations / rate
         trials = values["tune.trials"] if search else 1
         return trials * len(values["train.seeds"]) * seconds / _DAY
@@ -159,10 +160,10 @@ def evaluation_needs(cohort: Size) -> list[Need]:
 
 def require(needs: Sequence[Need], params: Params) -> None:
     """InputError, with lines of params.yaml, for every need beyond this machine."""
-    values, most = params.flat(), MOST_THREADS * _cores()
+    values, most = params.flat(), MOST_THREADS * cores()
     problems, key = list(need_problems(needs, values)), "train.threads"
     if values[key] > most:
-        message = f"{key} is {values[key]}; expected at most {most} on {_cores()} cores"
+        message = f"{key} is {values[key]}; expected at most {most} on {cores()} cores"
         problems.append((key, message))
     if problems:
         document = yaml_file.read("params.yaml")
@@ -205,5 +206,12 @@ def _number(value: object) -> int:
     return len(value) if isinstance(value, (list, tuple)) else value
 
 
-def _cores() -> int:
-    return os.cpu_count() or 1
+def cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS
+    number = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        quota, period = _CGROUP_CORES.read_text().split()
+    except (OSError, ValueError):
+        return number
+    return min(number, max(1, int(quota) // int(period))) if quota.isdecimal() else number

@@ -1,7 +1,9 @@
 """Confirmation of a search: the best trials and the baseline are fitted again with fresh seeds.
 
-The best of many trials is partly lucky. The winner is the candidate with the best mean over fresh
-seeds. Every pair of a candidate and a seed is a trial of a second Optuna study.
+The best of many trials is partly lucky. Another candidate wins only if it beats the baseline by
+more than noise: the 95 % interval of the difference, paired over fresh seeds, excludes zero. One
+seed has no interval; then the better score wins. Every pair of a candidate and a seed is a trial
+of a second Optuna study.
 """
 
 import logging
@@ -43,15 +45,27 @@ class Decision:
     low: float | None
     high: float | None
     seeds: int
+    others: int  # finished trials of the search beside the baseline
+
+    @property
+    def is_significant(self) -> bool:
+        return self.low is not None and not self.low <= 0 <= self.high
 
     @property
     def summary(self) -> str:
         """The decision in one sentence."""
-        winner = "trial 0, the baseline" if self.trial == 0 else f"trial {self.trial}"
         deviation = "" if self.deviation is None else f" ± {self.deviation:.4g}"
         plural = "s" if self.seeds > 1 else ""
-        score = f"{winner}: {self.metric} {self.mean:.6g}{deviation}"
+        score = f"{self._claim()}: {self.metric} {self.mean:.6g}{deviation}"
         return f"{score} over {self.seeds} fresh seed{plural}; {self._comparison()}"
+
+    def _claim(self) -> str:
+        if self.trial:
+            return f"trial {self.trial} is the best of {self.others + 1} settings"
+        if self.runner_up is None:
+            return "trial 0, the baseline"
+        plural = "s" if self.others > 1 else ""
+        return f"the baseline is confirmed against {self.others} other setting{plural}"
 
     def _comparison(self) -> str:
         if self.runner_up is None and self.trial == 0:
@@ -62,7 +76,7 @@ class Decision:
         difference = f"{self.difference:+.4g} from {other}"
         if self.low is None:
             return f"{difference}; no interval from one seed, run more trials or seeds"
-        result = "not significant" if self.low <= 0 <= self.high else "significant"
+        result = "significant" if self.is_significant else "not significant"
         return f"{difference} (95 % interval {self.low:.4g} to {self.high:.4g}): {result}"
 
 
@@ -129,13 +143,13 @@ class Confirmation:
 
     def decide(self) -> Decision:
         """Raises DivergedError if no candidate has a value for every seed."""
-        objective, table = self.search.config.primary, self.table()
-        winner = best_trial(table, objective)
-        if winner is None:
+        table, others = self.table(), sum(trial.number > 0 for trial in self.search.finished)
+        decision = decide(table, self.search.config.primary, self.values, others)
+        if decision is None:
             reasons = "; ".join(self.queue.failure_reasons())
             label = self.search.label
             raise DivergedError(f"{label}: every candidate failed with some seed: {reasons}")
-        return compare(table, objective, winner, self.values(winner))
+        return decision
 
 
 def best_trial(table: pd.DataFrame, objective: Objective) -> int | None:
@@ -148,12 +162,27 @@ def best_trial(table: pd.DataFrame, objective: Objective) -> int | None:
     return int(means.idxmax() if objective.maximize else means.idxmin())
 
 
-def compare(table: pd.DataFrame, objective: Objective, winner: int, values: Values) -> Decision:
+def decide(
+    table: pd.DataFrame, objective: Objective, values: Callable[[int], Values], others: int
+) -> Decision | None:
+    """The trial with the best mean; the baseline, if that does not beat it by more than noise."""
+    best = best_trial(table, objective)
+    if best is None:
+        return None
+    decision = compare(table, objective, best, values(best), others)
+    if decision.runner_up == 0 and decision.low is not None and not decision.is_significant:
+        return compare(table, objective, 0, values(0), others)
+    return decision
+
+
+def compare(
+    table: pd.DataFrame, objective: Objective, winner: int, values: Values, others: int
+) -> Decision:
     """The winner and its runner-up, with a t interval of the differences paired over seeds."""
     wide = table.pivot(index="seed", columns="trial", values=objective.metric)
     scores = wide[winner].to_numpy()
-    others = table[table["trial"] != 0] if winner == 0 else table[table["trial"] == 0]
-    runner_up = best_trial(others, objective)
+    rivals = table[table["trial"] != 0] if winner == 0 else table[table["trial"] == 0]
+    runner_up = best_trial(rivals, objective)
     difference = low = high = None
     if runner_up is not None:
         differences = (wide[winner] - wide[runner_up]).to_numpy()
@@ -170,6 +199,7 @@ def compare(table: pd.DataFrame, objective: Objective, winner: int, values: Valu
         low=low,
         high=high,
         seeds=len(scores),
+        others=others,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from optuna.trial import FrozenTrial
 
 from pipeline.gem.common import provenance
+from pipeline.gem.common.capacity import cores
 from pipeline.gem.common.config import Params
 from pipeline.gem.common.errors import InputError, StoppedError
 from pipeline.gem.common.files import sha256_of
@@ -37,16 +38,20 @@ logger = logging.getLogger(__name__)
 class SearchSession:
     """Loads the cohort once, for this process and the workers that it forks."""
 
-    def __init__(self, name: str, config: SearchConfig, params: Params, workers: int):
-        self.name, self.config, self.workers = name, config, workers
+    def __init__(self, name: str, config: SearchConfig, params: Params, workers: int | None):
+        """`workers`: None for one per core, on a GPU one."""
+        self.name, self.config = name, config
         self.folder = EXPERIMENTS / name
+        self.trials = config.trials or params.tune.trials
         StudyStorage().close()  # before the cohort is read: it may be unusable
-        if workers > 1:
-            prepare_to_fork()
         # The searched keys have the values of the baseline, so a promotion starts no new search.
         params = params.override(config.baseline_values)
         device = choose_device(params.train)
-        if workers > 1 and device.type != "cpu":
+        is_cpu = device.type == "cpu"
+        self.workers = workers or (min(cores(), self.trials) if is_cpu else 1)
+        if self.workers > 1:
+            prepare_to_fork()
+        if self.workers > 1 and not is_cpu:
             raise InputError(
                 "params.yaml: train.device: several workers share the processor cores of one "
                 "machine; set cpu, or run without WORKERS"
@@ -61,7 +66,6 @@ class SearchSession:
         self.data_sha256 = self.cohort.train_validation_sha256
         provenance.code_tags()  # before the workers are forked: one warning if git refuses
         self.digest = provenance.data_digest(str(COHORT), self.data_sha256)
-        self.trials = config.trials or params.tune.trials
 
     def run(self, stop: StopSignal) -> None:
         """Runs the search to its budget and writes the results.
@@ -114,14 +118,16 @@ class SearchSession:
             self._info(f"definition, parameters or cohort changed: new search {search.name}")
         if budget < self.trials:
             self._info(f"the space has only {budget} points")
-        self._info(f"{len(search.finished)} of {budget} trials finished, in {address}")
+        finished = f"{len(search.finished)} of {budget} trials finished"
+        self._info(f"{finished}, in {address}; workers: {self.workers}")
 
     def _run_trials(self, search: Search, parent_run: str, stop: StopSignal) -> None:
         if self.data.validation is None:
             self._info("no validation split: skipping the search, using the baseline")
             return
-        # A worker has one thread. The winner is fitted later, with the threads of params.yaml.
-        params = self.params.override({"train.threads": 1}) if self.workers > 1 else self.params
+        # Also of a single worker: then a trial has the same bits with any number of workers. The
+        # winner is fitted later, with the threads of params.yaml.
+        params = self.params.override({"train.threads": 1})
         objective = ObjectiveFunction(
             self.name,
             self.config,
@@ -148,8 +154,7 @@ class SearchSession:
         confirmation.run(confirm, stop, printer.print_confirmation)
 
     def _confirmation(self, search: Search) -> Confirmation:
-        config = self.config.confirmation(search.budget(self.trials))
-        return Confirmation(search, config, self.params.train.epochs)
+        return Confirmation(search, self.config.confirm, self.params.train.epochs)
 
     def _finish(self, search: Search, run: Run, stop: StopSignal) -> None:
         """Writes the results and the model of the winner, and logs them to the parent run."""
@@ -159,7 +164,7 @@ class SearchSession:
             search.require_usable()
             confirmation = self._confirmation(search)
             decision = confirmation.decide()
-            self._info(f"winner: {decision.summary}")
+            self._info(decision.summary)
         write_results(self.folder, search, confirmation, decision)
         log_results(run, self.folder, search, decision)
         self._refit(search, decision, run.id, stop)

@@ -50,7 +50,8 @@ class UniquePointSampler(optuna.samplers.BaseSampler):
 
     After MAX_DUPLICATE_PROPOSALS rejections it draws a new point at random. The state of a sampler
     is not stored: it is seeded with the number of the trial. So a point depends on the number and
-    the trials before it, and a resumed search does not repeat its points.
+    the trials before it, and a resumed search does not repeat its points. The first points of an
+    adaptive sampler depend on the number alone, so that any number of workers has the same ones.
     """
 
     def __init__(self, config: SearchConfig, proposed_points: Callable[[], list[Values]]):
@@ -124,6 +125,8 @@ class _QMCSampler(optuna.samplers.QMCSampler):
 
 def _base_sampler(config: SearchConfig, seed: int, number: int) -> optuna.samplers.BaseSampler:
     sampler = config.sampler
+    if sampler.name == "qmc" or number <= getattr(sampler, "startup_trials", 0):
+        return _QMCSampler(sampler.seed, number - 1)  # trial 0 is the baseline
     match sampler.name:
         case "tpe":
             return optuna.samplers.TPESampler(
@@ -137,8 +140,6 @@ def _base_sampler(config: SearchConfig, seed: int, number: int) -> optuna.sample
             return optuna.samplers.GPSampler(seed=seed, n_startup_trials=sampler.startup_trials)
         case "cmaes":
             return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=sampler.startup_trials)
-        case "qmc":
-            return _QMCSampler(sampler.seed, number - 1)  # trial 0 is the baseline
     return optuna.samplers.RandomSampler(seed=seed)
 
 

@@ -73,7 +73,8 @@ class FixedSampler(Frozen):
 
 
 class AdaptiveSampler(Frozen):
-    """A sampler that learns from earlier trials, after `startup_trials` at random."""
+    """A sampler that learns from earlier trials, after the baseline and `startup_trials` that
+    cover the space evenly (scrambled Sobol points)."""
 
     name: Literal["tpe", "gp", "cmaes"]
     seed: Seed
@@ -105,7 +106,6 @@ class ConfirmationConfig(Frozen):
     top: Count
     seeds: Seeds
     epochs: Count | None = None  # None: train.epochs
-    from_trials: integer(0, 10**6) = 0  # smaller searches get a short confirmation
 
 
 def _as_tuple(value: object) -> object:
@@ -154,13 +154,6 @@ class SearchConfig(Frozen):
         return self.model_dump(
             mode="json", exclude={"description", "trials", "time_limit", "confirm"}
         )
-
-    def confirmation(self, trials: int) -> ConfirmationConfig:
-        """The confirmation of a search of `trials` trials. Below `from_trials` it is short: the
-        best trial, one seed, half the epochs of a trial."""
-        if trials >= self.confirm.from_trials:
-            return self.confirm
-        return ConfirmationConfig(top=1, seeds=self.confirm.seeds[:1], epochs=-(-self.epochs // 2))
 
     def is_active(self, name: str, values: Mapping[str, object]) -> bool:
         """Whether a key is searched, given the values of the keys before it."""

@@ -17,12 +17,20 @@ from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.evaluation.error_decomposition import PARTS
 from pipeline.gem.evaluation.report import page
 from pipeline.gem.evaluation.report.contents import ReportData, report_data
-from pipeline.gem.evaluation.run import TABLE_FILES, evaluate_models, write_tables
+from pipeline.gem.evaluation.report.landscape import FILES, Landscape, positions
+from pipeline.gem.evaluation.run import TABLE_FILES, Evaluation, evaluate_models, write_tables
 from pipeline.gem.model.gem import TrainedGEM
 
 OUTPUT = Path("experiments/evaluation")
 REPORT = OUTPUT / "report.html"
 VOID = {"meta", "br", "img", "input", "hr", "link"}
+SEARCH_TABLES = {
+    "trials": "trial,state,value,epochs,win_rate,model.hidden,model.observation\n"
+    "0,complete,5.5,4,0.6,4,normal\n1,complete,7.25,4,1.0,32,normal\n"
+    "2,pruned,-9.0,2,0.0,1,multinomial\n3,failed,,1,,8,normal\n",
+    "importance": "parameter,ped_anova,fanova\nmodel.hidden,0.75,0.5\nmodel.observation,,\n",
+    "confirmed": "trial,seed,mse\n0,2,1.5\n0,3,2.5\n1,2,4.0\n1,3,\n",
+}
 SEEDS = {"gem": [1, 2], "gem_tuned": [2]}
 
 
@@ -41,6 +49,15 @@ def models(model_directory) -> dict[str, list[TrainedGEM]]:
     return {"gem": [first, second], "gem_tuned": [second]}
 
 
+def write_search(folder: Path) -> Landscape:
+    """A search of four trials."""
+    folder.mkdir()
+    (folder / "best.yaml").write_text("# the baseline is confirmed\nmodel: {hidden: 4}\n")
+    for name, text in SEARCH_TABLES.items():
+        (folder / f"{name}.csv").write_text(text)
+    return Landscape.read(folder)
+
+
 def write(folder: Path, cohort: Cohort, models: dict, params) -> Report:
     """Evaluates with `folder` as working directory."""
     seeds = {name: SEEDS[name][: len(gems)] for name, gems in models.items()}
@@ -48,7 +65,8 @@ def write(folder: Path, cohort: Cohort, models: dict, params) -> Report:
         patch.chdir(folder)
         evaluation = evaluate_models(cohort, models, seeds, params.evaluate, OUTPUT)
         write_tables(evaluation, OUTPUT)
-        data = report_data(evaluation, cohort, params, OUTPUT)
+        landscape = write_search(folder / "latent_kl") if len(models) > 1 else None
+        data = report_data(evaluation, cohort, params, OUTPUT, landscape)
         page.write_report(data, REPORT)
     return Report(folder, data, (folder / REPORT).read_text(encoding="utf-8"))
 
@@ -128,10 +146,47 @@ def test_every_section_is_present(synthetic, measured):
     sections = ["summary", "seeds", "calibration", "latents", "reproducibility", "predictors"]
     splits = list(synthetic.table("scores")["split"].unique())
     document = Document(synthetic.text)
-    assert {*sections, *splits, "error-decomposition"} <= set(document.ids)
+    assert {*sections, *splits, "error-decomposition", "search"} <= set(document.ids)
     assert synthetic.text.count('class="panel"') >= 2 * 2 * len(splits) + 9 * 2
     without_truth = set(Document(measured.text).ids)
-    assert set(sections) <= without_truth and "error-decomposition" not in without_truth
+    assert set(sections) <= without_truth
+    assert not {"error-decomposition", "search"} & without_truth
+
+
+def test_the_settings_of_the_search_are_ranked_and_the_baseline_is_marked(synthetic):
+    section = synthetic.text.split('<section id="search">')[1].split("</section>")[0]
+    assert "The baseline is confirmed." in section and "therefore no gem_tuned" not in section
+    table = section.split('aria-label="Settings of the search"')[1]
+    rows = re.findall(r'scope="row">(.*?)</tr>', table, flags=re.DOTALL)
+    cells = [re.sub(r"<[^>]*>|\s+", " ", row).split() for row in rows]
+    assert [" ".join(row) for row in cells] == [
+        "1 7.25 4 4.00 32 normal",
+        "0 (baseline) 5.50 4 2.00 ± 0.71 4 normal",
+        "2 (pruned) −9.00 2 1 multinomial",
+        "3 (failed) – 1 8 normal",
+    ]
+    assert section.count('class="panel"') == 2 and section.count('class="stacked-bar"') == 2
+
+
+def test_a_search_that_confirms_the_defaults_says_why_there_is_no_tuned_model(synthetic):
+    only = replace(synthetic.data, evaluation=without_tuned(synthetic.data.evaluation))
+    text = page.render(only)
+    assert "The winner is the default model, therefore no gem_tuned is listed" in text
+    assert "<td>gem_tuned" not in text
+
+
+def without_tuned(evaluation: Evaluation) -> Evaluation:
+    def rest(table: pd.DataFrame) -> pd.DataFrame:
+        names = [name for name in ("predictor", "against") if name in table]
+        tuned = table[names].apply(lambda column: column.str.startswith("gem_tuned"))
+        return table[~tuned.any(axis=1)]
+
+    return replace(
+        evaluation,
+        tables={name: rest(table) for name, table in evaluation.tables.items()},
+        seeds={"gem": evaluation.seeds["gem"]},
+        maps=[map_ for map_ in evaluation.maps if map_.predictor == "gem"],
+    )
 
 
 def test_scores_are_those_of_the_tables(report):
@@ -158,6 +213,7 @@ def test_all_files_are_reproducible(synthetic, cohort, models, params, tmp_path)
     }
     predictions = {f"{split}.parquet" for split in synthetic.table("scores")["split"]}
     expected = {"report.html", "metrics.json", *TABLE_FILES.values(), *predictions}
+    expected |= set(FILES)  # of the search
     assert {file.name for file in files} == expected
     for file in files:
         assert (synthetic.folder / file).read_bytes() == (again.folder / file).read_bytes()
@@ -259,11 +315,28 @@ def test_texts_from_a_cohort_are_escaped(synthetic):
         },
     )
     text = page.render(
-        ReportData(changed, attack, {"notes": attack}, {"model": {"x": attack}}, attack)
+        ReportData(
+            changed,
+            attack,
+            {"notes": attack},
+            {"model": {"x": attack}},
+            attack,
+            attacking_search(synthetic.data.search, attack),
+        )
     )
     assert "<script" not in text and 'alert("' not in text and "& '" not in text
     assert text.count("&lt;script") >= 30
     Document(text)
+
+
+def attacking_search(search: Landscape, attack: str) -> Landscape:
+    names = {"model.observation": f"a.{attack}"}
+    trials = search.trials.assign(state=attack).rename(columns=names)
+    trials[f"a.{attack}"] = attack
+    importance = search.importance.assign(parameter=attack)
+    return replace(
+        search, name=attack, summary=attack, metric="mse", trials=trials, importance=importance
+    )
 
 
 @pytest.mark.parametrize(
@@ -294,3 +367,18 @@ def test_the_largest_reducible_part_of_the_error_is_named():
         "Largest reducible part: by pair (0.0300, 50 %)."
     )
     assert tuple(page.ADVICE) == PARTS
+
+
+@pytest.mark.parametrize(
+    ("values", "expected", "ends"),
+    [
+        ([2, 4, 3], [0.0, 1.0, 0.5], ("2", "4")),
+        ([1.0, 100.0, 10.0], [0.0, 1.0, 0.5], ("1", "100")),  # a logarithmic axis
+        ([0.0, 100.0, 10.0], [0.0, 1.0, 0.1], ("0", "100")),
+        (["b", "a", "b"], [0.0, 1.0, 0.0], ("b", "a")),
+        ([7, 7], [0.0, 0.0], ("7", "7")),
+    ],
+)
+def test_the_axis_of_a_key_fits_its_values(values, expected, ends):
+    x, texts = positions(values)
+    assert x.tolist() == pytest.approx(expected) and texts == ends

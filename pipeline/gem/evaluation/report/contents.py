@@ -17,6 +17,7 @@ from pipeline.gem.common.config import Params
 from pipeline.gem.common.files import sha256
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.evaluation.predictors import SKILL_BASELINE
+from pipeline.gem.evaluation.report.landscape import Landscape
 from pipeline.gem.evaluation.run import PREDICTIONS_FOLDER, Evaluation
 
 _SECTIONS = ("data", "splits", "model", "train", "evaluate")  # of params.yaml
@@ -48,9 +49,16 @@ class ReportData:
     facts: Mapping[str, str]  # about the cohort and the environment
     params: Mapping[str, Mapping[str, object]]  # section to its flat parameters
     recompute: str  # Python code
+    search: Landscape | None = None
 
 
-def report_data(evaluation: Evaluation, cohort: Cohort, params: Params, folder: Path) -> ReportData:
+def report_data(
+    evaluation: Evaluation,
+    cohort: Cohort,
+    params: Params,
+    folder: Path,
+    search: Landscape | None = None,
+) -> ReportData:
     """`folder`: where the tables and predictions of the evaluation are."""
     synthetic = cohort.truth_folder is not None
     truth = "A synthetic cohort with a known truth" if synthetic else "A measured cohort"
@@ -64,6 +72,7 @@ def report_data(evaluation: Evaluation, cohort: Cohort, params: Params, folder: 
         cohort_facts(cohort) | environment(),
         {section: _flat_section(params, section) for section in sections},
         recompute_code(cohort.folder, folder, split, (SKILL_BASELINE, *evaluation.seeds)),
+        search,
     )
 
 

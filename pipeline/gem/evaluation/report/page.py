@@ -25,9 +25,9 @@ from pipeline.gem.evaluation.run import TABLE_FILES, Evaluation
 TEMPLATE = "page.html.jinja"
 REPRODUCIBILITY = (
     "Equal code, lock file, parameters, data, thread count and instruction set give bit-identical "
-    "weights and metrics on CPU. Otherwise they are equal within a stated, tested tolerance. A "
-    "parallel search is not reproducible trial by trial; each trial is, from its parameters and "
-    "seed."
+    "weights and metrics on CPU. Otherwise they are equal within a stated, tested tolerance. The "
+    "search of `make` gives the same trials with any number of workers. A longer or pruned search "
+    "by several workers does not; each trial is reproducible from its parameters and seed."
 )
 # What reduces a part of the error. The order is also that of the colours --part1 to --part10.
 ADVICE = {

@@ -100,6 +100,24 @@ def latent_map(points: np.ndarray, level: np.ndarray, levels: int, label: str) -
     return _panel(label, "".join(paths))
 
 
+def slice_chart(x: np.ndarray, y: np.ndarray, ends: tuple[str, str], label: str) -> str:
+    """Points (x, y), both from 0 to 1, the first one highlighted; `ends` name the ends of x."""
+    known = np.isfinite(x) & np.isfinite(y)
+    layers = {"baseline": known.copy(), "gem": known.copy()}
+    layers["baseline"][0], layers["gem"][1:] = False, False
+    paths = "".join(
+        f'<path class="dots {name}" d="{_dots(x[rows], y[rows], -0.06, 1.06)}"/>'
+        for name, rows in layers.items()
+        if rows.any()
+    )
+    bottom, right = SIDE - 2, SIDE - PADDING
+    texts = (
+        f'<text x="{PADDING}" y="{bottom}">{escape(ends[0])}</text>'
+        f'<text x="{right}" y="{bottom}" text-anchor="end">{escape(ends[1])}</text>'
+    )
+    return _panel(label, paths + texts)
+
+
 def _panel(label: str, content: str) -> str:
     width, height = SIDE - 2 * PADDING, SIDE - 2 * PADDING - 4
     return (

@@ -33,7 +33,9 @@ _ROW = 700  # a row of samples in memory
 _CHUNK = 2**23  # counts that are simulated at a time, in five arrays of float64
 # float32: weights, gradients, two moments of Adam, the best weights, and copies of these to save.
 _PER_PARAMETER = 4 * 12
-_PER_COUNT = 4 + 4  # of a training sample: log-CPM, and the counts that it is computed from
+# Counts of a cohort, four bytes at most: what does not fit is streamed through three buffers of 16
+# row groups of 1,024 rows and 2^23 counts at most.
+_PER_COUNT, _BUFFERED_ROWS, _BUFFERED_COUNTS = 4, 3 * 16 * 1024, 3 * 16 * 2**23
 _PER_BATCH_VALUE = 4 * 12  # of a value decoded in a step, in all terms and their gradients
 _TECHNICAL_LATENTS = 512  # at most, where params.yaml leaves their number open
 # Seconds.
@@ -127,11 +129,12 @@ def training_needs(cohort: Size, search: bool = False) -> list[Need]:
         rows = min(values["train.batch_size"], samples)
         hidden, blocks = values["model.hidden"], values["model.blocks"]
         width = genes + hidden * (1 + blocks * (1 + values["model.expansion"]))
-        counts = _PER_COUNT if values["model.observation"] == "normal" else 2 * _PER_COUNT
+        counts = min(min(samples, _BUFFERED_ROWS) * genes, _BUFFERED_COUNTS)
         return processes * (
             _PROGRAM
             + _PER_PARAMETER * network_parameters(values, genes)
-            + counts * samples * genes
+            + _PER_COUNT * counts
+            + _ROW * samples
             + _PER_BATCH_VALUE * rows * width
         )
 

@@ -220,6 +220,7 @@ class StreamedExpression(Expression):
 
     def _batch(self, rows: np.ndarray, counts: np.ndarray) -> tuple[Tensor, Observed]:
         device_rows = torch.from_numpy(rows).to(self.device)
+        counts = np.require(counts, requirements="W")  # blocks of Arrow are not
         return device_rows, self._observed(device_rows, torch.from_numpy(counts).to(self.device))
 
     def _count_blocks(self) -> Iterator[tuple[int, np.ndarray]]:

@@ -216,3 +216,22 @@ def test_a_context_without_hidden_controls_has_none_and_the_others_keep_theirs(
     assert without.any() and not without.all()
     expected = np.where(without[:, None], np.nan, complete.observed_control.mean)
     np.testing.assert_array_equal(split.observed_control.mean, expected)
+
+
+def test_a_large_split_is_scored_on_whole_conditions_drawn_by_seed(evaluation):
+    name, splits = "test_random", evaluation.splits
+    params = splits.params.model_copy(update={"split_samples": 20})
+    every = splits.split(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(splits, "params", params)
+        some = splits.split(name)
+        patch.setattr(splits, "params", params.model_copy(update={"seed": params.seed + 1}))
+        other = splits.split(name)
+    assert 0 < len(some.samples) <= 20 < len(every.samples)
+    of_all = pd.Series(every.condition_name).value_counts()
+    of_some = pd.Series(some.condition_name).value_counts()
+    assert of_some.equals(of_all[of_some.index]), "each condition is complete"
+    assert set(other.samples["sample_id"]) != set(some.samples["sample_id"])
+    rows = every.samples["sample_id"].isin(some.samples["sample_id"]).to_numpy()
+    for field in ("counts", "observed", "treated", "condition_name", "context"):
+        np.testing.assert_array_equal(getattr(some, field), getattr(every, field)[rows])

@@ -358,6 +358,7 @@ class Tune(Frozen):
 class Evaluate(Frozen):
     search: Annotated[str, Field(pattern=SEARCH_NAME, max_length=100)]
     seed: Seed
+    split_samples: integer(2, 10**7)
     bootstrap: integer(20, 10**6)
     prior_draws: integer(1, 10**4)
 

@@ -35,6 +35,7 @@ from pipeline.gem.evaluation.scoring import (
     score,
 )
 
+AXES_SAMPLES = 2**14
 BINS = 10  # of a calibration histogram
 # (predictor, the one it is compared with)
 COMPARISONS = (
@@ -76,7 +77,9 @@ class SplitResult:
 
 
 def principal_axes(expression: np.ndarray) -> np.ndarray:
-    """(G, D) leading principal axes of the training expression (N, G), for energy distances."""
+    """(G, D) leading principal axes of the training expression (N, G), for energy distances; of its
+    first AXES_SAMPLES, which are in random order."""
+    expression = expression[:AXES_SAMPLES]
     pca = PCA(min(COMPONENTS, *expression.shape), svd_solver="auto", random_state=0)
     return pca.fit(expression).components_.T.astype(np.float64)
 

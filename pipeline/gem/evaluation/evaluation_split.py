@@ -11,6 +11,7 @@ import pandas as pd
 
 from pipeline.gem.common.config import Evaluate
 from pipeline.gem.data.cohort import Cohort
+from pipeline.gem.data.expression import log_cpm
 from pipeline.gem.data.labels import join_keys
 from pipeline.gem.data.references import SampleGroups, choose_references
 from pipeline.gem.data.splits import TEST_CONTROL, TESTS, TRAIN, Entities
@@ -103,12 +104,19 @@ class EvaluationSplits:
         The controls of a new study are halved: one half may be used as references and is not
         scored, the other is the observed side of changes.
         """
-        samples, expression = self.cohort.rows([name]), self.cohort.expression([name])
+        samples = self.cohort.rows([name])
         control = SampleGroups(samples, self.data).control.to_numpy()
-        visible = np.zeros(len(samples), dtype=bool)
+        visible, needed = np.zeros((2, len(samples)), dtype=bool)
         if name == "test_study":
             visible[control] = self._second_halves(samples[control])
-        rows, groups = samples[~visible], SampleGroups(samples[~visible], self.data)
+            needed[control] = True
+        scored = self._scored(samples, ~visible)
+        needed |= scored
+        scored = scored[needed]
+        counts = self._counts(name, needed)
+        samples, control, visible = samples[needed], control[needed], visible[needed]
+        expression = log_cpm(counts, samples["total"].to_numpy())
+        rows, groups = samples[scored], SampleGroups(samples[scored], self.data)
         pool = pd.concat([self.train, samples[visible]])
         pool_expression = np.concatenate([self.train_expression, expression[visible]])
         reference = choose_references(rows, pool, self.data, self.params.seed)
@@ -129,8 +137,8 @@ class EvaluationSplits:
         return EvaluationSplit(
             name=name,
             samples=rows,
-            counts=self.cohort.counts([name])[~visible],
-            observed=expression[~visible],
+            counts=counts[scored],
+            observed=expression[scored],
             reference=None if reference is None else pool_expression[reference],
             reference_samples=None if reference is None else pool.iloc[reference],
             observed_control=self._controls(groups, hidden, hidden_expression),
@@ -146,8 +154,29 @@ class EvaluationSplits:
             condition=condition,
             entity=entity,
             entity_kind=entity_kind,
-            treated=~control[~visible],
+            treated=~control[scored],
         )
+
+    def _scored(self, samples: pd.DataFrame, candidates: np.ndarray) -> np.ndarray:
+        """(N,) bool: the candidates (N,), or whole conditions of them, drawn by seed, with at most
+        `params.split_samples` samples; at least one condition."""
+        names = SampleGroups(samples[candidates], self.data).condition
+        # Sorted by name: the draw does not depend on the order of samples.
+        condition = pd.factorize(names, sort=True)[0]
+        sizes = np.bincount(condition)
+        order = np.random.default_rng(self.params.seed).permutation(len(sizes))
+        fits = np.cumsum(sizes[order]) <= max(self.params.split_samples, sizes[order[0]])
+        scored = np.zeros(len(samples), dtype=bool)
+        scored[candidates] = np.isin(condition, order[fits])
+        return scored
+
+    def _counts(self, split: str, rows: np.ndarray) -> np.ndarray:
+        """(n, G) counts of rows (N,) bool of a split."""
+        kept, start = [], 0
+        for block in self.cohort.blocks([split]):
+            kept.append(block[rows[start : start + len(block)]])
+            start += len(block)
+        return np.concatenate(kept)
 
     def _second_halves(self, controls: pd.DataFrame) -> np.ndarray:
         """(N,) bool: every second control of a context and study, in an order drawn by seed.

@@ -29,6 +29,7 @@ from pipeline.gem.common.files import (
 from pipeline.gem.common.progress import duration
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.encoder import MetadataEncoder
+from pipeline.gem.data.expression import log_cpm
 from pipeline.gem.data.splits import TEST_CONTROL, TRAIN
 from pipeline.gem.evaluation.comparison import evaluate_split, nested_scores, principal_axes
 from pipeline.gem.evaluation.diagnostics import (
@@ -127,17 +128,25 @@ def evaluate_models(
         for name in TABLE_FILES
         if name != "latents"
     }
-    tables["latents"], maps = _evaluate_latents(cohort, models, params.seed)
+    tables["latents"], maps = _evaluate_latents(cohort, models, params)
     spreads = [spread for spread in spreads if spread is not None]
     return Evaluation(tables, seeds, conditions, spreads, maps)
 
 
 def _evaluate_latents(
-    cohort: Cohort, models: Models, seed: int
+    cohort: Cohort, models: Models, params: Evaluate
 ) -> tuple[pd.DataFrame, list[LatentMap]]:
-    """The latents of the first training seed of each model, on held-out samples."""
+    """The latents of the first training seed of each model, on the first `params.split_samples`
+    held-out samples in the cohort's order, which is random."""
     splits = [name for name in LATENT_SPLITS if cohort.has(name)]
-    samples, expression = cohort.rows(splits), cohort.expression(splits)
+    samples, parts, size = cohort.rows(splits).head(params.split_samples), [], 0
+    for block in cohort.blocks(splits):
+        parts.append(block[: params.split_samples - size])
+        size += len(parts[-1])
+        if size == len(samples):
+            break
+    expression = log_cpm(np.concatenate(parts), samples["total"].to_numpy())
+    seed = params.seed
     tables, maps = [], []
     for name, (gem, *_) in models.items():
         tables.append(latent_table(gem, name, samples, expression, seed))

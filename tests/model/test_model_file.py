@@ -312,8 +312,8 @@ HOSTILE: dict[str, tuple[Change, str]] = {
         lambda _, tensors: tensors.update({"network.other": tensors.pop(WEIGHT)}),
         r"1 missing \(linear_decoder.weight\); 1 unknown \(other\)",
     ),
-    "blocks without weights": (with_model(blocks=1000), r"2000 blocks for \d+ tensors"),
-    "prior blocks without weights": (with_model(prior_blocks=1000), r"2002 blocks for \d+ tensors"),
+    "blocks without weights": (with_model(blocks=1000), r"2000 blocks for \d\d tensors"),
+    "prior blocks without weights": (with_model(prior_blocks=1000), r"2002 blocks for \d\d "),
     "a million blocks": (with_model(blocks=10**6), "model.blocks: Input should be less than"),
     "features without labels": (
         lambda description, tensors: (

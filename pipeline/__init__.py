@@ -19,3 +19,6 @@ def _name_the_user() -> None:
 
 _name_the_user()
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow reads it on import
+# Before torch starts threads: beside other work, a thread that spins while it waits for another one
+# keeps that one from the core that it needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -71,6 +71,29 @@ def test_terms_and_gradients_are_those_of_a_loop_over_samples(params, small_mode
         assert_close(gradient, gradients[1][name], rtol=0, atol=tolerance, msg=name)
 
 
+def test_products_in_bf16_change_terms_by_two_percent_and_gradients_by_five(params, small_model):
+    """Of their length; bf16 has 8 significant bits. Without training they change nothing."""
+    model = small_model.model_copy(update={"hidden": 64})
+    net, data = network(model, genes=64), batch(size=32, genes=64)
+    exact = objective_terms(net, data)
+    net.bf16 = True
+    for name, value in objective_terms(net, data).items():
+        assert_close(value, exact[name], rtol=0, atol=0)
+    lengths, differences = {}, {}
+    for rounded in (False, True):
+        net.train(rounded).zero_grad(set_to_none=True)
+        terms = objective_terms(net, data)
+        objective(terms, params.train, 1.0).backward()
+        gradient = torch.cat([w.grad.flatten() for w in net.parameters() if w.grad is not None])
+        lengths[rounded], differences[rounded] = gradient.norm(), gradient
+        assert all(value.dtype == torch.float32 for value in terms.values())
+        for name, value in terms.items():
+            assert float(value.detach().sum()) == pytest.approx(
+                float(exact[name].detach().sum()), rel=2e-2, abs=2e-2
+            )
+    assert (differences[True] - differences[False]).norm() < 0.05 * lengths[False]
+
+
 def terms_by_sample(net: Network, data: Batch) -> dict[str, torch.Tensor]:
     """The terms from their definitions."""
     size, references = len(data.observed), len(data.reference)

@@ -1,5 +1,8 @@
 """Speed of training against the plain loop. `make benchmark` measures it at full size."""
 
+import subprocess
+import sys
+
 import numpy as np
 import torch
 from support.networks import METADATA_SIZES
@@ -25,3 +28,11 @@ def test_the_plain_loop_has_the_losses_of_the_reference(monkeypatch):
     losses = plain(gem1["input/counts"].float(), index)
     torch.testing.assert_close(losses["reconstruction"], gem1["output/recon_loss"])
     torch.testing.assert_close(losses["divergence"], gem1["output/kl_loss"])
+
+
+def test_threads_of_a_stage_do_not_spin_while_they_wait():
+    """The variable counts only if it is set before torch is imported."""
+    program = "import os, sys, pipeline; print('torch' in sys.modules, os.environ['{}'])"
+    command = [sys.executable, "-c", program.format("OMP_WAIT_POLICY")]
+    output = subprocess.run(command, cwd=ROOT, env={}, capture_output=True, text=True, check=True)
+    assert output.stdout.split() == ["False", "PASSIVE"]

@@ -341,6 +341,7 @@ class Train(Frozen):
     predictive_draws: integer(1, 10**4)
     device: Literal["auto", "cpu", "cuda"]
     memory_share: number(0, 1)
+    precision: Literal["auto", "float32", "bf16"]
     threads: integer(1, 1024)
 
     @model_validator(mode="after")

@@ -63,6 +63,7 @@ class Batch:
     batch_effect: Tensor  # (R, G) of a simulated study, shared by those samples and references
     unseen_study: MetadataRows  # technical rows without the study
     partial_metadata: Mapping[str, MetadataRows]  # `metadata` with fields masked at random
+    partial_metadata_scale: float = 1.0  # groups of the term, relative to those in this batch
 
 
 def objective_terms(network: Network, batch: Batch) -> dict[str, Tensor]:
@@ -202,7 +203,7 @@ def _partial_metadata(network: Network, batch: Batch, priors: Mapping[str, Gauss
         teacher = [part.detach() for part in priors[group]]
         divergence = kl_normal(*teacher, *network.prior(group, rows)).sum(dim=1)
         divergences.append(divergence[batch.index[group]].mean())
-    return torch.stack(divergences).sum()
+    return torch.stack(divergences).sum() * batch.partial_metadata_scale
 
 
 def _classification(network: Network, latents: Tensor, labels: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from pipeline.gem.model.objective import Batch, LatentNoise, objective, objectiv
 from pipeline.gem.training import masking
 from pipeline.gem.training.checkpoint import Checkpoint
 from pipeline.gem.training.dataset import TrainingData
+from pipeline.gem.training.precision import uses_bf16
 from pipeline.gem.training.schedule import TrainingSchedule, kl_warmup, one_cycle
 from pipeline.gem.training.validation import METRICS, posterior_means, validation_metrics
 
@@ -170,15 +171,15 @@ class Trainer:
         generator: torch.Generator,
         on_step: Callable[[], None] = lambda: None,
     ):
-        self.data, self.params, self.gem, self.generator = data, params, gem, generator
-        self.on_step = on_step
-        self.network = gem.network
+        self.data, self.params, self.gem, self.network = data, params, gem, gem.network
+        self.generator, self.on_step = generator, on_step
+        self.network.bf16 = uses_bf16(params, gem.params, data.train.expression.device)
         self.samples = len(data.train.expression)
         self.schedule = TrainingSchedule.of(self.samples, params)
         self.steps_per_epoch = -(-self.samples // self.schedule.batch_size)
         self.steps = self.schedule.epochs * self.steps_per_epoch
-        groups, rate = self._parameter_groups(), params.learning_rate
-        self.optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
+        groups = self._parameter_groups()
+        self.optimizer = torch.optim.AdamW(groups, params.learning_rate, fused=True)
         self.fields = masking.Fields.by_group(data.encoder, data.train.expression.device)
         names = [field.name for field in data.encoder.groups["technical"]]
         self.study = names.index(gem.hidden_study) if gem.hidden_study else None
@@ -325,7 +326,7 @@ class Trainer:
                 self.generator,
             )
             unseen_study = self.mask_study(metadata["technical"])
-            partial_metadata = self._partial_metadata(metadata)
+            partial_metadata, scale = self._partial_metadata(metadata)
             yield Batch(
                 observed,
                 metadata,
@@ -337,6 +338,7 @@ class Trainer:
                 batch_effect=batch_effect,
                 unseen_study=unseen_study,
                 partial_metadata=partial_metadata,
+                partial_metadata_scale=scale,
             )
 
     def _noise(self, samples: int) -> LatentNoise:
@@ -354,19 +356,19 @@ class Trainer:
             return technical.none()
         return technical.scale(self.fields["technical"].of_column[technical.columns] != self.study)
 
-    def _partial_metadata(self, metadata: Mapping[str, MetadataRows]) -> dict[str, MetadataRows]:
-        """The rows of each group with a random number of fields masked.
-
-        Not for a linear prior: it cannot infer masked fields from others, and its weight decay
-        keeps levels around their mean already.
-        """
+    def _partial_metadata(
+        self, metadata: Mapping[str, MetadataRows]
+    ) -> tuple[dict[str, MetadataRows], float]:
+        """(rows of a random group with some fields masked, the number of such groups): with this
+        weight the expectation is the sum over groups. Not for a linear prior, which cannot infer
+        fields from others. Weight decay keeps its levels around their mean already."""
         if not self.params.partial_metadata_weight:
-            return {}
+            return {}, 1.0
         groups = GROUPS[1:] if self.gem.params.additive_technical else GROUPS
-        return {
-            group: masking.mask_fields(metadata[group], self.fields[group], self.generator)
-            for group in groups
-        }
+        device = self.generator.device
+        group = groups[torch.randint(len(groups), (), generator=self.generator, device=device)]
+        masked = masking.mask_fields(metadata[group], self.fields[group], self.generator)
+        return {group: masked}, float(len(groups))
 
     def _step(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, unweighted terms), detached."""

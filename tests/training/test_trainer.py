@@ -160,15 +160,12 @@ def test_batches_mask_exactly_the_columns_of_the_study(data, params):
 
 
 def test_batches_mask_fields_of_their_own_metadata_rows(data, params):
-    groups = []
-    for batch in trainer(data, params, partial_metadata_weight=1.0).batches(1):
-        ((group, masked),) = batch.partial_metadata.items()
-        groups.append(group)
-        assert batch.partial_metadata_scale == 2, "one of two groups at a time"
+    batch = next(trainer(data, params, partial_metadata_weight=1.0).batches(1))
+    assert set(batch.partial_metadata) == set(GROUPS[1:]), "the technical prior is linear"
+    for group, masked in batch.partial_metadata.items():
         kept, rows = masked.values != 0, batch.metadata[group]
         assert torch.equal(masked.columns, rows.columns)
         assert torch.equal(masked.values[kept], rows.values[kept])
-        assert 0.1 < kept.sum() / (rows.values != 0).sum() < 0.9
-    assert set(groups) == set(GROUPS[1:]), "the technical prior is linear"
+        assert 0.2 < kept.sum() / (rows.values != 0).sum() < 0.8
     without = next(trainer(data, params, partial_metadata_weight=0.0).batches(1))
     assert without.partial_metadata == {}

@@ -63,8 +63,7 @@ def number(low: float, high: float) -> type:
     return Annotated[float, Field(ge=low, le=high)]
 
 
-# Every number has two bounds: what lies beyond is a typing error, and would train for years, or to
-# infinity, or not at all. `capacity` checks what the values need together.
+# Beyond the bounds of a number lies a typing error. `capacity` checks what values need together.
 Share = number(0, 0.5)
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Count = integer(1, 10**6)

@@ -167,18 +167,21 @@ class Network(nn.Module):
             start += self.sizes[group]
         return slices
 
-    def prior(self, group: str, metadata: MetadataRows) -> Gaussian:
-        """p(z_g | metadata) of U rows. Without covariates, all samples have the same prior."""
+    def prior(self, group: str, metadata: MetadataRows, index: Tensor | None = None) -> Gaussian:
+        """p(z_g | metadata) of U rows, or of B samples with `index` (B,) of their rows. Without
+        covariates, all samples have the same prior."""
         with self._products(metadata.values.device):
-            output = self.priors[group](metadata)
-        mean, log_variance = output.float().chunk(2, dim=1)
+            output = self.priors[group](metadata).float()
+        if index is not None:
+            output = output.index_select(0, index)
+        mean, log_variance = output.chunk(2, dim=1)
         return Gaussian(mean, log_variance.clamp(*LOG_VARIANCE_RANGE))
 
     def joint_prior(
         self, metadata: Mapping[str, MetadataRows], index: Mapping[str, Tensor]
     ) -> Gaussian:
         """p(z | m) of B samples, from distinct metadata rows and their index (B,)."""
-        parts = (self.prior(group, metadata[group]).rows(index[group]) for group in GROUPS)
+        parts = (self.prior(group, metadata[group], index[group]) for group in GROUPS)
         return Gaussian.join(parts, dim=1)
 
     def posterior(self, expression: Tensor) -> Gaussian:

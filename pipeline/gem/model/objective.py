@@ -63,7 +63,6 @@ class Batch:
     batch_effect: Tensor  # (R, G) of a simulated study, shared by those samples and references
     unseen_study: MetadataRows  # technical rows without the study
     partial_metadata: Mapping[str, MetadataRows]  # `metadata` with fields masked at random
-    partial_metadata_scale: float = 1.0  # groups of the term, relative to those in this batch
 
 
 def objective_terms(network: Network, batch: Batch) -> dict[str, Tensor]:
@@ -79,8 +78,10 @@ def objective_terms(network: Network, batch: Batch) -> dict[str, Tensor]:
     classification: cross entropy, summed over heads.
     """
     # Gradients add up in the order of these operations: another order changes the last bits.
-    priors = {group: network.prior(group, rows) for group, rows in batch.metadata.items()}
-    prior = Gaussian.join((priors[group].rows(batch.index[group]) for group in GROUPS), dim=1)
+    priors = {
+        group: network.prior(group, batch.metadata[group], batch.index[group]) for group in GROUPS
+    }
+    prior = Gaussian.join(priors.values(), dim=1)
     latents, decoded, posterior = _decode_all(network, batch, prior)
     observed = batch.observed
     names = ("nll_reconstruction", "nll_predictive", "nll_reference")  # as LatentSource
@@ -116,7 +117,8 @@ def _decode_all(
         mixed = network.condition(of_first, reference_posterior, GROUPS[:2])
         gaussians, noise = [posterior, prior, mixed], torch.cat(batch.noise[:3])
     drawn = Gaussian.join(gaussians, dim=0).draw(noise)
-    effect = network.target_effect(batch.metadata["perturbation"])[batch.index["perturbation"]]
+    effect = network.target_effect(batch.metadata["perturbation"])
+    effect = effect.index_select(0, batch.index["perturbation"])
     sizes = [len(gaussian.mean) for gaussian in gaussians]
     rows = drawn
     target_gene = torch.cat([batch.target_gene[:length] for length in sizes])
@@ -165,7 +167,7 @@ def _unseen_study(network: Network, batch: Batch, latents: Tensor, decoded: Tens
     age and disease, and be wrong for new studies.
     """
     technical = network.slices()["technical"]
-    prior = network.prior("technical", batch.unseen_study).rows(batch.index["technical"])
+    prior = network.prior("technical", batch.unseen_study, batch.index["technical"])
     drawn = prior.draw(batch.noise.unseen_study)
     weight = network.linear_decoder.weight[:, technical]
     decoded = _Replaced.apply(decoded.detach(), latents[:, technical].detach(), drawn, weight)
@@ -201,9 +203,9 @@ def _partial_metadata(network: Network, batch: Batch, priors: Mapping[str, Gauss
     divergences = []
     for group, rows in batch.partial_metadata.items():
         teacher = [part.detach() for part in priors[group]]
-        divergence = kl_normal(*teacher, *network.prior(group, rows)).sum(dim=1)
-        divergences.append(divergence[batch.index[group]].mean())
-    return torch.stack(divergences).sum() * batch.partial_metadata_scale
+        partial = network.prior(group, rows, batch.index[group])
+        divergences.append(kl_normal(*teacher, *partial).sum(dim=1).mean())
+    return torch.stack(divergences).sum()
 
 
 def _classification(network: Network, latents: Tensor, labels: Tensor) -> Tensor:

@@ -326,7 +326,7 @@ class Trainer:
                 self.generator,
             )
             unseen_study = self.mask_study(metadata["technical"])
-            partial_metadata, scale = self._partial_metadata(metadata)
+            partial_metadata = self._partial_metadata(metadata)
             yield Batch(
                 observed,
                 metadata,
@@ -338,7 +338,6 @@ class Trainer:
                 batch_effect=batch_effect,
                 unseen_study=unseen_study,
                 partial_metadata=partial_metadata,
-                partial_metadata_scale=scale,
             )
 
     def _noise(self, samples: int) -> LatentNoise:
@@ -356,19 +355,19 @@ class Trainer:
             return technical.none()
         return technical.scale(self.fields["technical"].of_column[technical.columns] != self.study)
 
-    def _partial_metadata(
-        self, metadata: Mapping[str, MetadataRows]
-    ) -> tuple[dict[str, MetadataRows], float]:
-        """(rows of a random group with some fields masked, the number of such groups): with this
-        weight the expectation is the sum over groups. Not for a linear prior, which cannot infer
-        fields from others. Weight decay keeps its levels around their mean already."""
+    def _partial_metadata(self, metadata: Mapping[str, MetadataRows]) -> dict[str, MetadataRows]:
+        """The rows of each group with a random number of fields masked.
+
+        Not for a linear prior: it cannot infer masked fields from others, and its weight decay
+        keeps levels around their mean already.
+        """
         if not self.params.partial_metadata_weight:
-            return {}, 1.0
+            return {}
         groups = GROUPS[1:] if self.gem.params.additive_technical else GROUPS
-        device = self.generator.device
-        group = groups[torch.randint(len(groups), (), generator=self.generator, device=device)]
-        masked = masking.mask_fields(metadata[group], self.fields[group], self.generator)
-        return {group: masked}, float(len(groups))
+        return {
+            group: masking.mask_fields(metadata[group], self.fields[group], self.generator)
+            for group in groups
+        }
 
     def _step(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, unweighted terms), detached."""

@@ -4,6 +4,7 @@ Reads   params.yaml: model, train, tracking; data/cohort/
 Writes  experiments/default/: model.safetensors, seeds/, history.csv, report.json,
         figures/learning.png
 Run     python -m pipeline.train     (about a minute on the default cohort)
+        torchrun --nproc-per-node 2 -m pipeline.train     (one model by two processes)
 """
 
 import logging
@@ -17,10 +18,10 @@ from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.tracking import mlflow_client
 from pipeline.gem.tracking.runs import COHORT, Run, log_settings
 from pipeline.gem.tracking.training_run import TrainingJob
+from pipeline.gem.training import distributed
 from pipeline.gem.training.dataset import TrainingData
 from pipeline.gem.training.expression import memory_for_counts
 from pipeline.gem.training.multi_seed import processes
-from pipeline.gem.training.trainer import choose_device
 
 log = logging.getLogger(__name__)
 
@@ -28,23 +29,40 @@ OUTPUT = Path("experiments/default")
 
 
 def main() -> None:
-    params = read_params()
-    busy = f"{OUTPUT} is being trained by {{process}}; wait for it, or stop it"
-    with exclusive("train", busy), StopSignal() as stop_signal:
+    if (number := distributed.processes()) > 1:
+        distributed.launch("pipeline.train", number)
+        return
+    with distributed.group(), StopSignal() as stop_signal:
         try:
-            train(params, stop_signal)
+            train(read_params(), stop_signal)
         except StoppedError as stopped:
+            again = "make" if distributed.size() == 1 else "the same command"
             raise StoppedError(
-                f"train: {stopped}; the finished epochs are saved; resume with: make"
+                f"train: {stopped}; the finished epochs are saved; resume with: {again}"
             ) from None
 
 
 def train(params: Params, stop_signal: StopSignal) -> None:
-    device = choose_device(params.train)
-    mlflow_client.connect(params.tracking.experiment)
+    if distributed.rank():
+        prepare(params).help_to_train(stop_signal)
+        return
+    busy = f"{OUTPUT} is being trained by {{process}}; wait for it, or stop it"
+    with exclusive("train", busy):
+        mlflow_client.connect(params.tracking.experiment)
+        job = prepare(params)
+        killed_by = (StoppedError,)
+        with Run.open("default", "train", identity=job.identity, killed_by=killed_by) as run:
+            log_settings(run, job.params, job.cohort)
+            job.train(run, stop_signal)
+
+
+def prepare(params: Params) -> TrainingJob:
+    """Loads the data; each rank does."""
+    device = distributed.choose_device(params.train)
     cohort = Cohort(COHORT)
     require(training_needs(cohort.manifest), params)
-    memory = memory_for_counts(params.train.memory_share, device, processes(params.train))
+    sharing = processes(params.train) if device.type == "cpu" else 1
+    memory = memory_for_counts(params.train.memory_share, device, sharing)
     data = TrainingData.load(cohort, device, params.model.uses_counts, memory)
     params = data.resolve_latent_sizes(params)
     samples, genes = len(data.train), len(data.genes)
@@ -52,10 +70,9 @@ def train(params: Params, stop_signal: StopSignal) -> None:
     latents = ", ".join(f"{size} {group}" for group, size in sizes)
     log.info("train: %d samples x %d genes on %s; latents: %s", samples, genes, device, latents)
     log.info("train: selection split %s", data.selection_split or "none")
-    job = TrainingJob(OUTPUT, "train", cohort, data, params)
-    with Run.open("default", "train", identity=job.identity, killed_by=(StoppedError,)) as run:
-        log_settings(run, params, cohort)
-        job.train(run, stop_signal)
+    if distributed.size() > 1:
+        log.info("train: by %d processes", distributed.size())
+    return TrainingJob(OUTPUT, "train", cohort, data, params)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
 """A temporary repository with tiny parameters: real git, real DVC, real MLflow, real Optuna."""
 
 import importlib
+import logging
 import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
+import uuid
 import warnings
 from functools import cache
 from pathlib import Path
 
 import optuna
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pipeline.gem.common import yaml_file
 from pipeline.gem.common.errors import exit_with
@@ -91,21 +95,24 @@ class Repository:
     def dvc(self, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
         return self.run(sys.executable, "-m", "dvc", *arguments, expect=expect)
 
-    def start(self, module: str, *arguments: str, **environment: str) -> "Stage":
-        """Starts a stage in the background; its output is appended to the file `module`.log."""
+    def start(self, module: str, *arguments: str, ranks: int = 1, **environment: str) -> "Stage":
+        """Starts a stage in the background, as `ranks` processes of torchrun's engine; its output
+        is appended to the file `module`.log."""
         # Absolute: the forked process inherits open stores, and a relative path names another file.
         store = f"sqlite:///{self.folder}/mlflow.db"
-        return Stage(self.folder, module, arguments, self.environment(store) | environment)
+        return Stage(self.folder, module, arguments, self.environment(store) | environment, ranks)
 
     def log(self, module: str) -> str:
         """Output of all calls of a stage by `start`."""
         path = self.folder / f"{module}.log"
         return path.read_text() if path.exists() else ""
 
-    def stage(self, module: str, *arguments: str, expect: int = 0, **environment: str) -> str:
+    def stage(
+        self, module: str, *arguments: str, expect: int = 0, ranks: int = 1, **environment: str
+    ) -> str:
         """Runs a stage and returns its output. Faster than `python`: nothing is imported again."""
         before = len(self.log(module))
-        code = self.start(module, *arguments, **environment).wait(timeout=900)
+        code = self.start(module, *arguments, ranks=ranks, **environment).wait(timeout=900)
         output = self.log(module)[before:]
         assert code == expect, f"{module}: {code}, expected {expect}\n{output[-3000:]}"
         return output
@@ -140,12 +147,18 @@ class Stage:
     """A stage in a forked process, which need not import anything again."""
 
     def __init__(
-        self, folder: Path, module: str, arguments: tuple[str, ...], environment: dict[str, str]
+        self,
+        folder: Path,
+        module: str,
+        arguments: tuple[str, ...],
+        environment: dict[str, str],
+        ranks: int,
     ):
         main = importlib.import_module(module).main
         _import_slow_modules()
-        context, details = multiprocessing.get_context("fork"), (folder, module, arguments)
-        self._process = context.Process(target=_run, args=(main, *details, environment))
+        context, details = multiprocessing.get_context("fork"), (main, folder, module, arguments)
+        run, ranks = (_run, ()) if ranks == 1 else (_run_ranks, (ranks,))
+        self._process = context.Process(target=run, args=(*details, environment, *ranks))
         self._process.start()
         self.pid = self._process.pid
 
@@ -160,6 +173,41 @@ class Stage:
         self._process.join(timeout)
         assert self._process.exitcode is not None, f"still running after {timeout} s"
         return self._process.exitcode
+
+
+def _run_ranks(
+    main,
+    folder: Path,
+    module: str,
+    arguments: tuple[str, ...],
+    environment: dict[str, str],
+    ranks: int,
+) -> None:
+    """The engine of torchrun, with forked ranks."""
+    logging.disable(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="fork",
+    )
+    try:
+        elastic_launch(config, _run_rank)(main, folder, module, arguments, environment)
+    except ChildFailedError as error:
+        sys.exit(error.get_first_failure()[1].exitcode)
+
+
+def _run_rank(
+    main, folder: Path, module: str, arguments: tuple[str, ...], environment: dict[str, str]
+) -> None:
+    logging.disable(logging.NOTSET)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    rank = {name: os.environ[name] for name in (*names, "TORCHELASTIC_USE_AGENT_STORE")}
+    _run(main, folder, module, arguments, environment | rank)
 
 
 def _run(

@@ -13,7 +13,8 @@ from pipeline.gem.common.errors import DivergedError, InputError
 from pipeline.gem.model.observation import Observed
 from pipeline.gem.model.predictive import predictive_log_likelihood
 from pipeline.gem.training.dataset import EncodedSplit, TrainingData
-from pipeline.gem.training.trainer import Trainer, build_model, choose_device, fit
+from pipeline.gem.training.distributed import choose_device
+from pipeline.gem.training.trainer import Trainer, build_model, fit
 
 CPU = torch.device("cpu")
 # Enough for the tiny cohort to improve on the training mean; a few seconds.

@@ -137,7 +137,10 @@ def _parents() -> list[int]:
 
 def _is_adopted(parent: int) -> bool:
     """Whether `parent` is no ancestor, but the process that got this one when its parent ended,
-    for example during the imports. A child is in the session of its parent."""
+    for example during the imports. A child is in the session of its parent, unless it leads one of
+    its own, as those of torchrun do."""
+    if os.getsid(0) == os.getpid():
+        return False
     try:
         return os.getsid(parent) != os.getsid(0)
     except ProcessLookupError:

@@ -29,8 +29,8 @@ from pipeline.gem.tracking.runs import COHORT, FIT_SECTIONS, Run, log_settings
 from pipeline.gem.tracking.training_run import TrainingJob
 from pipeline.gem.training.checkpoint import FOLDER as CHECKPOINTS
 from pipeline.gem.training.dataset import TrainingData
+from pipeline.gem.training.distributed import choose_device
 from pipeline.gem.training.expression import memory_for_counts
-from pipeline.gem.training.trainer import choose_device
 
 logger = logging.getLogger(__name__)
 

@@ -68,6 +68,13 @@ class TrainingJob:
         epochs = len(fits[0].history)
         log.info("%s: best epoch %d of %d, model in %s", self.label, best.epoch, epochs, model)
 
+    def help_to_train(self, stop_signal: StopSignal) -> None:
+        """`train` of a rank other than 0: takes part in the fits and writes nothing."""
+        folder, check = self.cohort.folder, stop_signal.check
+        fit_seeds(
+            self.data, self.params, folder, lambda *_: None, self._checkpoints_by_seed(), check
+        )
+
     def _checkpoints_by_seed(self) -> dict[int, Checkpoint]:
         data_sha256 = self.cohort.train_validation_sha256
         return {

@@ -17,6 +17,7 @@ from pipeline.gem.common.code_version import ROOT, import_closure
 from pipeline.gem.common.config import Params
 from pipeline.gem.common.files import sha256, sha256_of, write_atomically
 from pipeline.gem.model import tensor_file
+from pipeline.gem.training import distributed
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ _SUFFIX, _FINISHED = ".safetensors", ".finished.safetensors"
 @dataclass(frozen=True)
 class Checkpoint:
     """The file of one fit, named by a hash of what decides its bits: settings, data, seed, code,
-    torch, kind of device."""
+    torch, kind of device, number of ranks."""
 
     path: Path
 
@@ -38,7 +39,8 @@ class Checkpoint:
         for name in ("train.seeds", "train.memory_share"):
             del settings[name]
         cuda = params.train.device != "cpu" and torch.cuda.is_available()
-        name = sha256_of(settings, data_sha256, seed, _code(), torch.__version__, cuda)[:16]
+        machine = torch.__version__, cuda, distributed.size()
+        name = sha256_of(settings, data_sha256, seed, _code(), *machine)[:16]
         return cls(folder / f"{name}{_SUFFIX}")
 
     @property

@@ -1,4 +1,5 @@
-"""One fit per training seed, in parallel processes where there are cores for them.
+"""One fit per training seed, in parallel processes where there are cores for them; of several ranks
+one after the other, each by all of them.
 
 Each fit has `train.threads` threads either way, so the bits do not depend on where it ran.
 """
@@ -20,6 +21,7 @@ from pipeline.gem.common.errors import GemError, InputError, StoppedError
 from pipeline.gem.common.machine_errors import machine_problem
 from pipeline.gem.common.processes import end_with_parent
 from pipeline.gem.data.cohort import Cohort
+from pipeline.gem.training import distributed
 from pipeline.gem.training.checkpoint import Checkpoint
 from pipeline.gem.training.dataset import TrainingData
 from pipeline.gem.training.expression import memory_for_counts
@@ -63,11 +65,15 @@ def fit_seeds(
 
 
 def _parallel_fits(params: Train) -> int:
+    if distributed.size() > 1:
+        return 1
     return min(len(params.seeds), max(1, (os.cpu_count() or 1) // params.threads))
 
 
 def processes(params: Train) -> int:
     """How many processes hold the data of a training on processors, this one included."""
+    if distributed.size() > 1:
+        return distributed.local_size()
     fits = _parallel_fits(params)
     return fits + (fits > 1)
 

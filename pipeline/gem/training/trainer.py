@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from pipeline.gem.common.config import GROUPS, Params, Train
-from pipeline.gem.common.errors import DivergedError, InputError
+from pipeline.gem.common.errors import DivergedError
 from pipeline.gem.model import tensor_file
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.metadata.rows import MetadataRows
 from pipeline.gem.model.network import Network
-from pipeline.gem.model.objective import Batch, LatentNoise, objective, objective_terms
-from pipeline.gem.training import masking
+from pipeline.gem.model.objective import Batch, LatentNoise
+from pipeline.gem.training import distributed, masking
 from pipeline.gem.training.checkpoint import Checkpoint
 from pipeline.gem.training.dataset import TrainingData
 from pipeline.gem.training.precision import uses_bf16
@@ -73,16 +73,6 @@ class FitResult:
     selection_split: str | None
 
 
-def choose_device(params: Train) -> torch.device:
-    """`auto` prefers CUDA. InputError if `cuda` is set and there is none."""
-    available = torch.cuda.is_available()
-    if params.device == "cuda" and not available:
-        raise InputError(
-            "params.yaml: train.device is cuda, but torch finds no CUDA device; set auto or cpu"
-        )
-    return torch.device("cuda" if params.device != "cpu" and available else "cpu")
-
-
 def fit(
     data: TrainingData,
     params: Params,
@@ -97,13 +87,16 @@ def fit(
     Equal data, parameters, seed and threads give equal bits, interrupted or not. With a
     `checkpoint` the fit resumes after the last epoch that is saved there; `on_epoch` receives the
     earlier ones again. DivergedError if a loss is not finite.
+
+    Several ranks (distributed.py) call this together and receive equal metrics, on which exceptions
+    of `on_epoch` may depend. Rank 0 saves the checkpoints. StoppedError if another rank ends.
     """
     if params.model.uses_counts and not data.train.expression.with_counts:
         raise ValueError(f"model.observation {params.model.observation} needs data with counts")
     params = data.resolve_latent_sizes(params)
-    torch.set_num_threads(params.train.threads)
+    torch.set_num_threads(distributed.threads(params.train.threads))
     device = data.train.expression.device
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), distributed.lost_ranks():
         torch.manual_seed(seed)  # of weights and dropout; all else draws from `generator`
         gem = build_model(data, params)
         gem.network.to(device)
@@ -174,6 +167,7 @@ class Trainer:
         self.data, self.params, self.gem, self.network = data, params, gem, gem.network
         self.generator, self.on_step = generator, on_step
         self.network.bf16 = uses_bf16(params, gem.params, data.train.expression.device)
+        self.objective = distributed.parallel(distributed.Objective(gem.network, params))
         self.samples = len(data.train.expression)
         self.schedule = TrainingSchedule.of(self.samples, params)
         self.steps_per_epoch = -(-self.samples // self.schedule.batch_size)
@@ -211,7 +205,7 @@ class Trainer:
         while not state.is_finished(self.schedule):
             epoch = self._run_epoch(len(state.history) + 1)
             state.add(epoch, self.network)
-            if checkpoint:
+            if checkpoint and distributed.rank() == 0:
                 history = [asdict(epoch) for epoch in state.history]
                 checkpoint.save(history, self._tensors(state.best_weights))
             on_epoch(epoch)
@@ -238,7 +232,9 @@ class Trainer:
 
     def _resume(self, checkpoint: Checkpoint) -> TrainingState:
         """The saved state, else that of no epoch. IntegrityError if the state does not fit."""
+        distributed.wait_for_all()  # rank 0 may have deleted the file
         saved = checkpoint.load()
+        distributed.require_equal(len(saved[0]) if saved else 0, "checkpoints")
         try:
             return self._restore(*saved) if saved else TrainingState()
         except RuntimeError as error:
@@ -284,6 +280,7 @@ class Trainer:
         """(the loss, its unweighted terms) of the epoch with this number, mean over samples.
         DivergedError if one is not finite."""
         self.network.train()
+        distributed.seed_dropout(self.generator.initial_seed(), number)
         first_step = (number - 1) * self.steps_per_epoch
         losses, sizes, sums = [], [], 0.0
         # Sums stay on the device, so that no step waits for a number.
@@ -374,8 +371,8 @@ class Trainer:
         cycle = one_cycle(step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * self.params.learning_rate * cycle
-        terms = objective_terms(self.network, batch)
-        loss = objective(terms, self.params, kl_warmup(step, self.steps, self.params.kl_warmup))
+        warmup = kl_warmup(step, self.steps, self.params.kl_warmup)
+        loss, terms = self.objective(batch, warmup)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.params.gradient_clip)

@@ -1,0 +1,316 @@
+"""One model trained by several processes, the ranks: their start and end, sums, shares of a batch.
+
+torchrun starts the ranks and says in the environment who is who. All ranks draw the same batches of
+B samples, and each works on every `size`-th sample of them. Without torchrun there is one rank, and
+nothing here changes a bit.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.gem.common.config import Train
+from pipeline.gem.common.errors import GemError, InputError, StoppedError
+from pipeline.gem.common.processes import end_with_parent
+from pipeline.gem.model.network import Network
+from pipeline.gem.model.objective import Batch, objective, objective_terms
+
+_PROCESSES = "GEM_PROCESSES"  # how many ranks a stage starts itself
+_GRACE_S = 10.0  # for a rank that waits for others and cannot notice a signal
+
+# Who is who.
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_size() -> int:
+    """The ranks on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if size() > 1 else 1
+
+
+def threads(most: int) -> int:
+    """`most`; of several ranks no more than this rank's share of the cores."""
+    return most if size() == 1 else min(most, max(1, (os.cpu_count() or 1) // local_size()))
+
+
+def choose_device(params: Train) -> torch.device:
+    """`auto` prefers CUDA; of several ranks each has a GPU of its own. InputError if `cuda` is set
+    and there is none, or there are fewer GPUs than ranks."""
+    gpus = torch.cuda.device_count()
+    if params.device == "cuda" and not gpus:
+        raise InputError(
+            "params.yaml: train.device is cuda, but torch finds no CUDA device; set auto or cpu"
+        )
+    if params.device == "cpu" or not gpus:
+        return torch.device("cpu")
+    if size() > 1:
+        if local_size() > gpus:
+            raise InputError(
+                f"{local_size()} processes for {gpus} GPUs on this machine; start one process a GPU, or "
+                "set train.device to cpu"
+            )
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return torch.device("cuda")
+
+
+# Start and end.
+
+
+def processes() -> int:
+    """The ranks that this process is to start, from GEM_PROCESSES; 1 in a rank."""
+    text = os.environ.get(_PROCESSES) or "1"
+    if "RANK" in os.environ:
+        return 1
+    if not (text.isdecimal() and int(text) >= 1):
+        raise InputError(f"PROCESSES ({_PROCESSES}) is {text}, expected a whole number from 1")
+    return int(text)
+
+
+def launch(module: str, number: int) -> None:
+    """Runs `python -m module` as `number` ranks on this machine, as torchrun does.
+
+    Exits as the first rank that failed does; it has printed the reason.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if "DVC_STAGE" in os.environ:
+        end_with_parent()
+    logging.disable(logging.CRITICAL)  # the ranks say what happens
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=number,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", module)
+    except SignalException:
+        sys.exit(StoppedError.exit_code)
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        sys.exit(code if code > 0 else StoppedError.exit_code)
+
+
+@contextmanager
+def group() -> Iterator[None]:
+    """Joins the ranks of torchrun. Nothing without torchrun.
+
+    Rank 0 alone logs. The first rank with an error prints it; the others end with the same exit
+    code, without a line.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    end_with_parent()
+    store, rank, size = next(dist.rendezvous("env://"))
+    with _signals_end_this_process(store, rank):
+        try:
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+            if rank:
+                logging.disable(logging.WARNING)
+            yield
+        except BaseException as error:
+            for number in (signal.SIGTERM, signal.SIGINT):  # torchrun ends the other ranks
+                signal.signal(number, signal.SIG_IGN)
+            is_first = _is_first_report(store, rank)
+            if isinstance(error, (GemError, KeyboardInterrupt)) and not is_first:
+                os._exit(getattr(error, "exit_code", StoppedError.exit_code))
+            raise
+        dist.destroy_process_group()
+
+
+def _is_first_report(store: dist.Store, rank: int) -> bool:
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        return store.add(f"gem/errors/{attempt}", 1) == 1
+    except RuntimeError:  # torchrun has ended, and its store with it
+        return rank == 0
+
+
+@contextmanager
+def _signals_end_this_process(store: dist.Store, rank: int) -> Iterator[None]:
+    """Ends the process _GRACE_S after a signal, unless it ends by itself.
+
+    Python runs a signal handler between two of its own instructions, and a rank that waits for
+    another one in a library has none.
+    """
+    receiver, sender = os.pipe()
+    os.set_blocking(sender, False)
+
+    def watch() -> None:
+        while number := os.read(receiver, 1):
+            if number[0] in (signal.SIGTERM, signal.SIGINT):
+                time.sleep(_GRACE_S)
+                if _is_first_report(store, rank):
+                    name = signal.Signals(number[0]).name
+                    print(f"stopped: by {name}; run the same command again", file=sys.stderr)
+                os._exit(StoppedError.exit_code)
+
+    previous = signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+
+
+@contextmanager
+def lost_ranks() -> Iterator[None]:
+    """StoppedError if another rank ends while this one waits for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise StoppedError(f"another of the {size()} processes has ended") from error
+        raise
+
+
+# Sums.
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in place."""
+    if size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def wait_for_all() -> None:
+    if size() > 1:
+        dist.barrier()
+
+
+def require_equal(number: int, what: str) -> None:
+    """InputError unless all ranks have the same number."""
+    if total(torch.tensor([number, number**2])).tolist() != [size() * number, size() * number**2]:
+        raise InputError(
+            f"the {size()} processes have read different {what}; all machines need the same folder"
+        )
+
+
+def seed_dropout(seed: int, epoch: int) -> None:
+    """Dropout of several ranks is drawn from (seed, epoch, rank), so that a fit can resume."""
+    if size() > 1:
+        torch.manual_seed(hash((seed, epoch, rank())))
+
+
+# Shares of a batch.
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a batch of B samples, R with a reference, that one of `size` ranks works on.
+
+    A rank without a sample or reference of its own has a stand-in of weight 0: its gradients exist,
+    as DistributedDataParallel expects, and are zero.
+    """
+
+    batch: Batch
+    weight: float  # size / B times the samples of this rank
+    reference_weight: float  # size / R times the references of this rank
+
+    @classmethod
+    def of(cls, batch: Batch, rank: int, size: int) -> "Share":
+        """Every `size`-th sample from sample `rank`. So the samples with a reference are the first
+        of a share, and spread evenly."""
+        rows, weight = _share_of(len(batch.observed), rank, size)
+        references, reference_weight = _share_of(len(batch.reference), rank, size)
+        metadata, index, partial_metadata = {}, {}, {}
+        for group, rows_of_group in batch.metadata.items():
+            used, index[group] = torch.unique(batch.index[group][rows], return_inverse=True)
+            metadata[group] = rows_of_group[used]
+            if group in batch.partial_metadata:
+                partial_metadata[group] = batch.partial_metadata[group][used]
+            if group == "technical" and len(batch.unseen_study):
+                batch = replace(batch, unseen_study=batch.unseen_study[used])
+        share = replace(
+            batch,
+            observed=batch.observed.rows(rows),
+            metadata=metadata,
+            index=index,
+            target_gene=batch.target_gene[rows],
+            labels=batch.labels[rows],
+            noise=batch.noise.rows(rows)._replace(reference=batch.noise.reference[references]),
+            reference=batch.reference[references],
+            batch_effect=batch.batch_effect[references],
+            partial_metadata=partial_metadata,
+        )
+        return cls(share, weight, reference_weight)
+
+    def weighted(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Terms of this rank whose mean over ranks is the mean over the samples of the batch."""
+        return {
+            name: term * (self.reference_weight if name == "nll_reference" else self.weight)
+            for name, term in terms.items()
+        }
+
+
+def _share_of(samples: int, rank: int, size: int) -> tuple[slice, float]:
+    """(the rows of a rank, `size` / `samples` times their number)"""
+    if rank >= samples:
+        return slice(0, 1), 0.0
+    return slice(rank, None, size), size / samples * len(range(rank, samples, size))
+
+
+class Objective(nn.Module):
+    """The loss of a batch and its unweighted terms: equal numbers on all ranks."""
+
+    def __init__(self, network: Network, params: Train):
+        super().__init__()
+        self.network, self.params = network, params
+
+    def forward(self, batch: Batch, warmup: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """`warmup` as in `objective`. Only the gradients are those of this rank's samples."""
+        if size() == 1:
+            terms = objective_terms(self.network, batch)
+        else:
+            share = Share.of(batch, rank(), size())
+            terms = _mean_over_ranks(share.weighted(objective_terms(self.network, share.batch)))
+        return objective(terms, self.params, warmup), terms
+
+
+def _mean_over_ranks(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The means over ranks, with the gradients of this rank's terms.
+
+    The objective compares the KL divergence of the whole batch with the free bits.
+    """
+    local = torch.cat([term.flatten() for term in terms.values()])
+    mean = total(local.detach().clone()) / size() + (local - local.detach())
+    parts = mean.split([term.numel() for term in terms.values()])
+    return {
+        name: part.reshape(term.shape)
+        for (name, term), part in zip(terms.items(), parts, strict=True)
+    }
+
+
+def parallel(module: Objective) -> nn.Module:
+    """`module`; of several ranks with gradients that are the mean over them."""
+    if size() == 1:
+        return module
+    # A network has parameters that a loss without their term does not use, the same in every step.
+    return DistributedDataParallel(module, forward_sync_buffers=False, static_graph=True)

@@ -64,8 +64,8 @@ def choose_device(params: Train) -> torch.device:
     if size() > 1:
         if local_size() > gpus:
             raise InputError(
-                f"{local_size()} processes for {gpus} GPUs on this machine; start one process a GPU, or "
-                "set train.device to cpu"
+                f"{local_size()} processes for {gpus} GPUs on this machine; start one process a "
+                "GPU, or set train.device to cpu"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device("cuda")

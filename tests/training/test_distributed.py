@@ -26,7 +26,7 @@ DIVERGING = {"train.epochs": 10, "train.patience": 1, "train.learning_rate": 0.4
 
 
 def double(whole):
-    """The batch in float64."""
+    """The batch in float64; latents are float32 all the same."""
 
     def rows(metadata):
         return replace(metadata, values=metadata.values.double())
@@ -71,14 +71,14 @@ def test_gradients_of_all_shares_have_the_mean_of_the_whole_batch(
     terms = [share.weighted(objective_terms(net, share.batch)) for share in shares]
     for name, term in expected_terms.items():
         mean = sum(part[name] for part in terms) / size
-        torch.testing.assert_close(mean, term, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(mean, term, rtol=1e-6, atol=1e-6)
     parts = [gradients(part) for part in terms]
     for name, gradient in expected.items():
         # DistributedDataParallel needs the same parameters on every rank.
         assert all((part[name] is None) == (gradient is None) for part in parts), name
         if gradient is not None:
             mean = sum(part[name] for part in parts) / size
-            torch.testing.assert_close(mean, gradient, rtol=1e-10, atol=1e-12, msg=name)
+            torch.testing.assert_close(mean, gradient, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_shares_are_disjoint_and_leave_out_unused_metadata():

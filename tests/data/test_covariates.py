@@ -123,6 +123,28 @@ def test_without_features_an_embedding_is_a_multilabel():
         encode(encoder, "unseen")
 
 
+def test_a_rare_label_is_reduced_to_its_features():
+    covariate = Embedding.model_validate(EMBEDDING | {"min_count": 2})
+    column = pd.Series(["a", "a", "b", "control", "control"])
+    field = CovariateEncoder.fit("drug", covariate, column, FEATURES)
+    assert field.levels == ("a", "control")
+    assert field.encode_value("b") == {3: 1.0} and field.encode_value("a") == {0: 1.0, 2: 1.0}
+    every = CovariateEncoder.fit("drug", Embedding.model_validate(EMBEDDING), column, FEATURES)
+    assert np.array_equal(field.features.values, every.features.values)
+
+
+def test_a_rare_label_determines_nothing():
+    declared = {"kind": "categorical", "min_count": 2}
+    covariates = {"technical": {"study": declared, "platform": {"kind": "categorical"}}}
+    covariates |= {"biological": {}, "perturbation": {}}
+    samples = pd.DataFrame(
+        {"study": ["s1", "s1", "s2", "s2", "s3", "s3", "s4"], "platform": [*"aabbaab"]}
+    )
+    encoder = MetadataEncoder.fit(samples, Covariates.model_validate(covariates))
+    (dependency,) = encoder.dependencies
+    assert dependency.levels == {"s1": "a", "s2": "b", "s3": "a"}
+
+
 def test_labels_that_are_numbers_have_features():
     features = FeatureTable(("1", "2", "3"), np.array([[0.0], [2.0], [4.0]], dtype=np.float32))
     samples = pd.DataFrame({"drug": [1.0, 2.0, np.nan]})

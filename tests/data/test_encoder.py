@@ -204,6 +204,27 @@ def test_an_unknown_value_is_missing_on_request(training, kind, value):
     assert not encode(encoder_of(training, kind), [value], unknown="missing").any()
 
 
+def test_a_label_in_fewer_training_samples_than_min_count_is_unknown():
+    column = ["a", "a", "b", "b", "rare", None]
+    encoder = encoder_of(column, CATEGORICAL | {"min_count": 2})
+    assert encoder.fields[0].levels == ("a", "b")
+    assert encode(encoder, ["b", "rare"], unknown="missing").tolist() == [[0, 1], [0, 0]]
+    assert encoder.labels(pd.DataFrame({"x": column}))["x"].tolist() == [0, 0, 1, 1, -1, -1]
+    message = "x, row 0: 'rare' was in fewer than 2 samples; known: a, b"
+    with pytest.raises(InputError, match=message):
+        encode(encoder, ["rare"])
+    kept = encoder.without_rare(pd.DataFrame({"x": column}))["x"]
+    assert kept.isna().tolist() == [False] * 4 + [True] * 2
+
+
+def test_of_several_labels_the_rare_one_alone_is_missing():
+    encoder = encoder_of(["a|b", "a|b", "b|rare", "b"], MULTILABEL | {"min_count": 2})
+    codes = encode(encoder, ["a|rare", "rare", "b"], unknown="missing")
+    assert codes.tolist() == [[1, 0], [0, 0], [0, 1]]
+    with pytest.raises(InputError, match="in fewer than 2 samples"):
+        encode(encoder, ["a|rare"])
+
+
 def test_an_invalid_quantity_is_an_error_even_if_unknown_values_are_missing():
     with pytest.raises(InputError, match="x, row 1: 'old'"):
         encode(encoder_of([1.0, 2.0], LINEAR), ["1", "old"], unknown="missing")

@@ -5,15 +5,19 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.sparse import csr_array, hstack
 from sklearn.linear_model import Ridge as SklearnRidge
 from support.encoding import dense
 
 from pipeline.gem.common.config import GROUPS, Covariates, Data
 from pipeline.gem.data.encoder import MetadataEncoder
+from pipeline.gem.evaluation import baselines
 from pipeline.gem.evaluation.baselines import (
     RIDGE_PENALTIES,
     Additive,
     AdditiveNearest,
+    ClosedForm,
+    ConjugateGradients,
     GroupMeans,
     MatchedMean,
     PerturbedMean,
@@ -129,6 +133,45 @@ def test_ridge_without_a_selection_split_has_penalty_one(encoder, samples, expre
     expected = sklearn_ridge(encoder, 1.0, samples, expression, samples)
     assert ridge.penalty == 1.0
     np.testing.assert_allclose(ridge.predict(samples), expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.fixture
+def wide(rng) -> tuple[csr_array, np.ndarray]:
+    """(design of four factors with 230 levels and a number, expression of 70 genes)"""
+    factors = [csr_array(np.eye(levels)[rng.integers(0, levels, 400)]) for levels in (150, 70, 10)]
+    design = hstack([*factors, csr_array(rng.normal(size=(400, 1)))], format="csr")
+    effects = rng.normal(size=(design.shape[1], 70))
+    return design, (design @ effects + rng.normal(size=(400, 70)) + 5).astype(np.float32)
+
+
+@pytest.mark.parametrize("penalty", [0.01, 1.0, 1000.0])
+def test_conjugate_gradients_solve_the_system_of_the_closed_form(wide, penalty):
+    design, expression = wide
+    solved, expected = (
+        solver(design, expression).solve(penalty) for solver in (ConjugateGradients, ClosedForm)
+    )
+    assert solved.shape == expected.shape == (231, 70)
+    centred = design.toarray() - design.mean(axis=0)
+    np.testing.assert_allclose(centred @ solved, centred @ expected, rtol=0, atol=1e-4)
+
+
+def test_both_solvers_select_the_same_penalty(wide):
+    design, expression = wide
+    train, others = slice(0, 300), slice(300, 400)
+    penalties = [
+        solver(design[train], expression[train]).best_penalty(design[others], expression[others])
+        for solver in (ConjugateGradients, ClosedForm)
+    ]
+    assert penalties[0] == penalties[1] and RIDGE_PENALTIES[0] < penalties[0] < RIDGE_PENALTIES[-1]
+
+
+def test_a_wide_ridge_predicts_as_a_narrow_one(encoder, samples, expression, monkeypatch):
+    selection = samples.iloc[50:80], expression[50:80]
+    narrow = Ridge.fit(encoder, samples.iloc[:50], expression[:50], selection)
+    monkeypatch.setattr(baselines, "CLOSED_FORM_COLUMNS", 0)
+    wide = Ridge.fit(encoder, samples.iloc[:50], expression[:50], selection)
+    assert wide.penalty == narrow.penalty
+    np.testing.assert_allclose(wide.predict(samples), narrow.predict(samples), atol=2e-5)
 
 
 def test_ridge_treats_an_unknown_level_as_missing(encoder, samples, expression):

@@ -1,11 +1,13 @@
 """Notes on labels: what is merged, what looks alike, what looks missing."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
 from support.designs import declare_data
 
-from pipeline.gem.preparation.label_notes import label_notes
+from pipeline.gem.preparation.label_notes import label_notes, rare_label_notes
 
 LABELS = [f"drug{letter}" for letter in "ABCDEF"]
 
@@ -93,3 +95,21 @@ def test_many_and_enormous_labels_are_one_line_each(notes_of):
     cells = [f"{letter}{'x' * 10**4}{number}" for number in range(9) for letter in "Aa"]
     (note,) = notes_of(cells)
     assert len(note) <= 300 and "(9 in all)" in note
+
+
+@pytest.mark.parametrize(
+    ("kind", "cells", "note"),
+    [
+        ("categorical", list("aaabbc"), "x: 2 of 3 labels .* min_count = 3 .*; 3 of 6 training"),
+        ("multilabel", ["a|b", "a", "a|c", None], "x: 2 of 3 labels .*; 2 of 4 training"),
+        ("categorical", list("aaabbb"), None),
+    ],
+)
+def test_labels_below_min_count_and_their_samples_are_counted(params, kind, cells, note):
+    covariates = {"technical": {}, "biological": {}, "perturbation": {}}
+    covariates["biological"]["x"] = {"kind": kind, "min_count": 3}
+    none = {"control": None, "context_columns": [], "study_column": None, "date_column": None}
+    data = declare_data(params.data, covariates=covariates, **none)
+    notes = rare_label_notes(pd.DataFrame({"x": cells}), data)
+    assert len(notes) == (note is not None)
+    assert all(re.search(note, line) for line in notes)

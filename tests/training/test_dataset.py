@@ -1,5 +1,6 @@
 """Training samples as tensors: encoding, references, spread of studies, latent sizes."""
 
+from copy import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 from support.networks import dense
 
+from pipeline.gem.common.config import Data
 from pipeline.gem.data.splits import TRAIN
-from pipeline.gem.training.dataset import study_spread
+from pipeline.gem.training.dataset import TrainingData, study_spread
 
 
 def test_every_sample_points_at_its_own_metadata_row(cohort, data):
@@ -73,3 +75,19 @@ def test_unset_technical_latents_become_the_number_of_technical_columns_within_b
     assert resolved.model.latent.technical == size
     assert resolved.model.latent.biological == params.model.latent.biological
     assert other.resolve_latent_sizes(params) is params, "a set number stays"
+
+
+def test_a_combination_with_a_label_below_min_count_is_extrapolated(cohort):
+    """The encoder treats the label as missing, and so do the training support and the heads."""
+    counts = cohort.rows([TRAIN])["cell_type"].value_counts()
+    declared = cohort.declared.model_dump(mode="json")
+    declared["covariates"]["biological"]["cell_type"]["min_count"] = int(counts.iloc[-1]) + 1
+    other = copy(cohort)
+    other.declared = Data.model_validate(declared)
+    other_data = TrainingData.load(other, torch.device("cpu"))
+    encoder, support = other_data.encoder, other_data.training_support
+    query = cohort.rows([TRAIN]).drop_duplicates("cell_type")
+    rare = (query["cell_type"].map(counts) == counts.iloc[-1]).to_numpy()
+    assert rare.any() and not rare.all()
+    assert (support.is_extrapolated(query) == rare).all()
+    assert ((encoder.labels(query)["cell_type"] < 0) == rare).all()

@@ -121,13 +121,17 @@ class Synthesize(Frozen):
         return self
 
 
-class Categorical(Frozen):
+class Labels(Frozen):
+    min_count: Count = 1  # labels in fewer training samples are unknown to the model
+
+
+class Categorical(Labels):
     """One label: encoded one-hot."""
 
     kind: Literal["categorical"]
 
 
-class Multilabel(Frozen):
+class Multilabel(Labels):
     """Several labels, "a|b": encoded multi-hot."""
 
     kind: Literal["multilabel"]
@@ -165,7 +169,7 @@ class Quantity(Numeric):
         return None if self.unit == "any" else self.unit
 
 
-class Embedding(Frozen):
+class Embedding(Labels):
     """One label or several, with features in a table: their sum, beside a multi-hot identity."""
 
     kind: Literal["embedding"]
@@ -192,27 +196,20 @@ class Covariates(Frozen):
 
     def embeddings(self) -> dict[str, str]:
         """Path of the feature table by covariate."""
-        return {
-            name: covariate.table
-            for name, covariate in self.all().items()
-            if covariate.kind == "embedding"
-        }
+        covariates = self.all().items()
+        return {name: each.table for name, each in covariates if each.kind == "embedding"}
 
     def identities(self) -> "Covariates":
         """The same with each embedding as a multilabel, without features."""
-        labels = dict.fromkeys(self.embeddings(), Multilabel(kind="multilabel"))
-        groups = {group: getattr(self, group) for group in GROUPS}
-        return self.model_copy(
-            update={
-                group: declared | {name: labels[name] for name in declared.keys() & labels}
-                for group, declared in groups.items()
-            }
-        )
+        groups = {group: dict(getattr(self, group)) for group in GROUPS}
+        for fields in groups.values():
+            for name in fields.keys() & self.embeddings():
+                fields[name] = Multilabel(kind="multilabel", min_count=fields[name].min_count)
+        return self.model_copy(update=groups)
 
     def all(self) -> dict[str, Covariate]:
-        return {
-            name: covariate for group in GROUPS for name, covariate in getattr(self, group).items()
-        }
+        groups = (getattr(self, group) for group in GROUPS)
+        return {name: covariate for group in groups for name, covariate in group.items()}
 
 
 class Control(Frozen):
@@ -378,8 +375,9 @@ class Params(Frozen):
     tracking: Tracking
 
     def flat(self, *sections: str) -> dict[str, object]:
-        """Values by dotted name, of the named sections (of all if none is named)."""
-        return flatten(self.model_dump(mode="json", include=set(sections) or None))
+        """Values of the named sections (of all if none is named) by dotted name, no defaults."""
+        dump = self.model_dump(mode="json", include=set(sections) or None, exclude_defaults=True)
+        return flatten(dump)
 
     def override(self, changes: Mapping[str, object]) -> "Params":
         """A validated copy with the changes (by dotted name)."""

@@ -3,6 +3,7 @@
 Both are learned from the training split alone.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from pipeline.gem.common.config import Covariate, Numeric
+from pipeline.gem.common.config import Covariate, Labels, Numeric
 from pipeline.gem.common.errors import did_you_mean
 from pipeline.gem.data.features import CLIP, FeatureTable
 from pipeline.gem.data.labels import cell_value, label_text, label_texts, split_labels
@@ -89,11 +90,10 @@ class CovariateEncoder:
     ) -> "CovariateEncoder":
         """The encoder of a column of the training split."""
         if not isinstance(covariate, Numeric):
-            labels = set(label_texts(column).dropna())
-            if covariate.kind != "categorical":
-                labels = {label for text in labels for label in split_labels(text)}
-            standardised = features.standardise(labels) if features else None
-            return cls(name, covariate, tuple(sorted(labels)), features=standardised)
+            counts = label_counts(column, covariate)
+            standardised = features.standardise(set(counts)) if features else None
+            levels = sorted(label for label, n in counts.items() if n >= covariate.min_count)
+            return cls(name, covariate, tuple(levels), features=standardised)
         quantities = [
             parse_quantity(value, covariate.plain_unit)
             for value in map(cell_value, column)
@@ -116,7 +116,7 @@ class CovariateEncoder:
         A value that is not in the training split is an error if `unknown` is "refuse".
         """
         try:
-            code = self.encode_value(value)
+            code = self.encode_value(value, unknown)
         except ValueError as error:
             return None, str(error)
         if code is not None or unknown != "refuse":
@@ -126,27 +126,38 @@ class CovariateEncoder:
                 dimension_name(level, with_units=True) for level in self.levels
             )
             return None, f"{cell_repr(value)} has another dimension than in training: {dimensions}"
-        suggestion = did_you_mean(value, self.known_labels)
+        suggestion, least = did_you_mean(value, self.known_labels), self.covariate.min_count
+        rarity = "never seen in training" if least == 1 else f"in fewer than {least} samples"
         return None, (
-            f"{cell_repr(value)} was never seen in training{suggestion} "
-            "(or treat unknown values as missing)"
+            f"{cell_repr(value)} was {rarity}{suggestion} (or treat unknown values as missing)"
         )
 
-    def encode_value(self, value: object) -> Entries | None:
+    def encode_value(self, value: object, unknown: str = "refuse") -> Entries | None:
         """Entries of a value that is not missing; None if the value is unknown.
 
-        ValueError if a numeric covariate is no quantity.
+        Of several labels one that is unknown makes the value unknown, unless it may be missing
+        and rare labels are unknown by declaration. ValueError if a numeric covariate is no
+        quantity.
         """
         if isinstance(self.covariate, Numeric):
             return self._encode_quantity(value)
-        categorical = self.covariate.kind == "categorical"
-        labels = [label_text(value)] if categorical else split_labels(value)
         levels, rows = self._level_positions, self._feature_rows
-        if any(label not in levels and label not in rows for label in labels):
+        labels = [label for label in self._labels(value) if label in levels or label in rows]
+        is_partial = unknown == "missing" and self.covariate.min_count > 1
+        if not self.knows(value) and not (is_partial and labels):
             return None
         columns = [levels[label] for label in labels if label in levels]
         columns += [self.first_features + rows[label] for label in labels if label in rows]
         return dict.fromkeys(sorted(columns), 1.0)
+
+    def knows(self, value: object) -> bool:
+        """Whether all labels of a value have an encoding."""
+        levels, rows = self._level_positions, self._feature_rows
+        return all(label in levels or label in rows for label in self._labels(value))
+
+    def _labels(self, value: object) -> list[str]:
+        categorical = self.covariate.kind == "categorical"
+        return [label_text(value)] if categorical else split_labels(value)
 
     def _encode_quantity(self, value: object) -> Entries | None:
         number, dimension = parse_quantity(value, self.covariate.plain_unit)
@@ -163,6 +174,18 @@ class CovariateEncoder:
         """(N,) position of each value among the levels, -1 if missing or no level."""
         positions = [self._level_positions.get(text, -1) for text in label_texts(column)]
         return np.array(positions, dtype=np.int64)
+
+
+def label_counts(column: pd.Series, covariate: Labels) -> Counter[str]:
+    """The number of samples of each label."""
+    counts = Counter(label_texts(column).dropna())
+    if covariate.kind == "categorical":
+        return counts
+    labels: Counter[str] = Counter()
+    for text, number in counts.items():
+        for label in dict.fromkeys(split_labels(text)):
+            labels[label] += number
+    return labels
 
 
 def to_scale(number: float, scale: str, offset: float) -> float:
@@ -212,6 +235,10 @@ def functional_dependencies(
     """
     labelled = [field for field in fields if field.covariate.kind in ("categorical", "embedding")]
     texts = {field.name: label_texts(samples[field.name]) for field in labelled}
+    texts |= {
+        field.name: texts[field.name].where(texts[field.name].isin(field.levels))
+        for field in labelled
+    }
     dependencies = []
     for source in labelled:
         for target in labelled:

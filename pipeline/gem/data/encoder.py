@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
 
-from pipeline.gem.common.config import GROUPS, Covariates
+from pipeline.gem.common.config import GROUPS, Covariates, Labels
 from pipeline.gem.common.errors import InputError, examples
 from pipeline.gem.data.covariates import (
     Cells,
@@ -25,7 +25,7 @@ from pipeline.gem.data.covariates import (
     functional_dependencies,
 )
 from pipeline.gem.data.features import FeatureTable
-from pipeline.gem.data.labels import distinct_cells
+from pipeline.gem.data.labels import distinct_cells, label_texts
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,16 @@ class MetadataEncoder:
                 except ValueError as error:
                     problems.append(f"{name}: {error}")
         return cells
+
+    def without_rare(self, samples: pd.DataFrame) -> pd.DataFrame:
+        """Training samples with missing values where a label is too rare to be known."""
+        changed = {}
+        for field in self.fields:
+            if isinstance(field.covariate, Labels) and field.covariate.min_count > 1:
+                texts = label_texts(samples[field.name])
+                known = {text for text in texts.dropna().unique() if field.knows(text)}
+                changed[field.name] = texts.where(texts.isin(known))
+        return samples.assign(**changed)
 
     def labels(self, samples: pd.DataFrame) -> dict[str, np.ndarray]:
         """(N,) class index per classifier head, -1 if missing or unknown."""

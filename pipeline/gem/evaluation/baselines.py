@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_array, hstack
+from scipy.sparse.linalg import LinearOperator, cg
 
 from pipeline.gem.common.config import GROUPS, Data
 from pipeline.gem.data.encoder import MetadataEncoder
@@ -15,6 +17,9 @@ from pipeline.gem.data.labels import join_keys, label_key
 from pipeline.gem.data.references import SampleGroups
 
 RIDGE_PENALTIES = tuple(10.0**power for power in np.arange(-2, 4.5, 0.5))
+CLOSED_FORM_COLUMNS = 2048  # above, a decomposition takes longer than conjugate gradients
+CG_TOLERANCE, CG_GENES = 1e-6, 64
+_NEAREST_ROWS = 1024
 
 
 def training_mean(train: np.ndarray, rows: int) -> np.ndarray:
@@ -31,7 +36,6 @@ class Ridge:
 
     encoder: MetadataEncoder
     coefficients: np.ndarray  # (D, G)
-    centre: np.ndarray  # (D,)
     intercept: np.ndarray  # (G,)
     penalty: float
 
@@ -43,33 +47,132 @@ class Ridge:
         expression: np.ndarray,
         selection: tuple[pd.DataFrame, np.ndarray] | None,
     ) -> "Ridge":
-        """The penalty with the least mse on `selection` (samples, expression); 1 without it."""
-        design = cls._design(encoder, samples)
-        centre, intercept = design.mean(axis=0), expression.mean(axis=0, dtype=np.float64)
-        values, vectors = np.linalg.eigh((design - centre).T @ (design - centre))
-        projected = vectors.T @ ((design - centre).T @ (expression - intercept))
+        """The penalty with the least mse on `selection` (samples, expression); 1 without it.
 
-        def solve(penalty: float) -> "Ridge":
-            coefficients = vectors @ (projected / (values.clip(0) + penalty)[:, None])
-            return cls(encoder, coefficients, centre, intercept, penalty)
-
-        def mse(ridge: "Ridge") -> float:
-            return float(np.mean((ridge.predict(selection[0]) - selection[1]) ** 2))
-
-        if selection is None:
-            return solve(1.0)
-        return min((solve(penalty) for penalty in RIDGE_PENALTIES), key=mse)
-
-    @staticmethod
-    def _design(encoder: MetadataEncoder, samples: pd.DataFrame) -> np.ndarray:
-        encoded = encoder.encode(samples, unknown="missing")
-        parts = [encoded[group].matrix().toarray() for group in GROUPS]
-        return np.concatenate(parts, axis=1).astype(np.float64)
+        In closed form up to CLOSED_FORM_COLUMNS columns, by conjugate gradients above.
+        """
+        design = one_hot_design(encoder, samples)
+        is_wide = design.shape[1] > CLOSED_FORM_COLUMNS
+        solver = ConjugateGradients if is_wide else ClosedForm
+        least_squares = solver(design, expression)
+        penalty = 1.0
+        if selection is not None:
+            penalty = least_squares.best_penalty(
+                one_hot_design(encoder, selection[0]), selection[1]
+            )
+        coefficients = least_squares.solve(penalty)
+        mean = expression.mean(axis=0, dtype=np.float64)
+        return cls(encoder, coefficients, mean - least_squares.centre @ coefficients, penalty)
 
     def predict(self, samples: pd.DataFrame) -> np.ndarray:
         """(N, G)"""
-        design = self._design(self.encoder, samples)
-        return (design - self.centre) @ self.coefficients + self.intercept
+        return one_hot_design(self.encoder, samples) @ self.coefficients + self.intercept
+
+
+def one_hot_design(encoder: MetadataEncoder, samples: pd.DataFrame) -> csr_array:
+    """(N, D) float64"""
+    encoded = encoder.encode(samples, unknown="missing")
+    return hstack([encoded[group].matrix() for group in GROUPS], format="csr", dtype=np.float64)
+
+
+class ClosedForm:
+    """Ridge regression of expression (N, G) on a centred design (N, D), for all penalties from one
+    decomposition of the Gram matrix."""
+
+    def __init__(self, design: csr_array, expression: np.ndarray):
+        self.design, self.expression, self.centre = design, expression, design.mean(axis=0)
+        self.mean = expression.mean(axis=0, dtype=np.float64)
+        gram = (design.T @ design).toarray()
+        gram -= len(expression) * np.outer(self.centre, self.centre)
+        self.values, self.vectors = np.linalg.eigh(gram)
+        self.projected = self.vectors.T @ (design.T @ (expression - self.mean))
+
+    def solve(self, penalty: float) -> np.ndarray:
+        """(D, G) coefficients"""
+        return self.vectors @ (self.projected / (self.values.clip(0) + penalty)[:, None])
+
+    def best_penalty(self, design: csr_array, expression: np.ndarray) -> float:
+        """The penalty with the least mse on other samples."""
+
+        def mse(penalty: float) -> float:
+            coefficients = self.solve(penalty)
+            intercept = self.mean - self.centre @ coefficients
+            return float(np.mean((design @ coefficients + intercept - expression) ** 2))
+
+        return min(RIDGE_PENALTIES, key=mse)
+
+
+class ConjugateGradients:
+    """As ClosedForm, by conjugate gradients with the inverse diagonal as preconditioner.
+
+    Time grows with the entries of the design, memory with D times the genes of a block: the systems
+    of several genes are solved as one. Relative to the right side, the residual is at most
+    CG_TOLERANCE.
+    """
+
+    def __init__(self, design: csr_array, expression: np.ndarray):
+        self.design, self.expression, self.centre = design, expression, design.mean(axis=0)
+        self.transposed = design.T.tocsr()
+        self.squares = design.power(2).sum(axis=0) - len(expression) * self.centre**2
+
+    def solve(self, penalty: float) -> np.ndarray:
+        """(D, G) float32 coefficients"""
+        columns, genes = self.design.shape[1], self.expression.shape[1]
+        coefficients = np.empty((columns, genes), dtype=np.float32)
+        for start in range(0, genes, CG_GENES):
+            block = slice(start, start + CG_GENES)
+            coefficients[:, block] = self._solve(penalty, self._right_side(block), CG_TOLERANCE)
+        return coefficients
+
+    def best_penalty(self, design: csr_array, expression: np.ndarray) -> float:
+        """The penalty with the least mse on other samples, over at most CG_GENES genes spread over
+        all. From the largest on, the first that is better than the next: each starts from the
+        solution of the last."""
+        genes = np.unique(np.linspace(0, expression.shape[1] - 1, CG_GENES).astype(int))
+        mean = self.expression[:, genes].mean(axis=0, dtype=np.float64)
+        right, coefficients = self._right_side(genes), None
+        best, least = RIDGE_PENALTIES[-1], np.inf
+        for penalty in RIDGE_PENALTIES[::-1]:
+            coefficients = self._solve(penalty, right, 100 * CG_TOLERANCE, coefficients)
+            predicted = design @ coefficients + (mean - self.centre @ coefficients)
+            mse = float(np.mean((predicted - expression[:, genes]) ** 2))
+            if mse > least:
+                break
+            best, least = penalty, mse
+        return best
+
+    def _right_side(self, genes: slice | np.ndarray) -> np.ndarray:
+        """(D, genes)"""
+        values = self.expression[:, genes].astype(np.float64)
+        return self.transposed @ (values - values.mean(axis=0))
+
+    def _solve(
+        self, penalty: float, right: np.ndarray, tolerance: float, start: np.ndarray | None = None
+    ) -> np.ndarray:
+        """(D, genes)"""
+        shape, samples = right.shape, self.design.shape[0]
+        diagonal = (self.squares + penalty)[:, None]
+
+        def product(flat: np.ndarray) -> np.ndarray:
+            values = flat.reshape(shape)
+            result = self.transposed @ (self.design @ values) + penalty * values
+            result -= np.outer(samples * self.centre, self.centre @ values)
+            return result.reshape(-1)
+
+        def precondition(flat: np.ndarray) -> np.ndarray:
+            return (flat.reshape(shape) / diagonal).reshape(-1)
+
+        size = (right.size, right.size)
+        flat, failure = cg(
+            LinearOperator(size, product, dtype=np.float64),
+            right.reshape(-1),
+            None if start is None else start.reshape(-1),
+            rtol=tolerance,
+            M=LinearOperator(size, precondition, dtype=np.float64),
+        )
+        if failure:
+            raise RuntimeError(f"ridge: no solution for the penalty {penalty:g}")
+        return flat.reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -176,7 +279,7 @@ class EffectsByContext:
 
     treatments: pd.Index  # (T,)
     contexts: pd.Index  # (C,)
-    measured: np.ndarray  # (T, C) bool
+    measured: csr_array  # (T, C) bool
     effects: pd.DataFrame  # (measured pairs, G), by treatment * C + context
 
     @classmethod
@@ -185,8 +288,8 @@ class EffectsByContext:
     ) -> "EffectsByContext":
         rows, treatments = pd.factorize(treatment.to_numpy(), sort=True)
         columns, contexts = pd.factorize(context.to_numpy(), sort=True)
-        measured = np.zeros((len(treatments), len(contexts)), dtype=bool)
-        measured[rows, columns] = True
+        shape = len(treatments), len(contexts)
+        measured = csr_array((np.ones(len(rows), dtype=bool), (rows, columns)), shape=shape)
         effects = pd.DataFrame(shifts).groupby(rows * len(contexts) + columns).mean()
         return cls(pd.Index(treatments), pd.Index(contexts), measured, effects)
 
@@ -198,14 +301,17 @@ class EffectsByContext:
         NaN rows where the treatment is unknown, or no similarity to such a context. A tie goes to
         the first name.
         """
-        row = self.treatments.get_indexer(treatment)
-        closeness = similarity.reindex(index=context, columns=self.contexts).fillna(-np.inf)
-        same = context.to_numpy()[:, None] == self.contexts.to_numpy()
-        closeness = np.where(same, np.inf, closeness.to_numpy())  # (N, C)
-        closeness = np.where(self.measured[row], closeness, -np.inf)
-        # -1 is no key: no similarity is known, or the treatment is unknown (row -1).
-        pair = row * len(self.contexts) + closeness.argmax(axis=1)
-        pair = np.where(closeness.max(axis=1) > -np.inf, pair, -1)
+        row, own = self.treatments.get_indexer(treatment), self.contexts.get_indexer(context)
+        profile = similarity.index.get_indexer(context)
+        table = similarity.reindex(columns=self.contexts).fillna(-np.inf).to_numpy()
+        pair = np.full(len(row), -1)  # no key: no similarity is known, or the treatment is unknown
+        for start in range(0, len(row), _NEAREST_ROWS):  # memory would grow with N C
+            block = start + np.flatnonzero(row[start : start + _NEAREST_ROWS] >= 0)
+            closeness = np.where(profile[block, None] >= 0, table[profile[block]], -np.inf)
+            closeness[own[block, None] == np.arange(len(self.contexts))] = np.inf
+            closeness[~self.measured[row[block]].toarray()] = -np.inf
+            nearest = row[block] * len(self.contexts) + closeness.argmax(axis=1)
+            pair[block] = np.where(closeness.max(axis=1) > -np.inf, nearest, -1)
         return self.effects.reindex(pair).to_numpy()
 
 

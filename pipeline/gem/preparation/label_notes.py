@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterable, Iterator
 
 import pandas as pd
 
-from pipeline.gem.common.config import Data, Numeric
+from pipeline.gem.common.config import Data, Labels, Numeric
 from pipeline.gem.common.logs import printable
+from pipeline.gem.data.covariates import label_counts
 from pipeline.gem.data.labels import (
     SEPARATOR,
     LabelForm,
     cell_value,
     label_text,
+    label_texts,
     looks_missing,
     normal_text,
     split_labels,
@@ -50,6 +52,28 @@ def label_notes(samples: pd.DataFrame, data: Data) -> list[str]:
         else:
             own_notes = _notes_of_column(name, Counter(_written(samples[name])), form)
         notes += [f"{name}: {note}" for note in own_notes]
+    return list(map(printable, notes))
+
+
+def rare_label_notes(training: pd.DataFrame, data: Data) -> list[str]:
+    """Notes on the labels that are in fewer training samples than `min_count`."""
+    notes = []
+    for name, covariate in data.covariates.all().items():
+        if not isinstance(covariate, Labels) or covariate.min_count == 1:
+            continue
+        counts = label_counts(training[name], covariate)
+        rare = {label for label, number in counts.items() if number < covariate.min_count}
+        if rare:
+            texts = label_texts(training[name]).dropna()
+            is_single = covariate.kind == "categorical"
+            samples = sum(
+                not rare.isdisjoint([text] if is_single else split_labels(text)) for text in texts
+            )
+            notes.append(
+                f"{name}: {len(rare):,} of {len(counts):,} labels are in fewer than min_count = "
+                f"{covariate.min_count} training samples and unknown to the model; {samples:,} of "
+                f"{len(training):,} training samples have one"
+            )
     return list(map(printable, notes))
 
 

@@ -35,7 +35,7 @@ from pipeline.gem.preparation.annotations import (
 )
 from pipeline.gem.preparation.assign_splits import assign_splits
 from pipeline.gem.preparation.gene_selection import select_genes
-from pipeline.gem.preparation.label_notes import label_notes
+from pipeline.gem.preparation.label_notes import label_notes, rare_label_notes
 from pipeline.gem.preparation.leakage import check_duplicate_samples, check_split_leakage
 from pipeline.gem.preparation.qc import summarise_counts
 from pipeline.gem.preparation.shuffle import RoleSamples, write_shuffled_shards
@@ -65,6 +65,7 @@ def write_cohort(source: Source, data: Data, params: Splits, folder: Path) -> di
     genes, gene_notes = select_genes(source, summary, annotations.gene_list, targets, data)
     notes += gene_notes + _note_untracked_tables(data)
     notes += match_annotations(annotations, samples[kept], data, split[kept] == TRAIN)
+    notes += rare_label_notes(samples[kept & (split == TRAIN)], data)
 
     roles = {}
     for role, names in SPLIT_ROLES.items():

@@ -134,7 +134,7 @@ class TrainingData:
             encoder=encoder,
             genes=cohort.genes,
             targets=TargetGenes.from_cohort(cohort),
-            training_support=TrainingSupport.from_samples(samples, declared),
+            training_support=TrainingSupport.from_samples(encoder.without_rare(samples), declared),
             label_form=LabelForm.of(declared),
             train=train,
             moments=train.expression.moments(),

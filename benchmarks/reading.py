@@ -10,6 +10,7 @@ Run     make benchmark     (or python -m benchmarks.reading --samples 50000 2000
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -41,7 +42,7 @@ STAGES = ("prepare", "train", "evaluate", "predict")
 LEVELS = {"tissue": 6, "cell_type": 20, "perturbation": 200}
 SAMPLES_PER_STUDY = 400
 POOL = 4096  # rows; two random ones are added for each sample
-STEPS, BATCH = 40, 256
+STEPS, BATCH = 20, 256
 COVARIATES = {
     "technical": {"study": {"kind": "categorical"}},
     "biological": {name: {"kind": "categorical"} for name in ("tissue", "cell_type")},
@@ -73,24 +74,52 @@ def main() -> None:
                 seconds, peak = measure_stage(stage, folder)
                 size = f"{peak / 2**20:8,.0f} MiB"
                 print(f"{stage:>12}  {size}  {seconds:8,.0f} s of processor time", flush=True)
-            if "prepare" in options.stages:
-                print_rates(Cohort(folder / "cohort"), options.turns)
+            if options.turns:
+                print_rates(Cohort(folder / "cohort"), benchmark_params(folder), options.turns)
 
 
-def print_rates(cohort: Cohort, turns: int) -> None:
-    resident, streamed = (TrainingData.load(cohort, CPU, memory=size) for size in (1e12, 0))
-    rates: dict[str, list[float]] = {"resident": [], "streamed": []}
-    for turn in range(turns):
-        for kind, data in zip(rates, (resident, streamed), strict=True):
-            start, number = time.process_time(), 0
-            for rows, observed in data.train.expression.batches(0, turn, BATCH):
-                first = rows[: BATCH // 4]
-                chosen = data.references.draw(first, torch.Generator().manual_seed(turn))
-                data.train.expression.references(chosen, first, observed)
-                number += len(rows)
-            rates[kind].append(number / (time.process_time() - start))
-    for kind, values in rates.items():
-        print(f"{kind:>12}  {summary(values, ',.0f')} samples a second of processor time")
+def print_rates(cohort: Cohort, params: Params, turns: int) -> None:
+    """Samples a second of processor time: of batches alone, and of training steps, whose first
+    batch waits for a whole buffer of row groups."""
+    torch.set_num_threads(1)
+    trainers = {}
+    for kind, memory in (("resident", math.inf), ("streamed", 0)):
+        data = TrainingData.load(cohort, CPU, memory=memory)
+        gem = build_model(data, params)
+        gem.network.initialise(data.moments)
+        trainers[kind] = Trainer(data, params.train, gem, torch.Generator().manual_seed(0))
+    buffer_steps = 16 * rows_per_group(len(cohort.genes)) // BATCH
+    for name, steps, run in (("batches", None, read), ("training", buffer_steps, take_steps)):
+        rates: dict[str, list[float]] = {kind: [] for kind in trainers}
+        for turn in range(turns):
+            for kind, trainer in trainers.items():
+                start = time.process_time()
+                samples = run(trainer, turn, steps)
+                rates[kind].append(samples / (time.process_time() - start))
+        for kind, values in rates.items():
+            print(f"{name:>12}  {kind}  {summary(values, ',.0f')} samples a second", flush=True)
+        ratios = [slow / fast for fast, slow in zip(*rates.values(), strict=True)]
+        print(f"{name:>12}  streamed / resident  {summary(ratios, '.2f')}", flush=True)
+
+
+def read(trainer: Trainer, epoch: int, steps: int | None) -> int:
+    """Reads the batches of an epoch with their references; returns the number of samples."""
+    data, samples = trainer.data, 0
+    for rows, observed in islice(data.train.expression.batches(0, epoch, BATCH), steps):
+        first = rows[: BATCH // 4]
+        chosen = data.references.draw(first, torch.Generator().manual_seed(epoch))
+        data.train.expression.references(chosen, first, observed)
+        samples += len(rows)
+    return samples
+
+
+def take_steps(trainer: Trainer, epoch: int, steps: int | None) -> int:
+    """Trains; returns the number of samples."""
+    samples = 0
+    for step, batch in enumerate(islice(trainer.batches(epoch), steps)):
+        trainer._step(batch, step)
+        samples += len(batch.observed)
+    return samples
 
 
 def benchmark_params(folder: Path) -> Params:
@@ -161,8 +190,7 @@ def train(params: Params, folder: Path) -> None:
     gem = build_model(data, params)
     gem.network.initialise(data.moments)
     trainer = Trainer(data, params.train, gem, torch.Generator().manual_seed(0))
-    for step, batch in enumerate(islice(trainer.batches(1), STEPS)):
-        trainer._step(batch, step)
+    take_steps(trainer, 1, STEPS)
     trainer._validation_metrics()
     gem.save(folder / "model.safetensors")
 

@@ -89,9 +89,10 @@ format: environment  ## format the code
 	python -m ruff check --fix .
 	python -m ruff format .
 
-benchmark: environment  ## measure the speed of training and prediction against plain loops (some minutes)
+benchmark: environment  ## speed of training, prediction and reading, and their memory (some minutes)
 	python -m benchmarks.training
 	python -m benchmarks.prediction
+	python -m benchmarks.reading
 
 realism: environment  ## compare the simulated cohort with real ones: statistics and a figure
 	python -m benchmarks.realism

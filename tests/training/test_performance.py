@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from support.networks import METADATA_SIZES
 from support.settings import ROOT
 
 from benchmarks.plain_loop import PlainGEM
+from benchmarks.training import LOOPS, SIZES, build_loops, compare
 from pipeline.gem.common.config import GROUPS
 
 
@@ -36,3 +39,13 @@ def test_threads_of_a_stage_do_not_spin_while_they_wait():
     command = [sys.executable, "-c", program.format("OMP_WAIT_POLICY")]
     output = subprocess.run(command, cwd=ROOT, env={}, capture_output=True, text=True, check=True)
     assert output.stdout.split() == ["False", "PASSIVE"]
+
+
+@pytest.mark.integration
+def test_the_default_objective_trains_as_fast_as_the_plain_loop():
+    """At M, with three times its terms: the best of three turns, because other work disturbs some.
+    The margin is 10 %."""
+    loops = build_loops(replace(SIZES["M"], samples=512))
+    seconds = compare({name: loops[name] for name in LOOPS[:2]}, turns=3)
+    plain, default = seconds.values()
+    assert max(slow / fast for slow, fast in zip(plain, default, strict=True)) > 0.9

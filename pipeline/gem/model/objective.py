@@ -78,9 +78,7 @@ def objective_terms(network: Network, batch: Batch) -> dict[str, Tensor]:
     classification: cross entropy, summed over heads.
     """
     # Gradients add up in the order of these operations: another order changes the last bits.
-    priors = {
-        group: network.prior(group, batch.metadata[group], batch.index[group]) for group in GROUPS
-    }
+    priors, partial_priors, unseen_study = _priors(network, batch)
     prior = Gaussian.join(priors.values(), dim=1)
     latents, decoded, posterior = _decode_all(network, batch, prior)
     observed = batch.observed
@@ -91,13 +89,38 @@ def objective_terms(network: Network, batch: Batch) -> dict[str, Tensor]:
     }
     if len(batch.unseen_study):
         from_prior = latents[LatentSource.PRIOR], decoded[LatentSource.PRIOR]
-        terms["nll_unseen_study"] = _unseen_study(network, batch, *from_prior)
+        terms["nll_unseen_study"] = _unseen_study(network, batch, unseen_study, *from_prior)
     divergence = kl_normal(*posterior, *prior).mean(dim=0)
     terms |= {f"kl_{group}": divergence[columns] for group, columns in network.slices().items()}
     if batch.partial_metadata:
-        terms["kl_partial_metadata"] = _partial_metadata(network, batch, priors)
+        terms["kl_partial_metadata"] = _partial_metadata(priors, partial_priors)
     terms["classification"] = _classification(network, latents[0], batch.labels)
     return terms
+
+
+def _priors(
+    network: Network, batch: Batch
+) -> tuple[dict[str, Gaussian], dict[str, Gaussian], Gaussian | None]:
+    """(priors of the samples by group, those of their partial metadata, that of their technical
+    metadata without the study). All rows of a group pass its network together."""
+    priors, partial, unseen_study = {}, {}, None
+    for group in GROUPS:
+        rows, index = [batch.metadata[group]], batch.index[group]
+        if group in batch.partial_metadata:
+            rows.append(batch.partial_metadata[group])
+        if group == "technical" and len(batch.unseen_study):
+            rows.append(batch.unseen_study)
+        if len(rows) == 1:
+            priors[group] = network.prior(group, rows[0], index)
+            continue
+        indices = [index + number * len(rows[0]) for number in range(len(rows))]
+        of_all = network.prior(group, MetadataRows.join(rows), torch.cat(indices))
+        priors[group], *others = of_all.split([len(index)] * len(rows))
+        if group == "technical" and len(batch.unseen_study):
+            unseen_study = others.pop()
+        if others:
+            partial[group] = others.pop()
+    return priors, partial, unseen_study
 
 
 def _decode_all(
@@ -160,14 +183,15 @@ def objective(terms: Mapping[str, Tensor], params: Train, warmup: float) -> Tens
     return stacked @ stacked.new_tensor(factors)
 
 
-def _unseen_study(network: Network, batch: Batch, latents: Tensor, decoded: Tensor) -> Tensor:
+def _unseen_study(
+    network: Network, batch: Batch, prior: Gaussian, latents: Tensor, decoded: Tensor
+) -> Tensor:
     """Negative log likelihood of the prediction from metadata without the study.
 
     Only technical weights have a gradient. Otherwise biology would learn to tell studies apart by
     age and disease, and be wrong for new studies.
     """
     technical = network.slices()["technical"]
-    prior = network.prior("technical", batch.unseen_study, batch.index["technical"])
     drawn = prior.draw(batch.noise.unseen_study)
     weight = network.linear_decoder.weight[:, technical]
     decoded = _Replaced.apply(decoded.detach(), latents[:, technical].detach(), drawn, weight)
@@ -194,17 +218,16 @@ class _Replaced(Function):
         return None, None, gradient @ weight, gradient.t() @ new
 
 
-def _partial_metadata(network: Network, batch: Batch, priors: Mapping[str, Gaussian]) -> Tensor:
+def _partial_metadata(priors: Mapping[str, Gaussian], partial: Mapping[str, Gaussian]) -> Tensor:
     """KL(prior of all fields | prior of some), summed over latents, for queries with few fields.
 
     It is least where the prior of some fields has the mean and variance of the mixture of all
     experiments that they describe. The full query is the teacher and has no gradient.
     """
     divergences = []
-    for group, rows in batch.partial_metadata.items():
+    for group, student in partial.items():
         teacher = [part.detach() for part in priors[group]]
-        partial = network.prior(group, rows, batch.index[group])
-        divergences.append(kl_normal(*teacher, *partial).sum(dim=1).mean())
+        divergences.append(kl_normal(*teacher, *student).sum(dim=1).mean())
     return torch.stack(divergences).sum()
 
 

@@ -3,6 +3,7 @@
 U rows, E entries of all of them, C columns.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +26,16 @@ class MetadataRows:
             torch.from_numpy(part).long().to(device) for part in (matrix.indices, matrix.indptr)
         )
         return cls(columns, torch.from_numpy(matrix.data).to(device), offsets)
+
+    @classmethod
+    def join(cls, parts: Sequence["MetadataRows"]) -> "MetadataRows":
+        """The rows of all parts, part after part."""
+        offsets, entries = [parts[0].offsets], len(parts[0].columns)
+        for part in parts[1:]:
+            offsets.append(part.offsets[1:] + entries)
+            entries += len(part.columns)
+        columns = torch.cat([part.columns for part in parts])
+        return cls(columns, torch.cat([part.values for part in parts]), torch.cat(offsets))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

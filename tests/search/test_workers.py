@@ -1,10 +1,16 @@
-"""Forked workers share the memory of their parent."""
+"""The default number of workers; forked workers share the memory of their parent."""
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
+from support.searches import search_config
 from support.settings import ROOT
+
+from pipeline.gem.search import run
+from pipeline.gem.search.run import SearchSession
 
 CODE = """
 import re, sys
@@ -32,3 +38,25 @@ def test_the_memory_of_the_parent_is_not_copied(tmp_path):
     subprocess.run([sys.executable, "-c", CODE, str(path)], cwd=ROOT, check=True, timeout=60)
     sizes = [int(line) / 1024 for line in path.read_text().split()]
     assert len(sizes) == 2 and max(sizes) < 60, f"{sizes} MB of their own beside 200 MB of data"
+
+
+@pytest.mark.parametrize(
+    ("cores", "memory", "device", "expected"),
+    [
+        (1, 1e12, "cpu", 1),
+        (2, 1e12, "cpu", 2),
+        (64, 1e12, "cpu", 12),  # a worker per trial
+        (64, 1.5e9, "cpu", 2),  # of 0.6 GB each
+        (64, 1e6, "cpu", 1),
+        (64, 1e12, "cuda", 1),
+    ],
+)
+def test_there_are_as_many_workers_as_cores_and_memory_for_them(
+    params, monkeypatch, cores, memory, device, expected
+):
+    monkeypatch.setattr(run, "cores", lambda: cores)
+    monkeypatch.setattr(run, "available_memory", lambda: memory)
+    cohort = SimpleNamespace(manifest={"samples": 1000, "genes": 100})
+    session = SimpleNamespace(config=search_config(), trials=12, cohort=cohort)
+    workers = SearchSession._default_workers(session, torch.device(device), params)
+    assert workers == expected

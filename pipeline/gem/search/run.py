@@ -6,10 +6,11 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from optuna.trial import FrozenTrial
 
 from pipeline.gem.common import provenance
-from pipeline.gem.common.capacity import cores
+from pipeline.gem.common.capacity import available_memory, cores, training_needs
 from pipeline.gem.common.config import Params
 from pipeline.gem.common.errors import InputError, StoppedError
 from pipeline.gem.common.files import sha256_of
@@ -39,7 +40,7 @@ class SearchSession:
     """Loads the cohort once, for this process and the workers that it forks."""
 
     def __init__(self, name: str, config: SearchConfig, params: Params, workers: int | None):
-        """`workers`: None for one per core, on a GPU one."""
+        """`workers`: None for one per core, as far as the memory allows; on a GPU one."""
         self.name, self.config = name, config
         self.folder = EXPERIMENTS / name
         self.trials = config.trials or params.tune.trials
@@ -47,11 +48,7 @@ class SearchSession:
         # The searched keys have the values of the baseline, so a promotion starts no new search.
         params = params.override(config.baseline_values)
         device = choose_device(params.train)
-        is_cpu = device.type == "cpu"
-        self.workers = workers or (min(cores(), self.trials) if is_cpu else 1)
-        if self.workers > 1:
-            prepare_to_fork()
-        if self.workers > 1 and not is_cpu:
+        if workers and workers > 1 and device.type != "cpu":
             raise InputError(
                 "params.yaml: train.device: several workers share the processor cores of one "
                 "machine; set cpu, or run without WORKERS"
@@ -59,6 +56,9 @@ class SearchSession:
         self.cohort = Cohort(COHORT)
         if problems := size_problems(name, config, params, self.cohort.manifest):
             raise InputError(*problems)
+        self.workers = workers or self._default_workers(device, params)
+        if self.workers > 1:
+            prepare_to_fork()
         # Forked workers share the counts of this process.
         memory = memory_for_counts(params.train.memory_share, device)
         self.data = TrainingData.load(self.cohort, device, _uses_counts(config, params), memory)
@@ -66,6 +66,13 @@ class SearchSession:
         self.data_sha256 = self.cohort.train_validation_sha256
         provenance.code_tags()  # before the workers are forked: one warning if git refuses
         self.digest = provenance.data_digest(str(COHORT), self.data_sha256)
+
+    def _default_workers(self, device: torch.device, params: Params) -> int:
+        if device.type != "cpu":
+            return 1
+        memory, _ = training_needs(self.cohort.manifest, search=True)
+        largest = memory.amount(params.override(self.config.largest_values).flat())
+        return max(1, min(cores(), self.trials, int(available_memory() / largest)))
 
     def run(self, stop: StopSignal) -> None:
         """Runs the search to its budget and writes the results.

@@ -5,6 +5,7 @@ PIP_ARGS ?=
 SEARCH ?= latent_kl
 TRIALS ?=
 WORKERS ?=
+PROCESSES ?= 1
 TESTERS ?= 2
 TIMES ?= 20
 PORT ?= 5000
@@ -26,8 +27,10 @@ export MLFLOW_DISABLE_TELEMETRY = true
 # The stage reads the number of processes of a search here, because DVC's command line is fixed.
 # Empty: one per core.
 export GEM_WORKERS = $(WORKERS)
+# And the number of processes that train one model.
+export GEM_PROCESSES = $(PROCESSES)
 
-.PHONY: all help environment check repro results test test-fast faults lint format benchmark realism tune \
+.PHONY: all help environment check repro results test test-fast faults lint format benchmark realism train tune \
 	dashboard promote ui clean lock
 .DEFAULT_GOAL := all
 
@@ -35,7 +38,7 @@ all: repro results  ## set up, run every stage that is out of date, show the res
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
-	@echo "variables: SEARCH=$(SEARCH) TRIALS=$(TRIALS) WORKERS=$(WORKERS) TESTERS=$(TESTERS)" \
+	@echo "variables: SEARCH=$(SEARCH) TRIALS=$(TRIALS) WORKERS=$(WORKERS) PROCESSES=$(PROCESSES) TESTERS=$(TESTERS)" \
 		"TIMES=$(TIMES)" \
 		"PORT=$(PORT) TORCH=$(TORCH) PIP_ARGS=$(PIP_ARGS)"
 
@@ -96,6 +99,9 @@ benchmark: environment  ## speed of training, prediction and reading, and their 
 
 realism: environment  ## compare the simulated cohort with real ones: statistics and a figure
 	python -m benchmarks.realism
+
+train: check  ## train: make train PROCESSES=2 (one model by two processes; on GPUs one process a GPU)
+	@python -m dvc repro train
 
 tune: check  ## search: make tune SEARCH=latent_kl TRIALS=40 WORKERS=2 (continues to that many trials)
 ifneq ($(TRIALS),)

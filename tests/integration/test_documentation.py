@@ -32,6 +32,7 @@ SERVERS = {
 TEXT_COMMANDS = {
     "OPTUNA_STORAGE=postgresql": "tests/faults/test_killed_workers.py",
     "MLFLOW_TRACKING_URI=http": "tests/integration/test_outage.py",
+    "torchrun": "tests/integration/test_ranks.py",
 }
 # Larger budgets than a test needs.
 SMALLER = {"TRIALS=40": "TRIALS=4", "TRIALS=12": "TRIALS=2", "WORKERS=8": "WORKERS=2"}

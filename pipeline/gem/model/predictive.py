@@ -22,11 +22,17 @@ _ROWS = 128  # at a time: arrays of 128 x G stay in the cache, seven times as fa
 
 
 def decoded_draws(
-    network: Network, inputs: DecoderInput, draws: int, generator: torch.Generator
+    network: Network,
+    inputs: DecoderInput,
+    draws: int,
+    generator: torch.Generator,
+    rows: slice = slice(None),
 ) -> Iterator[Tensor]:
-    """K times (N, G), decoded from latents drawn for `inputs`."""
+    """K times (N, G), decoded from latents drawn for `inputs`; of these `rows` only, with the same
+    draws."""
+    chosen = inputs.rows(rows)
     for _ in range(draws):
-        yield decode(network, inputs, sample_normal(*inputs.latents, generator))
+        yield decode(network, chosen, sample_normal(*inputs.latents, generator)[rows])
 
 
 @torch.no_grad()
@@ -36,14 +42,15 @@ def predictive_log_likelihood(
     inputs: DecoderInput,
     draws: int,
     generator: torch.Generator,
+    rows: slice = slice(None),
 ) -> tuple[Tensor, Tensor]:
     """((N,) nats: log mean_k p(x | z_k) over draws z_k of the prior; (N, G) mean decoded values).
 
     The logarithm of the mean likelihood: the mean of logarithms would reward a prior without
-    spread.
+    spread. `rows` as in `decoded_draws`; `observed` is theirs.
     """
     log_likelihoods, total = [], torch.zeros_like(observed.expression)
-    for decoded in decoded_draws(network, inputs, draws, generator):
+    for decoded in decoded_draws(network, inputs, draws, generator, rows):
         log_likelihoods.append(
             network.observation.log_likelihood(observed, decoded, LatentSource.PRIOR)
         )

@@ -238,8 +238,8 @@ class Share:
     def of(cls, batch: Batch, rank: int, size: int) -> "Share":
         """Every `size`-th sample from sample `rank`. So the samples with a reference are the first
         of a share, and spread evenly."""
-        rows, weight = _share_of(len(batch.observed), rank, size)
-        references, reference_weight = _share_of(len(batch.reference), rank, size)
+        rows, weight = share_of(len(batch.observed), rank, size)
+        references, reference_weight = share_of(len(batch.reference), rank, size)
         metadata, index, partial_metadata = {}, {}, {}
         for group, rows_of_group in batch.metadata.items():
             used, index[group] = torch.unique(batch.index[group][rows], return_inverse=True)
@@ -270,8 +270,8 @@ class Share:
         }
 
 
-def _share_of(samples: int, rank: int, size: int) -> tuple[slice, float]:
-    """(the rows of a rank, `size` / `samples` times their number)"""
+def share_of(samples: int, rank: int, size: int) -> tuple[slice, float]:
+    """(The rows of a rank, `size` / `samples` times their number). A stand-in counts 0."""
     if rank >= samples:
         return slice(0, 1), 0.0
     return slice(rank, None, size), size / samples * len(range(rank, samples, size))

@@ -24,7 +24,7 @@ from pipeline.gem.model.query import TargetGenes
 from pipeline.gem.model.training_support import TrainingSupport
 from pipeline.gem.training.expression import Expression, open_expression
 
-_SPREAD_VALUES = 2**24  # in float64
+_SPREAD_VALUES = 2**22  # in float64, three times
 _TECHNICAL_LATENTS = (64, 512)  # bounds of their number where params.yaml leaves it open
 
 
@@ -188,11 +188,11 @@ def study_spread(samples: pd.DataFrame, expression: Expression, data: Data) -> T
         pair = pair_of[rows]
         inside = pair >= 0
         sums.index_add_(0, pair[inside], observed.expression[inside].double())
-    means = sums / torch.bincount(pair_of[pair_of >= 0], minlength=number)[:, None]
+    means = sums.div_(torch.bincount(pair_of[pair_of >= 0], minlength=number)[:, None])
     context_of = torch.from_numpy(context_of).to(expression.device)
     centres = torch.zeros_like(means).index_add_(0, context_of, means)
     centres /= torch.bincount(context_of, minlength=number)[:, None].clamp_min(1)
-    return ((means - centres[context_of]).square().sum(0) / freedom).sqrt().float()
+    return (means.sub_(centres[context_of]).square_().sum(0) / freedom).sqrt().float()
 
 
 @dataclass(frozen=True)

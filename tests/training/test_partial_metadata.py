@@ -130,10 +130,11 @@ def test_a_partial_query_has_the_mean_prior_of_the_experiments_it_describes(fits
     assert errors["with"] < 0.5 * errors["without"], errors
 
 
-def test_a_query_without_technical_fields_is_close_to_the_mean_of_all_levels(fits, cohort):
-    """By weight decay: the linear prior has no term of its own."""
+def test_a_query_without_technical_fields_is_closer_to_their_mean_than_a_level_is(fits, cohort):
+    """A level drawn at random has 1. The linear prior has no term of its own: ten fits of other
+    seeds had 0.10 to 0.72, by the weights that a fit starts from."""
     columns = ["study", "library_selection", "library_layout", "platform"]
-    assert error_without(fits["with"], cohort.rows([TRAIN]), columns) < 0.15
+    assert error_without(fits["with"], cohort.rows([TRAIN]), columns) < 1
 
 
 def test_an_implied_field_may_be_omitted(fits, cohort):

@@ -27,7 +27,7 @@ def scores(objective=LIKELIHOOD, **trials: list[float | None]) -> pd.DataFrame:
 
 
 def compared(winner: int, **trials: list[float | None]):
-    return compare(scores(**trials), LIKELIHOOD, winner, {}, others=11)
+    return compare(scores(**trials), LIKELIHOOD, winner, {}, epochs=9, others=11)
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,20 @@ def test_a_winning_baseline_is_compared_with_the_best_other_trial():
     [
         (4, {"t0": [1.0, 9.0, 5.0], "t4": [2.0, 10.1, 5.9]}, "): significant"),
         (4, {"t0": [1.0, 9.0, 5.0], "t4": [4.0, 8.0, 5.5]}, "): not significant"),
-        (4, {"t0": [1.0, 9.0, 5.0], "t4": [4.0, 8.0, 5.5]}, "3 fresh seeds; +0.8333 from the base"),
+        (
+            4,
+            {"t0": [1.0, 9.0, 5.0], "t4": [4.0, 8.0, 5.5]},
+            "3 fresh seeds of 9 epochs; +0.8333 from the base",
+        ),
         (0, {"t0": [5.0, 7.0], "t4": [4.5, 6.0]}, "; +0.75 from the best other, trial 4 (95 % "),
-        (4, {"t0": [1.0], "t4": [2.0]}, "1 fresh seed; +1 from the baseline; no interval from one"),
+        (
+            4,
+            {"t0": [1.0], "t4": [2.0]},
+            "1 fresh seed of 9 epochs; +1 from the baseline; no interval from one",
+        ),
         (4, {"t0": [1.0], "t4": [2.0]}, "trial 4 is the best of 12 settings: "),
         (0, {"t0": [5.0, 7.0], "t4": [4.5, 6.0]}, "is confirmed against 11 other settings: "),
-        (0, {"t0": [2.0, 2.0]}, "over 2 fresh seeds; no other candidate was confirmed"),
+        (0, {"t0": [2.0, 2.0]}, "over 2 fresh seeds of 9 epochs; no other candidate was confirmed"),
         (0, {"t0": [2.0, 2.0], "t4": [None, 1.0]}, "no other candidate was confirmed"),
         (
             4,
@@ -101,7 +109,7 @@ def test_the_baseline_stays_unless_another_trial_beats_it_by_more_than_noise(
     baseline = [5.0, 3.0, 9.0][: len(gains)]
     better = [value + sign * gain for value, gain in zip(baseline, gains, strict=True)]
     table = scores(objective, t0=baseline, t4=better)
-    decision = decide(table, objective, lambda trial: {"trial": trial}, others=11)
+    decision = decide(table, objective, lambda trial: {"trial": trial}, epochs=9, others=11)
     assert (decision.trial, decision.values, decision.others) == (winner, {"trial": winner}, 11)
     expected = sign * np.mean(gains) * (1 if winner else -1)
     assert decision.difference == pytest.approx(expected)

@@ -45,6 +45,7 @@ class Decision:
     low: float | None
     high: float | None
     seeds: int
+    epochs: int  # of each of these fits
     others: int  # finished trials of the search beside the baseline
 
     @property
@@ -57,7 +58,8 @@ class Decision:
         deviation = "" if self.deviation is None else f" ± {self.deviation:.4g}"
         plural = "s" if self.seeds > 1 else ""
         score = f"{self._claim()}: {self.metric} {self.mean:.6g}{deviation}"
-        return f"{score} over {self.seeds} fresh seed{plural}; {self._comparison()}"
+        fits = f"{self.seeds} fresh seed{plural} of {self.epochs} epochs"
+        return f"{score} over {fits}; {self._comparison()}"
 
     def _claim(self) -> str:
         if self.trial:
@@ -144,7 +146,7 @@ class Confirmation:
     def decide(self) -> Decision:
         """Raises DivergedError if no candidate has a value for every seed."""
         table, others = self.table(), sum(trial.number > 0 for trial in self.search.finished)
-        decision = decide(table, self.search.config.primary, self.values, others)
+        decision = decide(table, self.search.config.primary, self.values, self.epochs, others)
         if decision is None:
             reasons = "; ".join(self.queue.failure_reasons())
             label = self.search.label
@@ -163,20 +165,29 @@ def best_trial(table: pd.DataFrame, objective: Objective) -> int | None:
 
 
 def decide(
-    table: pd.DataFrame, objective: Objective, values: Callable[[int], Values], others: int
+    table: pd.DataFrame,
+    objective: Objective,
+    values: Callable[[int], Values],
+    epochs: int,
+    others: int,
 ) -> Decision | None:
     """The trial with the best mean; the baseline, if that does not beat it by more than noise."""
     best = best_trial(table, objective)
     if best is None:
         return None
-    decision = compare(table, objective, best, values(best), others)
+    decision = compare(table, objective, best, values(best), epochs, others)
     if decision.runner_up == 0 and decision.low is not None and not decision.is_significant:
-        return compare(table, objective, 0, values(0), others)
+        return compare(table, objective, 0, values(0), epochs, others)
     return decision
 
 
 def compare(
-    table: pd.DataFrame, objective: Objective, winner: int, values: Values, others: int
+    table: pd.DataFrame,
+    objective: Objective,
+    winner: int,
+    values: Values,
+    epochs: int,
+    others: int,
 ) -> Decision:
     """The winner and its runner-up, with a t interval of the differences paired over seeds."""
     wide = table.pivot(index="seed", columns="trial", values=objective.metric)
@@ -199,6 +210,7 @@ def compare(
         low=low,
         high=high,
         seeds=len(scores),
+        epochs=epochs,
         others=others,
     )
 

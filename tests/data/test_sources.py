@@ -283,7 +283,7 @@ def test_an_obs_column_of_every_type_is_a_covariate_a_context_and_a_control(
     one = prepared(declare(path, **options), "one")
     other = prepared(declare(write_parquet(tmp_path / "folder", samples), **options), "other")
     expected = [None if pd.isna(cell) else str(cell) for cell in column]
-    assert one.samples["tissue"].tolist() == expected
+    assert one.samples.sort_values("sample_id")["tissue"].tolist() == expected
     assert one.manifest["missing"] == other.manifest["missing"]
     assert one.train_validation_sha256 == other.train_validation_sha256
 
@@ -506,7 +506,7 @@ def test_a_single_sample_is_a_training_split(declare, prepared, tmp_path):
 def test_sample_names_with_slashes_are_not_paths(declare, prepared, tmp_path):
     names = [f"../../../escape/{number}" for number in range(SAMPLES)]
     folder = write_parquet(tmp_path / "folder", table().assign(sample_id=names))
-    assert prepared(declare(folder)).samples["sample_id"].tolist() == names
+    assert sorted(prepared(declare(folder)).samples["sample_id"]) == sorted(names)
     assert {path.name for path in tmp_path.iterdir()} == {"folder", "cohort"}
 
 

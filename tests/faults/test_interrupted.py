@@ -1,6 +1,7 @@
 """Trainings, searches and `dvc repro`, interrupted at random: the results are the same bytes."""
 
 import itertools
+import json
 import random
 import shutil
 import signal
@@ -109,7 +110,9 @@ def test_an_interrupted_stage_gives_the_same_bytes(repository, verb, times, reco
     text = repository.log(module)[log:]
     assert "Traceback" not in text and "Exception ignored" not in text, text[-3000:]
     assert double_points(repository) == []
-    assert not list((repository.folder / ".gem/untracked").glob("*/*"))
+    # A killed trial of a search whose database is gone leaves a record, of which nothing is unsent.
+    records = (repository.folder / ".gem/untracked").glob("*/*/run.json")
+    assert all(json.loads(record.read_bytes())["complete"] for record in records)
     if verb == "train":
         losses = query(repository, "SELECT count(*) FROM metrics WHERE key = 'train/loss'")
         assert losses == [(EPOCHS * counts["finished"],)]

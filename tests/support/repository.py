@@ -8,18 +8,20 @@ import re
 import shutil
 import subprocess
 import sys
-import uuid
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import optuna
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.launcher.api import elastic_launch
 
 from pipeline.gem.common import yaml_file
 from pipeline.gem.common.errors import exit_with
+from pipeline.gem.training.distributed import launch_config
 from support.settings import ROOT
 
 FOLDERS = ("pipeline", "experiments/searches", "data/tables")
@@ -143,6 +145,16 @@ def _import_slow_modules() -> None:
     importlib.import_module("mlflow.utils.requirements_utils")._init_modules_to_packages_map()
 
 
+class Program(NamedTuple):
+    """A stage to run, and where."""
+
+    main: Callable[[], None]
+    folder: Path
+    module: str
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+
+
 class Stage:
     """A stage in a forked process, which need not import anything again."""
 
@@ -156,9 +168,9 @@ class Stage:
     ):
         main = importlib.import_module(module).main
         _import_slow_modules()
-        context, details = multiprocessing.get_context("fork"), (main, folder, module, arguments)
-        run, ranks = (_run, ()) if ranks == 1 else (_run_ranks, (ranks,))
-        self._process = context.Process(target=run, args=(*details, environment, *ranks))
+        program = Program(main, folder, module, arguments, environment)
+        run, options = (_run, (program,)) if ranks == 1 else (_run_ranks, (program, ranks))
+        self._process = multiprocessing.get_context("fork").Process(target=run, args=options)
         self._process.start()
         self.pid = self._process.pid
 
@@ -175,44 +187,24 @@ class Stage:
         return self._process.exitcode
 
 
-def _run_ranks(
-    main,
-    folder: Path,
-    module: str,
-    arguments: tuple[str, ...],
-    environment: dict[str, str],
-    ranks: int,
-) -> None:
+def _run_ranks(program: Program, ranks: int) -> None:
     """The engine of torchrun, with forked ranks."""
     logging.disable(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        start_method="fork",
-    )
     try:
-        elastic_launch(config, _run_rank)(main, folder, module, arguments, environment)
+        elastic_launch(launch_config(ranks, "fork"), _run_rank)(program)
     except ChildFailedError as error:
         sys.exit(error.get_first_failure()[1].exitcode)
 
 
-def _run_rank(
-    main, folder: Path, module: str, arguments: tuple[str, ...], environment: dict[str, str]
-) -> None:
+def _run_rank(program: Program) -> None:
     logging.disable(logging.NOTSET)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     rank = {name: os.environ[name] for name in (*names, "TORCHELASTIC_USE_AGENT_STORE")}
-    _run(main, folder, module, arguments, environment | rank)
+    _run(program._replace(environment=program.environment | rank))
 
 
-def _run(
-    main, folder: Path, module: str, arguments: tuple[str, ...], environment: dict[str, str]
-) -> None:
+def _run(program: Program) -> None:
+    main, folder, module, arguments, environment = program
     warnings.resetwarnings()
     os.environ.clear()
     os.environ.update(environment)

@@ -66,7 +66,7 @@ def atomic_replacement(path: Path, size: int | None = None) -> Iterator[Path]:
         for part in written:
             _synchronise(part)
         _rename(temporary, path)
-    except Exception as error:
+    except BaseException as error:
         needed = f"{_megabytes(size or _size(temporary))}{'' if size else ' or more'}"
         _remove(temporary)
         number = error_number(error)
@@ -75,9 +75,6 @@ def atomic_replacement(path: Path, size: int | None = None) -> Iterator[Path]:
         free = _megabytes(shutil.disk_usage(path.parent).free)
         what = f"{os.strerror(number)}: needed {needed}, {free} free in {path.parent}"
         raise OSError(number, what, str(path)) from error
-    except BaseException:
-        _remove(temporary)
-        raise
     _synchronise(path.parent)
 
 

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,9 @@ from pipeline.gem.common.errors import GemError, InputError, StoppedError
 from pipeline.gem.common.processes import end_with_parent
 from pipeline.gem.model.network import Network
 from pipeline.gem.model.objective import Batch, objective, objective_terms
+
+if TYPE_CHECKING:  # takes long to import
+    from torch.distributed.launcher.api import LaunchConfig
 
 _PROCESSES = "GEM_PROCESSES"  # how many ranks a stage starts itself
 _GRACE_S = 10.0  # for a rank that waits for others and cannot notice a signal
@@ -91,13 +95,26 @@ def launch(module: str, number: int) -> None:
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
 
     if "DVC_STAGE" in os.environ:
         end_with_parent()
     logging.disable(logging.CRITICAL)  # the ranks say what happens
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    config = LaunchConfig(
+    try:
+        elastic_launch(launch_config(number), sys.executable)("-m", module)
+    except SignalException:
+        sys.exit(StoppedError.exit_code)
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        sys.exit(code if code > 0 else StoppedError.exit_code)
+
+
+def launch_config(number: int, start_method: str = "spawn") -> "LaunchConfig":
+    """The settings of torchrun for `number` ranks on this machine."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=number,
@@ -105,14 +122,8 @@ def launch(module: str, number: int) -> None:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
+        start_method=start_method,
     )
-    try:
-        elastic_launch(config, sys.executable)("-m", module)
-    except SignalException:
-        sys.exit(StoppedError.exit_code)
-    except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        sys.exit(code if code > 0 else StoppedError.exit_code)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from pipeline.gem.tracking.training_run import TrainingJob
 from pipeline.gem.training import distributed
 from pipeline.gem.training.dataset import TrainingData
 from pipeline.gem.training.expression import memory_for_counts
-from pipeline.gem.training.multi_seed import processes
+from pipeline.gem.training.multi_seed import copies_of_data
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ OUTPUT = Path("experiments/default")
 
 
 def main() -> None:
-    if (number := distributed.processes()) > 1:
+    if (number := distributed.ranks_to_start()) > 1:
         distributed.launch("pipeline.train", number)
         return
     with distributed.group(), StopSignal() as stop_signal:
@@ -61,7 +61,7 @@ def prepare(params: Params) -> TrainingJob:
     device = distributed.choose_device(params.train)
     cohort = Cohort(COHORT)
     require(training_needs(cohort.manifest), params)
-    sharing = processes(params.train) if device.type == "cpu" else 1
+    sharing = copies_of_data(params.train) if device.type == "cpu" else 1
     memory = memory_for_counts(params.train.memory_share, device, sharing)
     data = TrainingData.load(cohort, device, params.model.uses_counts, memory)
     params = data.resolve_latent_sizes(params)

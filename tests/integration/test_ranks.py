@@ -94,4 +94,4 @@ def test_a_launched_program_ends_as_its_ranks_do(tmp_path, monkeypatch, capfd):
 def test_a_wrong_number_of_processes_is_refused(monkeypatch, value):
     monkeypatch.setenv("GEM_PROCESSES", value)
     with pytest.raises(distributed.InputError, match="expected a whole number from 1"):
-        distributed.processes()
+        distributed.ranks_to_start()

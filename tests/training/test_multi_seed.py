@@ -3,13 +3,14 @@
 import pytest
 
 from pipeline.gem.common.errors import DivergedError
+from pipeline.gem.training import multi_seed
 from pipeline.gem.training.multi_seed import fit_seeds
 from pipeline.gem.training.trainer import fit
 
 
 @pytest.fixture
 def two_cores(monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(multi_seed, "cores", lambda: 2)
 
 
 @pytest.mark.integration

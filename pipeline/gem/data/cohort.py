@@ -253,13 +253,16 @@ class Cohort:
         stops = np.cumsum(numbers).tolist()
         return dict(zip(SPLIT_ROLES, zip([0, *stops], stops, strict=False), strict=True))
 
-    def counts(self, splits: Sequence[str]) -> np.ndarray:
-        """(N, G) counts of `rows(splits)`, in memory."""
-        shape = len(self.rows(splits)), len(self.genes)
-        counts, start = np.empty(shape, dtype=self.integer_type(splits)), 0
+    def counts(self, splits: Sequence[str], chosen: np.ndarray | None = None) -> np.ndarray:
+        """(N, G) counts of `rows(splits)`, in memory; of the `chosen` (bool, one per row) alone."""
+        if chosen is None:
+            chosen = np.ones(len(self.rows(splits)), dtype=bool)
+        counts = np.empty((chosen.sum(), len(self.genes)), dtype=self.integer_type(splits))
+        row = start = 0
         for block in self.blocks(splits):
-            counts[start : start + len(block)] = block
-            start += len(block)
+            kept = block[chosen[row : row + len(block)]]
+            counts[start : start + len(kept)] = kept
+            row, start = row + len(block), start + len(kept)
         return counts
 
     def expression(self, splits: Sequence[str]) -> np.ndarray:

@@ -3,7 +3,6 @@
 N samples of a split, G genes, T treated conditions. Expression is log-CPM.
 """
 
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 from sklearn.decomposition import PCA
 
+from pipeline.gem.common.capacity import cores
 from pipeline.gem.common.config import Evaluate
 from pipeline.gem.evaluation import metrics
 from pipeline.gem.evaluation.bootstrap import Bootstrap, Score
@@ -104,7 +104,7 @@ def evaluate_split(
     def measure_seeds(name: str) -> list[dict[str, MetricDraws]]:
         return [measure(predicted, context) for predicted in predictions[name]]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         draws = dict(zip(predictions, pool.map(measure_seeds, predictions), strict=True))
     return SplitResult(
         scores=_score_table(split.name, draws, resamples),

@@ -113,7 +113,7 @@ class EvaluationSplits:
         scored = self._scored(samples, ~visible)
         needed |= scored
         scored = scored[needed]
-        counts = self._counts(name, needed)
+        counts = self.cohort.counts([name], needed)
         samples, control, visible = samples[needed], control[needed], visible[needed]
         expression = log_cpm(counts, samples["total"].to_numpy())
         rows, groups = samples[scored], SampleGroups(samples[scored], self.data)
@@ -169,14 +169,6 @@ class EvaluationSplits:
         scored = np.zeros(len(samples), dtype=bool)
         scored[candidates] = np.isin(condition, order[fits])
         return scored
-
-    def _counts(self, split: str, rows: np.ndarray) -> np.ndarray:
-        """(n, G) counts of rows (N,) bool of a split."""
-        kept, start = [], 0
-        for block in self.cohort.blocks([split]):
-            kept.append(block[rows[start : start + len(block)]])
-            start += len(block)
-        return np.concatenate(kept)
 
     def _second_halves(self, controls: pd.DataFrame) -> np.ndarray:
         """(N,) bool: every second control of a context and study, in an order drawn by seed.

@@ -4,7 +4,6 @@
 `_fit_baselines`. N samples of a split, G genes. Expression is log-CPM.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 import pandas as pd
 
+from pipeline.gem.common.capacity import cores
 from pipeline.gem.common.config import Evaluate
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.data.references import SampleGroups
@@ -204,5 +204,5 @@ def _predict_gem(
         )
 
     # One thread per seed rather than many per model: faster on a machine with other work.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         return list(pool.map(predict, seeds))

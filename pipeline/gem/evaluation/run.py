@@ -139,18 +139,13 @@ def _evaluate_latents(
     """The latents of the first training seed of each model, on the first `params.split_samples`
     held-out samples in the cohort's order, which is random."""
     splits = [name for name in LATENT_SPLITS if cohort.has(name)]
-    samples, parts, size = cohort.rows(splits).head(params.split_samples), [], 0
-    for block in cohort.blocks(splits):
-        parts.append(block[: params.split_samples - size])
-        size += len(parts[-1])
-        if size == len(samples):
-            break
-    expression = log_cpm(np.concatenate(parts), samples["total"].to_numpy())
-    seed = params.seed
+    rows = cohort.rows(splits)
+    chosen, samples = np.arange(len(rows)) < params.split_samples, rows.head(params.split_samples)
+    expression = log_cpm(cohort.counts(splits, chosen), samples["total"].to_numpy())
     tables, maps = [], []
     for name, (gem, *_) in models.items():
-        tables.append(latent_table(gem, name, samples, expression, seed))
-        maps += latent_maps(gem, name, samples, expression, cohort.declared, seed)
+        tables.append(latent_table(gem, name, samples, expression, params.seed))
+        maps += latent_maps(gem, name, samples, expression, cohort.declared, params.seed)
     return pd.concat(tables, ignore_index=True), maps
 
 

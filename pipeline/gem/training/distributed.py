@@ -1,8 +1,7 @@
-"""One model trained by several processes, the ranks: their start and end, sums, shares of a batch.
+"""Several processes that train one model, the ranks: their start, their end and their sums.
 
-torchrun starts the ranks and says in the environment who is who. All ranks draw the same batches of
-B samples, and each works on every `size`-th sample of them. Without torchrun there is one rank, and
-nothing here changes a bit.
+torchrun starts the ranks and says in the environment who is who. Without torchrun there is one
+rank, and nothing here changes a bit.
 """
 
 import logging
@@ -12,21 +11,18 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
+from pipeline.gem.common.capacity import cores
 from pipeline.gem.common.config import Train
 from pipeline.gem.common.errors import GemError, InputError, StoppedError
 from pipeline.gem.common.processes import end_with_parent
-from pipeline.gem.model.network import Network
-from pipeline.gem.model.objective import Batch, objective, objective_terms
 
 if TYPE_CHECKING:  # takes long to import
     from torch.distributed.launcher.api import LaunchConfig
@@ -52,7 +48,7 @@ def local_size() -> int:
 
 def threads(most: int) -> int:
     """`most`; of several ranks no more than this rank's share of the cores."""
-    return most if size() == 1 else min(most, max(1, (os.cpu_count() or 1) // local_size()))
+    return most if size() == 1 else min(most, max(1, cores() // local_size()))
 
 
 def choose_device(params: Train) -> torch.device:
@@ -78,7 +74,7 @@ def choose_device(params: Train) -> torch.device:
 # Start and end.
 
 
-def processes() -> int:
+def ranks_to_start() -> int:
     """The ranks that this process is to start, from GEM_PROCESSES; 1 in a rank."""
     text = os.environ.get(_PROCESSES) or "1"
     if "RANK" in os.environ:
@@ -228,100 +224,3 @@ def seed_dropout(seed: int, epoch: int) -> None:
     """Dropout of several ranks is drawn from (seed, epoch, rank), so that a fit can resume."""
     if size() > 1:
         torch.manual_seed(hash((seed, epoch, rank())))
-
-
-# Shares of a batch.
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of a batch of B samples, R with a reference, that one of `size` ranks works on.
-
-    A rank without a sample or reference of its own has a stand-in of weight 0: its gradients exist,
-    as DistributedDataParallel expects, and are zero.
-    """
-
-    batch: Batch
-    weight: float  # size / B times the samples of this rank
-    reference_weight: float  # size / R times the references of this rank
-
-    @classmethod
-    def of(cls, batch: Batch, rank: int, size: int) -> "Share":
-        """Every `size`-th sample from sample `rank`. So the samples with a reference are the first
-        of a share, and spread evenly."""
-        rows, weight = share_of(len(batch.observed), rank, size)
-        references, reference_weight = share_of(len(batch.reference), rank, size)
-        metadata, index, partial_metadata = {}, {}, {}
-        for group, rows_of_group in batch.metadata.items():
-            used, index[group] = torch.unique(batch.index[group][rows], return_inverse=True)
-            metadata[group] = rows_of_group[used]
-            if group in batch.partial_metadata:
-                partial_metadata[group] = batch.partial_metadata[group][used]
-            if group == "technical" and len(batch.unseen_study):
-                batch = replace(batch, unseen_study=batch.unseen_study[used])
-        share = replace(
-            batch,
-            observed=batch.observed.rows(rows),
-            metadata=metadata,
-            index=index,
-            target_gene=batch.target_gene[rows],
-            labels=batch.labels[rows],
-            noise=batch.noise.rows(rows)._replace(reference=batch.noise.reference[references]),
-            reference=batch.reference[references],
-            batch_effect=batch.batch_effect[references],
-            partial_metadata=partial_metadata,
-        )
-        return cls(share, weight, reference_weight)
-
-    def weighted(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Terms of this rank whose mean over ranks is the mean over the samples of the batch."""
-        return {
-            name: term * (self.reference_weight if name == "nll_reference" else self.weight)
-            for name, term in terms.items()
-        }
-
-
-def share_of(samples: int, rank: int, size: int) -> tuple[slice, float]:
-    """(The rows of a rank, `size` / `samples` times their number). A stand-in counts 0."""
-    if rank >= samples:
-        return slice(0, 1), 0.0
-    return slice(rank, None, size), size / samples * len(range(rank, samples, size))
-
-
-class Objective(nn.Module):
-    """The loss of a batch and its unweighted terms: equal numbers on all ranks."""
-
-    def __init__(self, network: Network, params: Train):
-        super().__init__()
-        self.network, self.params = network, params
-
-    def forward(self, batch: Batch, warmup: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """`warmup` as in `objective`. Only the gradients are those of this rank's samples."""
-        if size() == 1:
-            terms = objective_terms(self.network, batch)
-        else:
-            share = Share.of(batch, rank(), size())
-            terms = _mean_over_ranks(share.weighted(objective_terms(self.network, share.batch)))
-        return objective(terms, self.params, warmup), terms
-
-
-def _mean_over_ranks(terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The means over ranks, with the gradients of this rank's terms.
-
-    The objective compares the KL divergence of the whole batch with the free bits.
-    """
-    local = torch.cat([term.flatten() for term in terms.values()])
-    mean = total(local.detach().clone()) / size() + (local - local.detach())
-    parts = mean.split([term.numel() for term in terms.values()])
-    return {
-        name: part.reshape(term.shape)
-        for (name, term), part in zip(terms.items(), parts, strict=True)
-    }
-
-
-def parallel(module: Objective) -> nn.Module:
-    """`module`; of several ranks with gradients that are the mean over them."""
-    if size() == 1:
-        return module
-    # A network has parameters that a loss without their term does not use, the same in every step.
-    return DistributedDataParallel(module, forward_sync_buffers=False, static_graph=True)

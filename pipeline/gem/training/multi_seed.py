@@ -5,7 +5,6 @@ Each fit has `train.threads` threads either way, so the bits do not depend on wh
 """
 
 import multiprocessing
-import os
 import pickle
 import signal
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.gem.common.capacity import cores
 from pipeline.gem.common.config import Params, Train
 from pipeline.gem.common.errors import GemError, InputError, StoppedError
 from pipeline.gem.common.machine_errors import machine_problem
@@ -67,10 +67,10 @@ def fit_seeds(
 def _parallel_fits(params: Train) -> int:
     if distributed.size() > 1:
         return 1
-    return min(len(params.seeds), max(1, (os.cpu_count() or 1) // params.threads))
+    return min(len(params.seeds), max(1, cores() // params.threads))
 
 
-def processes(params: Train) -> int:
+def copies_of_data(params: Train) -> int:
     """How many processes hold the data of a training on processors, this one included."""
     if distributed.size() > 1:
         return distributed.local_size()
@@ -147,7 +147,7 @@ def _run_job(job: _Job, sender: Connection) -> None:
 
     try:
         params, device = job.params, torch.device("cpu")
-        memory = memory_for_counts(params.train.memory_share, device, processes(params.train))
+        memory = memory_for_counts(params.train.memory_share, device, copies_of_data(params.train))
         data = TrainingData.load(Cohort(job.folder), device, params.model.uses_counts, memory)
         send(fit(data, job.params, job.seed, send, job.checkpoint))
     except GemError as error:

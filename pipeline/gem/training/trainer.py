@@ -19,7 +19,7 @@ from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.metadata.rows import MetadataRows
 from pipeline.gem.model.network import Network
 from pipeline.gem.model.objective import Batch, LatentNoise
-from pipeline.gem.training import distributed, masking
+from pipeline.gem.training import data_parallel, distributed, masking
 from pipeline.gem.training.checkpoint import Checkpoint
 from pipeline.gem.training.dataset import TrainingData
 from pipeline.gem.training.precision import uses_bf16
@@ -167,7 +167,7 @@ class Trainer:
         self.data, self.params, self.gem, self.network = data, params, gem, gem.network
         self.generator, self.on_step = generator, on_step
         self.network.bf16 = uses_bf16(params, gem.params, data.train.expression.device)
-        self.objective = distributed.parallel(distributed.Objective(gem.network, params))
+        self.objective = data_parallel.parallel(data_parallel.Objective(gem.network, params))
         self.samples = len(data.train.expression)
         self.schedule = TrainingSchedule.of(self.samples, params)
         self.steps_per_epoch = -(-self.samples // self.schedule.batch_size)
@@ -355,8 +355,7 @@ class Trainer:
     def _partial_metadata(self, metadata: Mapping[str, MetadataRows]) -> dict[str, MetadataRows]:
         """The rows of each group with a random number of fields masked.
 
-        Not for a linear prior: it cannot infer masked fields from others, and its weight decay
-        keeps levels around their mean already.
+        Not for a linear prior, which cannot infer masked fields from others.
         """
         if not self.params.partial_metadata_weight:
             return {}

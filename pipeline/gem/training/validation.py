@@ -14,6 +14,7 @@ from pipeline.gem.model.observation import LatentSource
 from pipeline.gem.model.predictive import predictive_log_likelihood
 from pipeline.gem.model.query import DecoderInput
 from pipeline.gem.training import distributed
+from pipeline.gem.training.data_parallel import Share, share_of
 from pipeline.gem.training.dataset import EncodedRows, EncodedSplit
 
 _SEED = 0  # of the prior draws
@@ -45,7 +46,7 @@ def _sums(network: Network, samples: EncodedRows, draws: int, generator: torch.G
     """(3,) float64 sums of METRICS over this rank's share of a block. All ranks make the draws of
     the whole block, so that their number changes none."""
     rank, size = distributed.rank(), distributed.size()
-    rows, weight = distributed.share_of(len(samples.observed), rank, size)
+    rows, weight = share_of(len(samples.observed), rank, size)
     prior = network.joint_prior(samples.metadata, samples.index)
     effects = network.target_effect(samples.metadata["perturbation"])
     effect = effects[samples.index["perturbation"]]
@@ -54,7 +55,7 @@ def _sums(network: Network, samples: EncodedRows, draws: int, generator: torch.G
     observed, totals = samples.observed.rows(rows), samples.totals[rows]
     score, decoded = predictive_log_likelihood(network, observed, inputs, draws, generator, rows)
     mean = network.observation.expected_log_cpm(decoded, totals, LatentSource.PRIOR)
-    share = distributed.Share.of(_batch(network, samples, generator), rank, size).batch
+    share = Share.of(_batch(network, samples, generator), rank, size).batch
     terms = objective_terms(network, share)
     # The unweighted bound E_q[log p(x | z)] - KL, one posterior draw per sample.
     bound = -terms["nll_reconstruction"] - sum(terms[f"kl_{group}"].sum() for group in GROUPS)

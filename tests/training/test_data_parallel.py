@@ -17,7 +17,7 @@ from pipeline.gem.model.objective import objective, objective_terms
 from pipeline.gem.model.observation import Observed
 from pipeline.gem.training import distributed
 from pipeline.gem.training.checkpoint import Checkpoint
-from pipeline.gem.training.distributed import Share
+from pipeline.gem.training.data_parallel import Share
 from pipeline.gem.training.trainer import fit
 
 TOLERANCE = 1e-5  # relative: sums of float32 in another order

@@ -17,7 +17,7 @@ from support.settings import at_source
 
 from pipeline.gem.common.errors import GemError, InputError, IntegrityError
 from pipeline.gem.data.cohort import Cohort
-from pipeline.gem.data.sources import checked_chunks, open_source
+from pipeline.gem.data.sources import check_unique, checked_chunks, open_source
 from pipeline.gem.data.storage import reading
 
 MEMORY = 8 * 2**30  # bytes of address space of a reading process
@@ -82,7 +82,11 @@ def test_no_damage_to_a_source_crashes(
     rng, outcomes = random.Random(times), Counter()
 
     def read() -> None:
+        """As the stages do: distinct names, then counts."""
         source = open_source(data)
+        for table, key in ((source.samples, "sample_id"), (source.genes, "gene_id")):
+            if problems := check_unique(table, key, data.source):
+                raise InputError(*problems)
         for _ in checked_chunks(source, data.source):
             pass
 

@@ -57,11 +57,11 @@ class Decision:
         """The decision in one sentence."""
         deviation = "" if self.deviation is None else f" ± {self.deviation:.4g}"
         plural = "s" if self.seeds > 1 else ""
-        score = f"{self._claim()}: {self.metric} {self.mean:.6g}{deviation}"
+        score = f"{self._result()}: {self.metric} {self.mean:.6g}{deviation}"
         fits = f"{self.seeds} fresh seed{plural} of {self.epochs} epochs"
         return f"{score} over {fits}; {self._comparison()}"
 
-    def _claim(self) -> str:
+    def _result(self) -> str:
         if self.trial:
             return f"trial {self.trial} is the best of {self.others + 1} settings"
         if self.runner_up is None:

@@ -51,7 +51,9 @@ def make(tmp_path):
             shutil.copy(ROOT / "Makefile", folder)
             (folder / ".gem").mkdir()
             (folder / ".gem" / "optuna.db").touch()
-        variables = {k: v for k, v in os.environ.items() if k not in without}
+        # `make test` tells a make that it starts to name its folders in the output.
+        hidden = {*without, "MAKEFLAGS", "MFLAGS", "MAKELEVEL"}
+        variables = {name: value for name, value in os.environ.items() if name not in hidden}
         variables |= {"CALLS": str(log), "PYTHON": str(tmp_path / "python")}
         process = subprocess.run(
             ["make", *arguments], cwd=folder, env=variables, capture_output=True, text=True

@@ -98,7 +98,7 @@ def test_effects_differ_between_contexts(truth):
 def test_donor_effects_are_centred_within_a_stratum_and_have_the_declared_variance(params):
     settings = params.synthesize.model_copy(update={"genes": 500, "studies": 40})
     truth = draw_truth(settings, np.random.default_rng(0))
-    np.testing.assert_allclose(truth.donor.mean(axis=2), 0, atol=1e-12)
+    np.testing.assert_allclose(truth.donor.mean(axis=2), 0, atol=1e-7)
     donors = truth.donor.shape[2]
     assert truth.donor.var() == pytest.approx(DONOR_SCALE**2 * (1 - 1 / donors), rel=0.02)
     assert truth.study.var() == pytest.approx(STUDY_SCALE**2, rel=0.05)
@@ -119,3 +119,16 @@ def test_truth_survives_a_round_trip_through_its_file(truth, tmp_path):
     loaded = Truth.load(tmp_path)
     for field in fields(Truth):
         np.testing.assert_array_equal(getattr(loaded, field.name), getattr(truth, field.name))
+
+
+def test_the_last_bit_of_a_processor_does_not_change_the_file(truth, tmp_path):
+    """Exponentials and logarithms differ by a unit in the last place between instruction sets."""
+    neighbours = {
+        field.name: np.where(values == 0, values, np.nextafter(values, np.inf))
+        for field in fields(Truth)
+        if (values := getattr(truth, field.name)).dtype.kind == "f"
+    }
+    truth.save(tmp_path / "here")
+    replace(truth, **neighbours).save(tmp_path / "elsewhere")
+    here, elsewhere = ((tmp_path / name / "parameters.npz") for name in ("here", "elsewhere"))
+    assert neighbours and here.read_bytes() == elsewhere.read_bytes()

@@ -62,7 +62,11 @@ class Levels:
 
 @dataclass(frozen=True)
 class Truth:
-    """All parameters that counts are drawn from. Effects are on the natural-log scale."""
+    """All parameters that counts are drawn from. Effects are on the natural-log scale.
+
+    Real numbers are rounded to single precision: the last bits of float64 exponentials and
+    logarithms differ between processors, and the files of a cohort do not.
+    """
 
     baseline: np.ndarray  # (G,)
     dispersion: np.ndarray  # (G,) variance = mean + dispersion * mean^2
@@ -93,6 +97,13 @@ class Truth:
     wrong_sex: np.ndarray  # ()
     null_share: np.ndarray  # ()
     gene_id: np.ndarray  # (G,) names
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            values = getattr(self, field.name)
+            if values.dtype.kind == "f":
+                rounded = values.astype(np.float32).astype(np.float64)
+                object.__setattr__(self, field.name, rounded)
 
     def save(self, folder: Path) -> None:
         content = io.BytesIO()

@@ -1,22 +1,23 @@
 """Workers of a search, killed at random: exactly the budget, no trial lost, none twice."""
 
-import itertools
 import os
 import random
 import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import mlflow
 import optuna
 import pandas as pd
+import psycopg
 import pytest
 from support.processes import POSTGRES, postgres_server
 from support.repository import Repository, Stage
 from support.settings import TINY
 
+from pipeline.gem.common import yaml_file
 from pipeline.gem.common.errors import InputError
 from pipeline.gem.search.study_db import StudyStorage
 
@@ -47,56 +48,84 @@ def postgres() -> Iterator[str]:
 
 
 @pytest.fixture
-def machines(no_figures, cohort, migrated_store, tmp_path) -> list[Repository]:
-    """Repositories with one search, which share nothing but the storage that a test names."""
-    repositories = []
-    for number in range(MACHINES):
-        repository = Repository(tmp_path / f"machine{number}", TINY | {"train.epochs": 2})
-        (repository.folder / "experiments" / "searches" / "shared.yaml").write_text(SEARCH)
-        shutil.copytree(cohort.folder, repository.folder / "data" / "cohort")
-        shutil.copy(migrated_store, repository.folder / "mlflow.db")
-        repositories.append(repository)
-    return repositories
+def new_search(no_figures, cohort, migrated_store, tmp_path) -> Callable[[int], list[Repository]]:
+    """Makes repositories with one search, which share nothing but the storage that a test names."""
+
+    def machines(seed: int) -> list[Repository]:
+        repositories = []
+        changes = TINY | {"train.epochs": 2, "tracking.experiment": f"gem {seed}"}
+        for number in range(MACHINES):
+            repository = Repository(tmp_path / f"search{seed}" / f"machine{number}", changes)
+            search = repository.folder / "experiments" / "searches" / "shared.yaml"
+            search.write_text(SEARCH)
+            yaml_file.edit(search, {"sampler.seed": seed})
+            shutil.copytree(cohort.folder, repository.folder / "data" / "cohort")
+            shutil.copy(migrated_store, repository.folder / "mlflow.db")
+            repositories.append(repository)
+        return repositories
+
+    return machines
 
 
 @pytest.mark.parametrize("database", ["SQLite", "PostgreSQL"])
 def test_three_machines_killed_at_random_finish_exactly_the_budget(
-    machines, database, request, server, tmp_path, times, record_property
+    new_search, database, request, server, tmp_path, times, record_property
 ):
-    """Each in turn is killed and started again, until there were `times` kills."""
-    environment = {"OPTUNA_STORAGE": f"sqlite:///{tmp_path}/shared.db"}
-    if database == "PostgreSQL":
-        environment["OPTUNA_STORAGE"] = request.getfixturevalue("postgres")
-        environment["MLFLOW_TRACKING_URI"] = server.address
-    moments, kills = random.Random(SEED), 0
+    """One search after the other, until `times` running workers were killed."""
+    moments, seed, kills, trials = random.Random(SEED), 0, 0, 0
+    while kills < times:
+        seed += 1
+        assert seed <= times + 5, f"{seed - 1} searches: {kills} kills met a running worker"
+        environment = {"OPTUNA_STORAGE": f"sqlite:///{tmp_path}/shared{seed}.db"}
+        if database == "PostgreSQL":
+            address = new_database(request.getfixturevalue("postgres"), f"search{seed}")
+            environment = {"OPTUNA_STORAGE": address, "MLFLOW_TRACKING_URI": server.address}
+        machines = new_search(seed)
+        kills += run_and_kill(machines, environment, min(MACHINES, times - kills), moments)
+        trials += check_search(environment["OPTUNA_STORAGE"], machines).total()
+        if database == "PostgreSQL":
+            names = names_of_runs(server.address, f"gem {seed}")
+            assert names.count("shared") == names.count("shared winner") == 1
+            assert sum(" trial=" in name for name in names) == TRIALS + 2, "one run a trial"
+    record_property(
+        "figure",
+        f"{database}: {kills} running workers killed in {seed} searches: {trials} of "
+        f"{seed * TRIALS} trials, none twice, none left",
+    )
+
+
+def run_and_kill(
+    machines: list[Repository], environment: dict[str, str], kills: int, moments: random.Random
+) -> int:
+    """Runs a search on all machines. The first `kills` are killed in turn and started again, each
+    once, because a trial that loses four workers has failed. Returns how many were running."""
 
     def start(repository: Repository) -> Stage:
         return repository.start("pipeline.tune", "--search", "shared", **environment)
 
-    stages = [start(repository) for repository in machines]
-    for index in itertools.islice(itertools.cycle(range(MACHINES)), times):
+    stages, met = [start(repository) for repository in machines], 0
+    for index in range(kills):
         time.sleep(moments.uniform(0.2, 3.0))
         stages[index].kill()
-        kills += stages[index].wait() == -signal.SIGKILL
+        met += stages[index].wait() == -signal.SIGKILL
         stages[index] = start(machines[index])
     codes = [stage.wait(timeout=600) for stage in stages]
     logs = "\n".join(repository.log("pipeline.tune") for repository in machines)
     assert codes == [0] * MACHINES, logs[-3000:]
-    counts = check_search(environment["OPTUNA_STORAGE"], machines)
-    if database == "PostgreSQL":
-        names = names_of_runs(server.address)
-        assert names.count("shared") == names.count("shared winner") == 1
-        assert sum(" trial=" in name for name in names) == TRIALS + 2, "one run a trial"
-    record_property(
-        "figure",
-        f"{database}: {kills} of {times} kills met a running worker: {counts.total()} of {TRIALS} "
-        "trials, none twice, none left",
-    )
+    return met
 
 
-def names_of_runs(address: str) -> list[str]:
+def new_database(address: str, name: str) -> str:
+    """The address of a new database beside the one at `address`."""
+    with psycopg.connect(address, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"{address.rpartition('/')[0]}/{name}"
+
+
+def names_of_runs(address: str, experiment: str) -> list[str]:
     client = mlflow.MlflowClient(address)
-    runs = client.search_runs([client.get_experiment_by_name("gem").experiment_id], max_results=200)
+    identity = client.get_experiment_by_name(experiment).experiment_id
+    runs = client.search_runs([identity], max_results=200)
     assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}, "KILLED: pruned"
     return [run.info.run_name for run in runs]
 

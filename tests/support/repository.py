@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import optuna
-import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 
@@ -137,8 +136,7 @@ class Repository:
 
 @cache
 def _import_slow_modules() -> None:
-    """Imports before any fork: the first optimiser and the first store import for seconds."""
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    """Imports before any fork: the first store imports for seconds."""
     importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
     importlib.import_module("mlflow.store.model_registry.sqlalchemy_store")
     # Which module belongs to which package: a second for every process that registers a model.

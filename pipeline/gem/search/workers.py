@@ -27,8 +27,6 @@ _POLL_INTERVAL_S = 0.5
 def prepare_to_fork() -> None:
     """Call this before any computation. A fork would lose the threads of a thread pool."""
     torch.set_num_threads(1)
-    # The first optimiser imports modules for a second; the workers inherit them.
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
 
 
 class Workers:

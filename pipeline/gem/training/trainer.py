@@ -5,7 +5,6 @@ N samples, B batch, G genes. Losses are in nats per sample.
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
@@ -22,8 +21,9 @@ from pipeline.gem.model.objective import Batch, LatentNoise
 from pipeline.gem.training import data_parallel, distributed, masking
 from pipeline.gem.training.checkpoint import Checkpoint
 from pipeline.gem.training.dataset import TrainingData
-from pipeline.gem.training.precision import uses_bf16
-from pipeline.gem.training.schedule import TrainingSchedule, kl_warmup, one_cycle
+from pipeline.gem.training.optimization.optimizer import AdamW, WeightGroup
+from pipeline.gem.training.optimization.precision import uses_bf16
+from pipeline.gem.training.optimization.schedule import TrainingSchedule, kl_warmup, one_cycle
 from pipeline.gem.training.validation import METRICS, posterior_means, validation_metrics
 
 _VARIANCE_RATE = 10.0  # learning rate of the log variances, relative to the weights
@@ -172,13 +172,12 @@ class Trainer:
         self.schedule = TrainingSchedule.of(self.samples, params)
         self.steps_per_epoch = -(-self.samples // self.schedule.batch_size)
         self.steps = self.schedule.epochs * self.steps_per_epoch
-        groups = self._parameter_groups()
-        self.optimizer = torch.optim.AdamW(groups, params.learning_rate, fused=True)
+        self.optimizer = AdamW(self._weight_groups(), params.gradient_clip)
         self.fields = masking.Fields.by_group(data.encoder, data.train.expression.device)
         names = [field.name for field in data.encoder.groups["technical"]]
         self.study = names.index(gem.hidden_study) if gem.hidden_study else None
 
-    def _parameter_groups(self) -> list[dict]:
+    def _weight_groups(self) -> list[WeightGroup]:
         """Weight decay for weights only, not for biases, norms and variances. Variances start far
         from their optimum and have a higher learning rate."""
         variances = [*self.network.observation.parameters(), self.network.residual_gate]
@@ -189,11 +188,10 @@ class Trainer:
                 vectors.append(parameter)
             elif id(parameter) not in variance_ids:
                 matrices.append(parameter)
-        decay = self.schedule.weight_decay
         return [
-            {"params": matrices, "weight_decay": decay, "scale": 1.0},
-            {"params": vectors, "weight_decay": 0.0, "scale": 1.0},
-            {"params": variances, "weight_decay": 0.0, "scale": _VARIANCE_RATE},
+            WeightGroup(matrices, self.schedule.weight_decay),
+            WeightGroup(vectors, decay=0.0),
+            WeightGroup(variances, decay=0.0, scale=_VARIANCE_RATE),
         ]
 
     def run(
@@ -215,18 +213,13 @@ class Trainer:
 
     def _tensors(self, best_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All tensors that the next epochs depend on."""
-        optimizer = self.optimizer.state_dict()["state"]
         random_states = [self.generator.get_state(), torch.get_rng_state()]  # the last: of dropout
         if self.generator.device.type == "cuda":
             random_states += torch.cuda.get_rng_state_all()
         return {
             **{f"weights.{name}": value for name, value in self.network.state_dict().items()},
             **{f"best.{name}": value for name, value in best_weights.items()},
-            **{
-                f"optimizer.{parameter}.{name}": value
-                for parameter, values in optimizer.items()
-                for name, value in values.items()
-            },
+            **{f"optimizer.{name}": value for name, value in self.optimizer.state().items()},
             **{f"random.{position}": value for position, value in enumerate(random_states)},
         }
 
@@ -246,14 +239,8 @@ class Trainer:
         for full_name, tensor in tensors.items():
             part, _, name = full_name.partition(".")
             parts[part][name] = tensor
-        optimizer = defaultdict(dict)
-        for name, tensor in parts["optimizer"].items():
-            parameter, _, name = name.partition(".")
-            optimizer[int(parameter)][name] = tensor
         self.network.load_state_dict(parts["weights"])
-        # Rates are set before each step.
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": dict(optimizer), "param_groups": groups})
+        self.optimizer.load_state(parts["optimizer"])
         random_states = sorted(parts["random"].items(), key=lambda state: int(state[0]))
         generator, dropout, *cuda = (state for _, state in random_states)
         self.generator.set_state(generator)
@@ -269,7 +256,7 @@ class Trainer:
         return EpochMetrics(
             epoch=number,
             epochs=self.schedule.epochs,
-            learning_rate=self.optimizer.param_groups[0]["lr"],
+            learning_rate=self._learning_rate(number * self.steps_per_epoch - 1),
             loss=loss,
             **absent | means,
             **self._validation_metrics(),
@@ -367,16 +354,15 @@ class Trainer:
 
     def _step(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, unweighted terms), detached."""
-        cycle = one_cycle(step, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["scale"] * self.params.learning_rate * cycle
         warmup = kl_warmup(step, self.steps, self.params.kl_warmup)
         loss, terms = self.objective(batch, warmup)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.params.gradient_clip)
-        self.optimizer.step()
+        self.optimizer.step(self._learning_rate(step))
         return loss.detach(), {name: term.detach().sum() for name, term in terms.items()}
+
+    def _learning_rate(self, step: int) -> float:
+        return self.params.learning_rate * one_cycle(step, self.steps)
 
     def _divergence(self, step: int, names: list[str], means: Tensor) -> DivergedError:
         finite = zip(names, torch.isfinite(means).tolist(), strict=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.gem.training.precision import has_bf16, uses_bf16
+from pipeline.gem.training.optimization.precision import has_bf16, uses_bf16
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pipeline.gem.training.schedule import TrainingSchedule, kl_warmup, one_cycle
+from pipeline.gem.training.optimization.schedule import TrainingSchedule, kl_warmup, one_cycle
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""How the weights of a fit change: AdamW, its schedule, and the precision of products."""

@@ -1,0 +1,96 @@
+"""AdamW with a clipped gradient: a few operations for all weights of a network."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """Weights with settings of their own."""
+
+    weights: list[nn.Parameter]
+    decay: float
+    scale: float = 1.0  # learning rate, relative to that of the step
+
+
+@dataclass(frozen=True)
+class _State:
+    """Of one group."""
+
+    steps: Tensor  # () so far
+    means: list[Tensor]  # of the gradient of each weight
+    mean_squares: list[Tensor]
+
+    @classmethod
+    def zeros(cls, group: WeightGroup) -> "_State":
+        means, squares = ([torch.zeros_like(w) for w in group.weights] for _ in range(2))
+        return cls(torch.zeros((), device=means[0].device), means, squares)
+
+
+class AdamW:
+    """As torch.optim.AdamW after clip_grad_norm_, for weights of which each always or never has a
+    gradient.
+
+    Those two look at each weight in Python, which took a tenth of the step of a small network.
+    """
+
+    def __init__(self, groups: Iterable[WeightGroup], clip: float):
+        """`clip`: the largest norm of the gradient."""
+        self.groups, self.clip = [group for group in groups if group.weights], clip
+        self._states = [_State.zeros(group) for group in self.groups]
+
+    def zero_grad(self) -> None:
+        for group in self.groups:
+            for weight in group.weights:
+                weight.grad = None
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        gradients = [w.grad for group in self.groups for w in group.weights if w.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        divisor = (norm / self.clip).clamp_min_(1.0)
+        for group, state in zip(self.groups, self._states, strict=True):
+            columns = group.weights, state.means, state.mean_squares
+            rows = [row for row in zip(*columns, strict=True) if row[0].grad is not None]
+            if not rows:
+                continue
+            weights, means, mean_squares = map(list, zip(*rows, strict=True))
+            state.steps.add_(1)
+            torch._fused_adamw_(
+                weights,
+                [weight.grad for weight in weights],
+                means,
+                mean_squares,
+                [],
+                [state.steps] * len(weights),
+                lr=group.scale * learning_rate,
+                beta1=_BETAS[0],
+                beta2=_BETAS[1],
+                weight_decay=group.decay,
+                eps=_EPSILON,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=divisor,
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next steps depend on, by name."""
+        named = {}
+        for number, state in enumerate(self._states):
+            named[f"{number}.steps"] = state.steps
+            for position, pair in enumerate(zip(state.means, state.mean_squares, strict=True)):
+                named[f"{number}.{position}.mean"], named[f"{number}.{position}.square"] = pair
+        return named
+
+    def load_state(self, saved: Mapping[str, Tensor]) -> None:
+        """RuntimeError if `saved` is not the state of such weights."""
+        own = self.state()
+        if own.keys() != saved.keys():
+            raise RuntimeError(f"{len(saved)} tensors of the optimizer, expected {len(own)}")
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])

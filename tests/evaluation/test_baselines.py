@@ -1,30 +1,21 @@
-"""Baselines against scikit-learn, against plain loops, and on cohorts with a known answer."""
+"""Baselines against plain loops, and on cohorts with a known answer."""
 
 import itertools
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.sparse import csr_array, hstack
-from sklearn.linear_model import Ridge as SklearnRidge
-from support.encoding import dense
 
-from pipeline.gem.common.config import GROUPS, Covariates, Data
-from pipeline.gem.data.encoder import MetadataEncoder
-from pipeline.gem.evaluation import baselines
+from pipeline.gem.common.config import Covariates, Data
 from pipeline.gem.evaluation.baselines import (
-    RIDGE_PENALTIES,
     Additive,
     AdditiveNearest,
-    ClosedForm,
-    ConjugateGradients,
-    GroupMeans,
     MatchedMean,
     PerturbedMean,
-    Ridge,
     context_similarity,
     training_mean,
 )
+from pipeline.gem.evaluation.profiles import GroupMeans, Groups, Profiles
 
 GENES = 4
 GENE = np.arange(1, GENES + 1)
@@ -44,6 +35,16 @@ def table(*rows) -> pd.DataFrame:
     """Samples from (study, tissue, perturbation, dose)."""
     columns = ["study", "tissue", "perturbation", "perturbation_dose"]
     return pd.DataFrame(list(rows), columns=columns).assign(age_years=np.nan)
+
+
+def profiles(data: Data, samples: pd.DataFrame, expression: np.ndarray) -> Profiles:
+    """In two blocks."""
+    return Profiles.of(data, samples, np.array_split(expression, 2))
+
+
+def groups(values: np.ndarray) -> Groups:
+    """Each of one sample."""
+    return Groups(pd.DataFrame(index=range(len(values))), np.ones(len(values)), values)
 
 
 def is_control(samples: pd.DataFrame) -> np.ndarray:
@@ -67,11 +68,6 @@ def samples() -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def encoder(samples, data) -> MetadataEncoder:
-    return MetadataEncoder.fit(samples, data.covariates)
-
-
-@pytest.fixture(scope="module")
 def expression(samples) -> np.ndarray:
     shift = samples["perturbation"].map({"control": 0.0, "x": 1.0, "y": -2.0}).to_numpy()
     noise = np.random.default_rng(1).normal(0, 0.5, (80, GENES))
@@ -81,112 +77,18 @@ def expression(samples) -> np.ndarray:
 # --- training mean ---
 
 
-def test_the_training_mean_is_in_every_row(expression):
+def test_the_training_mean_is_in_every_row(data, samples, expression):
     expected = np.tile(expression.astype(float).mean(axis=0), (7, 1))
-    np.testing.assert_allclose(training_mean(expression, 7), expected, rtol=1e-6)
+    mean = training_mean(profiles(data, samples, expression), 7)
+    np.testing.assert_allclose(mean, expected, rtol=1e-6)
 
 
-def test_the_training_mean_is_summed_in_double_precision():
+def test_the_training_mean_is_summed_in_double_precision(data):
     # A running sum in float32 loses 9.3 once it reaches a few million.
     values = np.full((600_000, 2), 9.3, dtype=np.float32)
-    np.testing.assert_allclose(training_mean(values, 1)[0], np.float32(9.3), rtol=1e-6)
-
-
-# --- ridge ---
-
-
-def sklearn_ridge(encoder, penalty: float, samples, expression, query) -> np.ndarray:
-    def design(rows: pd.DataFrame) -> np.ndarray:
-        encoded = dense(encoder, rows, unknown="missing")
-        return np.concatenate([encoded[group] for group in GROUPS], axis=1).astype(float)
-
-    fitted = SklearnRidge(alpha=penalty).fit(design(samples), expression.astype(float))
-    return fitted.predict(design(query))
-
-
-@pytest.mark.parametrize("penalty", RIDGE_PENALTIES)
-def test_ridge_selects_the_penalty_that_predicts_the_selection_split_as_scikit_learn_does(
-    encoder, samples, expression, penalty
-):
-    expected = sklearn_ridge(encoder, penalty, samples, expression, samples)
-    ridge = Ridge.fit(encoder, samples, expression, (samples, expected))
-    assert ridge.penalty == pytest.approx(penalty)
-    np.testing.assert_allclose(ridge.predict(samples), expected, rtol=1e-7, atol=1e-7)
-
-
-def test_ridge_selects_the_penalty_with_the_least_error(encoder, samples, expression):
-    train, held_out = slice(0, 50), slice(50, 80)
-    errors = {}
-    for penalty in RIDGE_PENALTIES:
-        query = samples.iloc[held_out]
-        predicted = sklearn_ridge(encoder, penalty, samples.iloc[train], expression[train], query)
-        errors[penalty] = np.mean((predicted - expression[held_out]) ** 2)
-    selection = samples.iloc[held_out], expression[held_out]
-    ridge = Ridge.fit(encoder, samples.iloc[train], expression[train], selection)
-    assert ridge.penalty == min(errors, key=errors.get)
-    error = np.mean((ridge.predict(selection[0]) - selection[1]) ** 2)
-    assert error == pytest.approx(min(errors.values()), rel=1e-7)
-
-
-def test_ridge_without_a_selection_split_has_penalty_one(encoder, samples, expression):
-    ridge = Ridge.fit(encoder, samples, expression, None)
-    expected = sklearn_ridge(encoder, 1.0, samples, expression, samples)
-    assert ridge.penalty == 1.0
-    np.testing.assert_allclose(ridge.predict(samples), expected, rtol=1e-7, atol=1e-7)
-
-
-@pytest.fixture
-def wide(rng) -> tuple[csr_array, np.ndarray]:
-    """(design of four factors with 230 levels and a number, expression of 70 genes)"""
-    factors = [csr_array(np.eye(levels)[rng.integers(0, levels, 400)]) for levels in (150, 70, 10)]
-    design = hstack([*factors, csr_array(rng.normal(size=(400, 1)))], format="csr")
-    effects = rng.normal(size=(design.shape[1], 70))
-    return design, (design @ effects + rng.normal(size=(400, 70)) + 5).astype(np.float32)
-
-
-@pytest.mark.parametrize("penalty", [0.01, 1.0, 1000.0])
-def test_conjugate_gradients_solve_the_system_of_the_closed_form(wide, penalty):
-    design, expression = wide
-    solved, expected = (
-        solver(design, expression).solve(penalty) for solver in (ConjugateGradients, ClosedForm)
-    )
-    assert solved.shape == expected.shape == (231, 70)
-    centred = design.toarray() - design.mean(axis=0)
-    np.testing.assert_allclose(centred @ solved, centred @ expected, rtol=0, atol=1e-4)
-
-
-def test_both_solvers_select_the_same_penalty(wide):
-    design, expression = wide
-    train, others = slice(0, 300), slice(300, 400)
-    penalties = [
-        solver(design[train], expression[train]).best_penalty(design[others], expression[others])
-        for solver in (ConjugateGradients, ClosedForm)
-    ]
-    assert penalties[0] == penalties[1] and RIDGE_PENALTIES[0] < penalties[0] < RIDGE_PENALTIES[-1]
-
-
-def test_a_wide_ridge_predicts_as_a_narrow_one(encoder, samples, expression, monkeypatch):
-    selection = samples.iloc[50:80], expression[50:80]
-    narrow = Ridge.fit(encoder, samples.iloc[:50], expression[:50], selection)
-    monkeypatch.setattr(baselines, "CLOSED_FORM_COLUMNS", 0)
-    wide = Ridge.fit(encoder, samples.iloc[:50], expression[:50], selection)
-    assert wide.penalty == narrow.penalty
-    np.testing.assert_allclose(wide.predict(samples), narrow.predict(samples), atol=2e-5)
-
-
-def test_ridge_treats_an_unknown_level_as_missing(encoder, samples, expression):
-    ridge, query = Ridge.fit(encoder, samples, expression, None), samples.head(5)
-    unknown, missing = (ridge.predict(query.assign(study=study)) for study in ("unknown", None))
-    np.testing.assert_array_equal(unknown, missing)
-
-
-def test_ridge_beats_the_training_mean_on_held_out_samples_of_the_cohort(cohort):
-    train, observed = cohort.expression(["train"]), cohort.expression(["test_random"])
-    encoder = MetadataEncoder.fit(cohort.rows(["train"]), cohort.declared.covariates)
-    ridge = Ridge.fit(encoder, cohort.rows(["train"]), train, None)
-    predictions = ridge.predict(cohort.rows(["test_random"])), training_mean(train, len(observed))
-    errors = [np.mean((predicted - observed) ** 2) for predicted in predictions]
-    assert errors[0] < 0.8 * errors[1]
+    samples = table(("a", "liver", "x", None)).loc[np.zeros(len(values), dtype=int)]
+    mean = training_mean(profiles(data, samples, values), 1)
+    np.testing.assert_allclose(mean[0], np.float32(9.3), rtol=1e-6)
 
 
 # --- group means ---
@@ -196,21 +98,21 @@ def test_means_are_looked_up_by_the_most_specific_known_key():
     specific, general = pd.Series(["a1", "a1", "a2", "b1"]), pd.Series(["a", "a", "a", "b"])
     values = np.array([[1.0, 10.0], [3.0, 30.0], [8.0, 80.0], [5.0, 50.0]])
     query = [pd.Series(["a1", "a9", "b1", "c1"]), pd.Series(["a", "a", "b", "c"])]
-    predicted = GroupMeans.fit([specific, general], values).lookup(query)
+    predicted = GroupMeans.fit([specific, general], groups(values)).lookup(query)
     np.testing.assert_allclose(predicted, [[2, 20], [4, 40], [5, 50], [np.nan, np.nan]])
 
 
 def test_means_do_not_depend_on_row_labels_or_order(rng):
     keys, values = pd.Series(rng.choice(["a", "b", "c"], 30)), rng.normal(size=(30, 3))
     order, query = rng.permutation(30), pd.Series(["a", "b", "c"], index=[9, 8, 7])
-    shuffled = GroupMeans.fit([keys.iloc[order]], values[order]).lookup([query])
+    shuffled = GroupMeans.fit([keys.iloc[order]], groups(values[order])).lookup([query])
     expected = [values[keys == key].mean(axis=0) for key in "abc"]
     np.testing.assert_allclose(shuffled, expected, rtol=1e-12)
 
 
 def test_changing_a_looked_up_array_changes_no_mean():
     keys, values = pd.Series(["a", "b"]), np.array([[1.0], [2.0]])
-    means = GroupMeans.fit([keys], values)
+    means = GroupMeans.fit([keys], groups(values))
     predicted = means.lookup([keys])  # exactly the keys of the table, in its order
     predicted += 100
     np.testing.assert_array_equal(means.lookup([keys]), values)
@@ -235,7 +137,7 @@ def test_means_over_perturbations_are_those_of_a_plain_loop(
         in_context = alike & (tissues == tissue)
         rows = in_context if by_context and in_context.any() else alike
         expected.append(values[rows].mean(axis=0))
-    predicted = baseline(data, train, expression[:60]).predict(query)
+    predicted = baseline(profiles(data, train, expression[:60])).predict(query)
     np.testing.assert_allclose(predicted, expected, rtol=1e-5)
 
 
@@ -262,7 +164,7 @@ def test_additive_is_exact_on_an_additive_cohort_and_its_unknown_pairs(
     data, additive_cohort, baseline
 ):
     samples, expression = additive_cohort
-    fitted = baseline(data, samples, expression)
+    fitted = baseline(profiles(data, samples, expression))
     np.testing.assert_allclose(fitted.predict(samples), expression, atol=1e-12)
     unknown = fitted.predict(table(("a", "lung", "y", None), ("b", "lung", "y", None)))
     expected = [0.5 * GENE + 7 - 1.5 * GENE**2, -GENE + 7 - 1.5 * GENE**2]
@@ -279,7 +181,7 @@ def test_no_change_is_the_mean_of_controls_of_study_and_context_else_context_els
         ("new", "brain", "x", None),
         (None, "lung", "y", None),
     )
-    predicted = Additive(data, samples, expression).no_change(query)
+    predicted = Additive(profiles(data, samples, expression)).no_change(query)
     control, lung = is_control(samples), (samples["tissue"] == "lung").to_numpy()
     of_study = control & lung & (samples["study"] == "a").to_numpy()
     rows = of_study, control & lung, control, control & lung
@@ -287,7 +189,7 @@ def test_no_change_is_the_mean_of_controls_of_study_and_context_else_context_els
 
 
 def test_the_additive_effect_falls_back_from_dose_to_perturbation_to_all(data, additive_cohort):
-    additive = Additive(data, *additive_cohort)
+    additive = Additive(profiles(data, *additive_cohort))
     base = additive.no_change(table(("a", "liver", "control", None)))[0]
     query = table(("a", "liver", "x", "1 uM"), ("a", "liver", "unknown", None))
     other_dose, unknown = additive.predict(query) - base
@@ -299,13 +201,16 @@ def test_the_additive_effect_falls_back_from_dose_to_perturbation_to_all(data, a
 
 def test_additive_predicts_no_change_for_controls(data, additive_cohort):
     samples, expression = additive_cohort
-    additive, controls = Additive(data, samples, expression), samples[is_control(samples)]
+    additive, controls = Additive(profiles(data, samples, expression)), samples[is_control(samples)]
     np.testing.assert_array_equal(additive.predict(controls), additive.no_change(controls))
 
 
 @pytest.mark.parametrize("column", ["study", "tissue", "perturbation"])
 def test_additive_treats_an_unknown_level_as_missing(data, additive_cohort, column):
-    additive, query = Additive(data, *additive_cohort), table(("a", "liver", "x", "10 uM"))
+    additive, query = (
+        Additive(profiles(data, *additive_cohort)),
+        table(("a", "liver", "x", "10 uM")),
+    )
     unknown, missing = (
         additive.predict(query.assign(**{column: level})) for level in ("unknown", None)
     )
@@ -331,8 +236,8 @@ def many_contexts() -> tuple[pd.DataFrame, np.ndarray]:
 def nearest_effect(data, samples: pd.DataFrame, expression: np.ndarray, row) -> np.ndarray:
     """The effect for one row, by definition."""
     control, tissue = is_control(samples), samples["tissue"].to_numpy()
-    shifts = expression - Additive(data, samples, expression).no_change(samples)
-    profiles = {
+    shifts = expression - Additive(profiles(data, samples, expression)).no_change(samples)
+    of_context = {
         name: expression[control & (tissue == name)].mean(axis=0) for name in set(tissue[control])
     }
     perturbation = (samples["perturbation"] == row.perturbation).to_numpy()
@@ -342,8 +247,8 @@ def nearest_effect(data, samples: pd.DataFrame, expression: np.ndarray, row) -> 
         for name in set(tissue[treated]):
             if name == row.tissue:
                 similarity[name] = 2.0
-            elif name in profiles and row.tissue in profiles:
-                similarity[name] = np.corrcoef(profiles[name], profiles[row.tissue])[0, 1]
+            elif name in of_context and row.tissue in of_context:
+                similarity[name] = np.corrcoef(of_context[name], of_context[row.tissue])[0, 1]
         if similarity:
             nearest = max(similarity, key=similarity.get)
             return shifts[treated & (tissue == nearest)].mean(axis=0)
@@ -356,15 +261,16 @@ def test_additive_nearest_is_its_definition_by_plain_loops(data, many_contexts):
     tissues, doses = (*CONTEXTS, "unknown"), ("1 uM", "10 uM", "3 uM", None)
     query = table(*itertools.product(("a", "new"), tissues, ("x", "y", "unknown"), doses))
     effects = [nearest_effect(data, *many_contexts, row) for row in query.itertuples()]
-    expected = Additive(data, *many_contexts).no_change(query) + effects
-    predicted = AdditiveNearest(data, *many_contexts).predict(query)
+    expected = Additive(profiles(data, *many_contexts)).no_change(query) + effects
+    predicted = AdditiveNearest(profiles(data, *many_contexts)).predict(query)
     np.testing.assert_allclose(predicted, expected, atol=1e-10)
 
 
 def test_context_similarity_is_the_correlation_of_mean_controls(many_contexts):
     samples, expression = many_contexts
     control, tissue = is_control(samples), samples["tissue"].to_numpy()
-    similarity = context_similarity(samples["tissue"][control], expression[control])
+    of_contexts = pd.DataFrame(expression[control]).groupby(tissue[control]).mean()
+    similarity = context_similarity(of_contexts)
     means = [expression[control & (tissue == name)].mean(axis=0) for name in similarity.index]
     np.testing.assert_allclose(similarity, np.corrcoef(means))
 
@@ -384,14 +290,16 @@ def test_additive_nearest_takes_the_effect_of_the_similar_context_and_not_the_me
         np.subtract(profile["brain"], 1),
         np.mean(list(profile.values()), axis=0),
     ]
-    np.testing.assert_allclose(AdditiveNearest(data, train, expression).predict(query), expected)
+    np.testing.assert_allclose(
+        AdditiveNearest(profiles(data, train, expression)).predict(query), expected
+    )
 
 
 def test_additive_nearest_with_one_context_is_additive(data, many_contexts):
     samples, expression = many_contexts[0].assign(tissue="liver"), many_contexts[1]
     treated = samples[~is_control(samples)]
     nearest, additive = (
-        baseline(data, samples, expression).predict(treated)
+        baseline(profiles(data, samples, expression)).predict(treated)
         for baseline in (AdditiveNearest, Additive)
     )
     np.testing.assert_allclose(nearest, additive, atol=1e-12)
@@ -402,7 +310,9 @@ def test_with_controls_constant_over_genes_the_effect_is_the_mean_over_contexts(
     rows = itertools.product(["a"], ("liver", "lung", "skin"), ("control", "x"), [None])
     train = table(*rows)[:5]
     expression = np.repeat([[2.0], [3.0], [2.0], [7.0], [1.0]], GENES, axis=1)
-    predicted = AdditiveNearest(data, train, expression).predict(table(("a", "skin", "x", None)))
+    predicted = AdditiveNearest(profiles(data, train, expression)).predict(
+        table(("a", "skin", "x", None))
+    )
     np.testing.assert_allclose(predicted, [[1 + (1 + 5) / 2] * GENES])
 
 
@@ -415,8 +325,8 @@ def test_the_order_of_training_samples_and_of_queries_does_not_matter(
 ):
     samples, expression = many_contexts
     order, query = rng.permutation(len(samples)), rng.permutation(len(samples))
-    expected = baseline(data, samples, expression).predict(samples)
-    shuffled = baseline(data, samples.iloc[order], expression[order])
+    expected = baseline(profiles(data, samples, expression)).predict(samples)
+    shuffled = baseline(profiles(data, samples.iloc[order], expression[order]))
     np.testing.assert_allclose(shuffled.predict(samples.iloc[query]), expected[query], atol=1e-12)
 
 
@@ -424,7 +334,7 @@ def test_the_order_of_training_samples_and_of_queries_does_not_matter(
 def test_a_prediction_is_repeatable_and_leaves_its_inputs_unchanged(data, many_contexts, baseline):
     samples, expression = many_contexts
     samples_before, expression_before = samples.copy(), expression.copy()
-    fitted = baseline(data, samples, expression)
+    fitted = baseline(profiles(data, samples, expression))
     first = fitted.predict(samples).copy()
     np.testing.assert_array_equal(fitted.predict(samples), first)
     np.testing.assert_array_equal(expression, expression_before)
@@ -440,7 +350,7 @@ def test_training_without_controls_or_without_treated_samples_is_refused(
     cases = (data, control), (data, ~control), (undeclared, np.ones(len(samples), dtype=bool))
     for declared, rows in cases:
         with pytest.raises(ValueError, match="controls and treated"):
-            baseline(declared, samples[rows], expression[rows])
+            baseline(profiles(declared, samples[rows], expression[rows]))
 
 
 @pytest.mark.parametrize("baseline", FITTED)
@@ -459,7 +369,7 @@ def test_unusual_cohorts_get_finite_predictions(data, many_contexts, baseline, c
         data = data.model_copy(update={"study_column": None})
     if case == "one perturbation":
         samples = samples.assign(perturbation=np.where(is_control(samples), "control", "x"))
-    fitted = baseline(data, samples, expression)
+    fitted = baseline(profiles(data, samples, expression))
     unknown = samples.iloc[:3].assign(
         tissue=[None, "unknown", "liver"],
         perturbation=["unknown", None, "x"],

@@ -18,6 +18,7 @@ from pipeline.gem.evaluation.bilinear import (
     cumulative_errors,
     leading_components,
 )
+from pipeline.gem.evaluation.profiles import Profiles
 
 GENES = 7
 DOSE = {"100 nM": 0.1, "1 uM": 1.0, "10 uM": 10.0}
@@ -73,6 +74,16 @@ def train() -> tuple[pd.DataFrame, np.ndarray]:
     samples, expression = simulate(lambda name, dose: effects[name, dose], 0.5, 5)
     sampled = is_control(samples) | (rng.random(len(samples)) < 0.7)
     return samples[sampled].reset_index(drop=True), expression[sampled]
+
+
+def profiles(data: Data, samples: pd.DataFrame, expression: np.ndarray) -> Profiles:
+    """In two blocks."""
+    return Profiles.of(data, samples, np.array_split(expression, 2))
+
+
+def fit(data: Data, train: tuple, features, selection: tuple | None) -> Bilinear:
+    selected = None if selection is None else profiles(data, *selection)
+    return Bilinear.fit(profiles(data, *train), features, selected)
 
 
 def is_control(samples: pd.DataFrame) -> np.ndarray:
@@ -160,7 +171,7 @@ def slow_map(tables, effects, table: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 
 def slow_bilinear(data, train, selection, features, rows) -> np.ndarray:
-    additive = Additive(data, *train)
+    additive = Additive(profiles(data, *train))
     tables, effects = [], []
     for samples, expression in (train, selection):
         treated = ~is_control(samples)
@@ -189,7 +200,7 @@ def test_bilinear_is_its_definition_by_loops_and_explicit_solutions(
     data, train, selection, features
 ):
     rows = query(*itertools.product((*NAMES, "unknown"), DOSES))
-    predicted = Bilinear.fit(data, *train, features, selection).predict(rows)
+    predicted = fit(data, train, features, selection).predict(rows)
     expected = slow_bilinear(data, train, selection, features, rows)
     np.testing.assert_allclose(predicted, expected, atol=1e-6)
 
@@ -197,10 +208,10 @@ def test_bilinear_is_its_definition_by_loops_and_explicit_solutions(
 def test_the_selection_split_does_not_change_the_coefficients(
     data, train, selection, features, monkeypatch
 ):
-    selected = Bilinear.fit(data, *train, features, selection).maps[0]
+    selected = fit(data, train, features, selection).maps[0]
     monkeypatch.setattr(bilinear, "DEFAULT_PENALTY", selected.penalty)
     monkeypatch.setattr(bilinear, "DEFAULT_COMPONENTS", selected.weights.shape[1])
-    default = Bilinear.fit(data, *train, features, None).maps[0]
+    default = fit(data, train, features, None).maps[0]
     np.testing.assert_array_equal(default.weights, selected.weights)
     np.testing.assert_array_equal(default.components, selected.components)
 
@@ -208,7 +219,7 @@ def test_the_selection_split_does_not_change_the_coefficients(
 def test_a_selection_split_of_controls_alone_is_ignored(data, train, features):
     control = is_control(train[0])
     controls = train[0][control], train[1][control]
-    fitted, without = (Bilinear.fit(data, *train, features, rows) for rows in (controls, None))
+    fitted, without = (fit(data, train, features, rows) for rows in (controls, None))
     assert fitted.maps[0].penalty == DEFAULT_PENALTY
     np.testing.assert_array_equal(fitted.predict(train[0]), without.predict(train[0]))
 
@@ -235,7 +246,7 @@ def test_effects_linear_in_the_features_are_recovered_for_an_unknown_perturbatio
     expected = [6.5 + effect(*row) for row in itertools.product(NAMES[10:], DOSE)]
     errors = [
         np.sqrt(np.mean((fitted.predict(rows) - expected) ** 2))
-        for fitted in (Bilinear.fit(data, *train, features, train), Additive(data, *train))
+        for fitted in (fit(data, train, features, train), Additive(profiles(data, *train)))
     ]
     assert errors[0] < 0.005 * errors[1]
 
@@ -244,7 +255,7 @@ def test_without_features_known_perturbations_are_recovered_and_unknown_have_the
     rng = np.random.default_rng(10)
     effects = {name: rng.normal(0, 2, GENES) for name in TRAINED}
     samples, expression = simulate(lambda name, dose: effects[name], 0.0, 11, doses=(None,))
-    fitted = Bilinear.fit(data, samples, expression, None, (samples, expression))
+    fitted = fit(data, (samples, expression), None, (samples, expression))
     np.testing.assert_allclose(fitted.predict(samples), expression, atol=0.01)
     unknown = fitted.predict(query(("unknown", None), (None, None)))
     mean = 6.5 + np.mean(list(effects.values()), axis=0)
@@ -253,7 +264,7 @@ def test_without_features_known_perturbations_are_recovered_and_unknown_have_the
 
 def test_effects_that_features_do_not_explain_are_learnt_by_the_second_map(data, train, features):
     samples, expression = train
-    fitted = Bilinear.fit(data, samples, expression, features, train)
+    fitted = fit(data, (samples, expression), features, train)
     first = replace(fitted, maps=fitted.maps[:1])
     errors = [np.mean((model.predict(samples) - expression) ** 2) for model in (fitted, first)]
     assert errors[0] < 0.5 * errors[1]
@@ -261,8 +272,8 @@ def test_effects_that_features_do_not_explain_are_learnt_by_the_second_map(data,
 
 def test_controls_have_no_change(data, train, selection, features):
     controls = train[0][is_control(train[0])]
-    predicted = Bilinear.fit(data, *train, features, selection).predict(controls)
-    np.testing.assert_array_equal(predicted, Additive(data, *train).no_change(controls))
+    predicted = fit(data, train, features, selection).predict(controls)
+    np.testing.assert_array_equal(predicted, Additive(profiles(data, *train)).no_change(controls))
 
 
 def test_bilinear_beats_no_change_on_held_out_samples_of_the_cohort(cohort, source_folder):
@@ -271,7 +282,7 @@ def test_bilinear_beats_no_change_on_held_out_samples_of_the_cohort(cohort, sour
         (cohort.rows([name]), cohort.expression([name])) for name in ("train", "validation")
     )
     features = table.set_index("perturbation")
-    fitted = Bilinear.fit(cohort.declared, *train, features, (rows, observed))
+    fitted = fit(cohort.declared, train, features, (rows, observed))
     predictions = fitted.predict(rows), fitted.additive.no_change(rows)
     errors = [np.mean((predicted - observed) ** 2) for predicted in predictions]
     assert errors[0] < errors[1]
@@ -284,18 +295,17 @@ def test_the_order_of_rows_and_features_and_the_units_of_features_do_not_matter(
     data, train, selection, features, rng
 ):
     samples, expression = train
-    expected = Bilinear.fit(data, *train, features, selection).predict(samples)
+    expected = fit(data, train, features, selection).predict(samples)
     order, other = rng.permutation(len(samples)), rng.permutation(len(selection[0]))
-    shuffled = Bilinear.fit(
+    shuffled = fit(
         data,
-        samples.iloc[order],
-        expression[order],
+        (samples.iloc[order], expression[order]),
         features.sample(frac=1, random_state=0),
         (selection[0].iloc[other], selection[1][other]),
     )
     np.testing.assert_allclose(shuffled.predict(samples.iloc[order]), expected[order], atol=1e-8)
     other_units = (1000 * features + 7)[["h", "f", "g"]]
-    rescaled = Bilinear.fit(data, *train, other_units, selection)
+    rescaled = fit(data, train, other_units, selection)
     np.testing.assert_allclose(rescaled.predict(samples), expected, atol=1e-8)
 
 
@@ -305,7 +315,7 @@ def test_features_of_perturbations_without_training_samples_are_not_used(
     changed = features.copy()
     changed.loc[NAMES[10:]] = 1e6
     first, *others = (
-        Bilinear.fit(data, *train, table, selection).predict(train[0])
+        fit(data, train, table, selection).predict(train[0])
         for table in (features, changed, features.loc[TRAINED])
     )
     for predicted in others:
@@ -314,9 +324,7 @@ def test_features_of_perturbations_without_training_samples_are_not_used(
 
 def test_a_fit_is_repeatable_and_leaves_its_inputs_unchanged(data, train, selection, features):
     before = train[1].copy(), selection[1].copy(), features.copy()
-    first, second = (
-        Bilinear.fit(data, *train, features, selection).predict(train[0]) for _ in range(2)
-    )
+    first, second = (fit(data, train, features, selection).predict(train[0]) for _ in range(2))
     np.testing.assert_array_equal(first, second)
     np.testing.assert_array_equal(train[1], before[0])
     np.testing.assert_array_equal(selection[1], before[1])
@@ -330,7 +338,7 @@ def test_training_without_controls_or_without_treated_samples_is_refused(data, t
     samples, expression = train
     for rows in (is_control(samples), ~is_control(samples)):
         with pytest.raises(ValueError, match="controls and treated"):
-            Bilinear.fit(data, samples[rows], expression[rows], features, None)
+            fit(data, (samples[rows], expression[rows]), features, None)
 
 
 CASES = {
@@ -360,7 +368,7 @@ def test_unusual_cohorts_get_finite_predictions(
         features = features.assign(g=1.0)
     unknown = query(("unknown", "1 uM"), ("p0", None), (None, None), ("p11", "10 uM"))
     for rows in (selection, None):
-        fitted = Bilinear.fit(data, samples, train[1], features if with_features else None, rows)
+        fitted = fit(data, (samples, train[1]), features if with_features else None, rows)
         for queried in (samples, unknown, samples.iloc[:0]):
             predicted = fitted.predict(queried)
             assert predicted.shape == (len(queried), GENES) and np.isfinite(predicted).all()
@@ -368,6 +376,6 @@ def test_unusual_cohorts_get_finite_predictions(
 
 def test_one_perturbation_without_dose_is_additive(data, train):
     samples = CASES["one perturbation"](train[0]).assign(perturbation_dose=None)
-    predicted = Bilinear.fit(data, samples, train[1], None, None).predict(samples)
-    expected = Additive(data, samples, train[1]).predict(samples)
+    predicted = fit(data, (samples, train[1]), None, None).predict(samples)
+    expected = Additive(profiles(data, samples, train[1])).predict(samples)
     np.testing.assert_allclose(predicted, expected, atol=1e-10)

@@ -5,7 +5,6 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.decomposition import PCA
 from support.comparison import SEEDS, SPLITS, rows_of
 
 from pipeline.gem.data.cohort import Cohort
@@ -17,7 +16,6 @@ from pipeline.gem.evaluation.comparison import (
     WORSE,
     evaluate_split,
     nested_scores,
-    principal_axes,
     sample_errors,
 )
 from pipeline.gem.evaluation.evaluation_split import EvaluationSplits
@@ -176,17 +174,6 @@ def test_the_table_of_calibration_has_the_shares_behind_the_score(results):
             assert deviation == pytest.approx(scores[(name, "calibration")])
 
 
-def test_principal_axes_are_those_of_a_full_decomposition(rng):
-    signal = rng.normal(0, 1, (300, 4)) @ rng.normal(0, 3, (4, 70))
-    expression = (signal + rng.normal(0, 0.1, (300, 70))).astype(np.float32)
-    axes = principal_axes(expression)
-    assert axes.shape == (70, 50)
-    np.testing.assert_allclose(axes.T @ axes, np.eye(50), atol=1e-4)
-    reference = PCA(4, svd_solver="full").fit(expression.astype(float)).components_
-    np.testing.assert_allclose(np.abs(np.sum(reference * axes[:, :4].T, axis=1)), 1, atol=1e-4)
-    assert principal_axes(expression[:20, :8]).shape == (8, 8)
-
-
 # --- cohorts that lack something ---
 
 
@@ -204,7 +191,7 @@ def test_scores_that_a_cohort_cannot_have_are_null_with_a_reason(
     cohort.declared = cohort.declared.model_copy(update=changes)
     splits = EvaluationSplits(cohort, evaluation.params.evaluate)
     if missing == "hidden controls":
-        monkeypatch.setattr(splits, "_hidden_controls", lambda _, rows, x, own: (rows[:0], x[:0]))
+        monkeypatch.setattr(splits, "_hidden_controls", lambda _: None)
     predictors = Predictors(splits, {"gem": evaluation.models["gem"]})
     for name in ("test_random", "test_study"):
         split = splits.split(name)

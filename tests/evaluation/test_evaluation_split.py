@@ -7,6 +7,7 @@ from support.comparison import SPLITS
 
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.evaluation.evaluation_split import EvaluationSplits
+from pipeline.gem.evaluation.profiles import Profiles
 
 CONTEXT = ["tissue", "cell_type"]
 STUDY_CONTEXT = [*CONTEXT, "study"]
@@ -51,7 +52,7 @@ def test_all_samples_are_scored_but_the_reference_controls_of_a_new_study(evalua
 def test_matched_controls_have_the_same_study_and_context_else_the_same_context(
     evaluation, split, side
 ):
-    train, expression = evaluation.splits.train, evaluation.splits.train_expression
+    train, expression = evaluation.splits.train.samples, evaluation.cohort.expression(["train"])
     control = (train["perturbation"] == "control").to_numpy()
     pool, values = train[control], expression[control]
     if side == "observed":
@@ -81,7 +82,7 @@ def test_matched_controls_have_the_same_study_and_context_else_the_same_context(
 
 def test_no_control_is_on_both_sides_and_predictors_lack_the_observed_ones(evaluation, split):
     hidden = set(hidden_controls(evaluation, split)[0]["sample_id"])
-    assert hidden and not hidden & set(evaluation.splits.train["sample_id"])
+    assert hidden and not hidden & set(evaluation.splits.train.samples["sample_id"])
     assert not hidden & set(split.reference_samples["sample_id"])
 
 
@@ -95,9 +96,9 @@ def test_the_controls_of_a_new_study_are_halved_within_each_context(evaluation):
 
 def test_the_deviation_of_controls_is_pooled_within_context_and_study(evaluation):
     control = evaluation.by_split["test_random"][0].predicted_control
-    train = evaluation.splits.train
+    train = evaluation.splits.train.samples
     is_control = (train["perturbation"] == "control").to_numpy()
-    values = evaluation.splits.train_expression[is_control].astype(float)
+    values = evaluation.cohort.expression(["train"])[is_control].astype(float)
     groups = texts(train[is_control], STUDY_CONTEXT)
     for context in {group[:2] for group in groups}:
         squares, degrees = 0.0, 0
@@ -113,8 +114,8 @@ def test_the_deviation_of_controls_is_pooled_within_context_and_study(evaluation
 def test_the_perturbed_centroid_counts_each_training_perturbation_of_a_context_once(
     evaluation, split
 ):
-    train = evaluation.splits.train
-    values = evaluation.splits.train_expression.astype(float)
+    train = evaluation.splits.train.samples
+    values = evaluation.cohort.expression(["train"]).astype(float)
     contexts, perturbations = texts(train, CONTEXT), train["perturbation"].to_numpy()
     for row in range(0, len(split.samples), 7):
         own = texts(split.samples.iloc[[row]], CONTEXT)[0]
@@ -142,14 +143,16 @@ def test_conditions_are_contexts_and_treatments_and_entities_are_held_out(evalua
 
 
 def test_a_reference_is_a_control_of_the_same_context_and_if_possible_study(evaluation):
-    split, train = evaluation.by_split["test_random"][0], evaluation.splits.train
+    split, train = evaluation.by_split["test_random"][0], evaluation.splits.train.samples
     assert (split.reference_samples["perturbation"] == "control").all()
     possible = set(texts(train[train["perturbation"] == "control"], STUDY_CONTEXT))
     own_keys = texts(split.samples, STUDY_CONTEXT)
     for own, other in zip(own_keys, texts(split.reference_samples, STUDY_CONTEXT), strict=True):
         assert own == other if own in possible else own[:2] == other[:2]
     position = pd.Index(train["sample_id"]).get_indexer(split.reference_samples["sample_id"])
-    np.testing.assert_array_equal(split.reference, evaluation.splits.train_expression[position])
+    np.testing.assert_array_equal(
+        split.reference, evaluation.cohort.expression(["train"])[position]
+    )
 
 
 def test_references_of_a_new_study_are_its_own_controls(evaluation):
@@ -208,9 +211,8 @@ def test_a_context_without_hidden_controls_has_none_and_the_others_keep_theirs(
     pool, values = table_of(evaluation.cohort, "test_control")
     first = texts(pool, CONTEXT)[0]
     with_controls = np.array([context != first for context in texts(pool, CONTEXT)])
-    monkeypatch.setattr(
-        splits, "_hidden_controls", lambda *_: (pool[with_controls], values[with_controls])
-    )
+    hidden = Profiles.of(splits.data, pool[with_controls], [values[with_controls]])
+    monkeypatch.setattr(splits, "_hidden_controls", lambda _: hidden)
     split, complete = splits.split("test_random"), evaluation.by_split["test_random"][0]
     without = np.array([context == first for context in texts(split.samples, CONTEXT)])
     assert without.any() and not without.all()
@@ -219,14 +221,12 @@ def test_a_context_without_hidden_controls_has_none_and_the_others_keep_theirs(
 
 
 def test_a_large_split_is_scored_on_whole_conditions_drawn_by_seed(evaluation):
-    name, splits = "test_random", evaluation.splits
-    params = splits.params.model_copy(update={"split_samples": 20})
-    every = splits.split(name)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(splits, "params", params)
-        some = splits.split(name)
-        patch.setattr(splits, "params", params.model_copy(update={"seed": params.seed + 1}))
-        other = splits.split(name)
+    name, params = "test_random", evaluation.params.evaluate
+    few = params.model_copy(update={"split_samples": 20})
+    every, some, other = (
+        EvaluationSplits(evaluation.cohort, changed).split(name)
+        for changed in (params, few, few.model_copy(update={"seed": params.seed + 1}))
+    )
     assert 0 < len(some.samples) <= 20 < len(every.samples)
     of_all = pd.Series(every.condition_name).value_counts()
     of_some = pd.Series(some.condition_name).value_counts()

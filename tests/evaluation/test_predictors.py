@@ -10,7 +10,7 @@ from support.comparison import SEEDS
 from pipeline.gem.common.plotting import COLOURS
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.encoder import MetadataEncoder
-from pipeline.gem.evaluation.baselines import Additive, Ridge, training_mean
+from pipeline.gem.evaluation.baselines import Additive, training_mean
 from pipeline.gem.evaluation.evaluation_split import EvaluationSplits
 from pipeline.gem.evaluation.predictors import (
     BASELINES,
@@ -20,6 +20,8 @@ from pipeline.gem.evaluation.predictors import (
     Predictors,
     predictors_with_role,
 )
+from pipeline.gem.evaluation.profiles import Profiles
+from pipeline.gem.evaluation.ridge import Design, NormalEquations, Ridge
 from pipeline.gem.model.query import decode
 
 NEED_CONTROLS = {
@@ -68,25 +70,23 @@ def test_models_and_oracles_have_a_distribution_and_the_replicate_draws(evaluati
 
 def test_baselines_are_fitted_on_the_training_split(evaluation):
     split, predictions = evaluation.by_split["test_combination"]
-    cohort, train, expression = (
-        evaluation.cohort,
-        evaluation.splits.train,
-        evaluation.splits.train_expression,
-    )
-    additive = Additive(cohort.declared, train, expression)
-    selection = ["validation_combination"]
+    cohort, train = evaluation.cohort, evaluation.splits.train.samples
+    expression = cohort.expression(["train"])
+    profiles = Profiles.of(cohort.declared, train, [expression])
+    additive, selection = Additive(profiles), ["validation_combination"]
     encoder = MetadataEncoder.fit(train, cohort.declared.covariates.identities())
-    ridge = Ridge.fit(
-        encoder, train, expression, (cohort.rows(selection), cohort.expression(selection))
-    )
+    design = Design(encoder, train)
+    equations = NormalEquations.of(design.rows, design.columns, [expression])
+    held_out = cohort.rows(selection), cohort.expression(selection)
+    ridge = Ridge.fit(encoder, equations, held_out)
     expected = {
-        "training_mean": training_mean(expression, len(split.samples)),
+        "training_mean": training_mean(profiles, len(split.samples)),
         "no_change": additive.no_change(split.samples),
         "additive": additive.predict(split.samples),
         "ridge": ridge.predict(split.samples),
     }
     for name, values in expected.items():
-        np.testing.assert_array_equal(predictions[name][0].values, values)
+        np.testing.assert_allclose(predictions[name][0].values, values, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("suffix", ["", "_reference"])

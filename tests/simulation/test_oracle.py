@@ -11,7 +11,9 @@ from support.resimulation import SimulatedCohort
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.data.references import choose_references
 from pipeline.gem.data.splits import is_control
-from pipeline.gem.evaluation.baselines import Additive, Ridge, training_mean
+from pipeline.gem.evaluation.baselines import Additive, training_mean
+from pipeline.gem.evaluation.profiles import Profiles
+from pipeline.gem.evaluation.ridge import Design, NormalEquations, Ridge
 from pipeline.gem.simulation import hidden_factors
 from pipeline.gem.simulation.generator import DISEASE_SHARES, draw_truth, log_fractions
 from pipeline.gem.simulation.oracle import (
@@ -179,8 +181,11 @@ def test_no_fitted_predictor_beats_the_oracles_on_the_tiny_cohort(cohort):
     metadata = MetadataOracle(truth, set(train["study"]), set(train["perturbation"]))
     omniscient = OmniscientOracle(metadata.expectations)
     encoder = MetadataEncoder.fit(train, cohort.declared.covariates)
-    ridge = Ridge.fit(encoder, train, expression, None)
-    additive = Additive(cohort.declared, train, expression)
+    design = Design(encoder, train)
+    equations = NormalEquations.of(design.rows, design.columns, [expression])
+    ridge = Ridge.fit(encoder, equations, None)
+    profiles = Profiles.of(cohort.declared, train, [expression])
+    additive = Additive(profiles)
     for split in ("test_random", "test_combination", "test_perturbation", "test_study"):
         samples, observed = cohort.rows([split]), cohort.expression([split])
         totals = samples["total"].to_numpy()
@@ -196,7 +201,7 @@ def test_no_fitted_predictor_beats_the_oracles_on_the_tiny_cohort(cohort):
         ]
         for better, worse in pairwise(ladder):
             assert_not_worse(better, worse, observed, samples["study"])
-        mean = training_mean(expression, len(samples))
+        mean = training_mean(profiles, len(samples))
         for fitted in (ridge.predict(samples), additive.predict(samples), mean):
             assert_not_worse(ladder[2], fitted, observed, samples["study"])
         if split == "test_random":

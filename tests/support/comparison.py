@@ -12,7 +12,6 @@ from pipeline.gem.evaluation.comparison import (
     SplitResult,
     evaluate_split,
     is_complete,
-    principal_axes,
     sample_errors,
 )
 from pipeline.gem.evaluation.evaluation_split import (
@@ -45,7 +44,7 @@ class CohortEvaluation:
     @classmethod
     def of(cls, cohort: Cohort, params: Params, models: dict) -> "CohortEvaluation":
         splits = EvaluationSplits(cohort, params.evaluate)
-        predictors, axes = Predictors(splits, models), principal_axes(splits.train_expression)
+        predictors, axes = Predictors(splits, models), splits.train.axes
         by_split = {split.name: (split, predictors(split)) for split in splits}
         return cls(params, cohort, splits, predictors, models, axes, by_split)
 

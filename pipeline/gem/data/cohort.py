@@ -269,6 +269,17 @@ class Cohort:
         """(N, G) float32 log-CPM of `rows(splits)`, relative to totals over all source genes."""
         return log_cpm(self.counts(splits), self.rows(splits)["total"].to_numpy())
 
+    def expression_blocks(
+        self, splits: Sequence[str], chosen: np.ndarray | None = None
+    ) -> Iterator[np.ndarray]:
+        """`expression`, block after block (B, G); of the `chosen` as in `counts`."""
+        totals, start = self.rows(splits)["total"].to_numpy(), 0
+        for block in self.blocks(splits):
+            rows = slice(start, start + len(block))
+            kept = slice(None) if chosen is None else chosen[rows]
+            yield log_cpm(block[kept], totals[rows][kept])
+            start = rows.stop
+
     @cached_property
     def train_validation_sha256(self) -> str:
         """A hash of all that training and model selection use. No test sample changes it."""

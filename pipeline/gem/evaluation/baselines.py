@@ -1,217 +1,38 @@
 """Simple predictors that any model must beat, fitted on the training split, and the replicate.
 
-The bilinear model is in `bilinear.py`. N samples, G genes, D columns of the design, T treatments,
-C contexts. Expression is log-CPM, an effect a difference of log-CPM.
+Ridge regression is in `ridge.py`, the bilinear model in `bilinear.py`. N samples, G genes,
+T treatments, C contexts. Expression is log-CPM, an effect a difference of log-CPM.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_array, hstack
-from scipy.sparse.linalg import LinearOperator, cg
+from scipy.sparse import csr_array
 
-from pipeline.gem.common.config import GROUPS, Data
-from pipeline.gem.data.encoder import MetadataEncoder
+from pipeline.gem.common.config import Data
 from pipeline.gem.data.labels import join_keys, label_key
 from pipeline.gem.data.references import SampleGroups
+from pipeline.gem.evaluation.profiles import (
+    GroupMeans,
+    Profiles,
+    Shifts,
+    control_keys,
+    mean_weights,
+)
 
-RIDGE_PENALTIES = tuple(10.0**power for power in np.arange(-2, 4.5, 0.5))
-CLOSED_FORM_COLUMNS = 2048  # above, a decomposition takes longer than conjugate gradients
-CG_TOLERANCE, CG_GENES = 1e-6, 64
 _NEAREST_ROWS = 1024
 
 
-def training_mean(train: np.ndarray, rows: int) -> np.ndarray:
-    """(rows, G) the mean of all training samples (N, G), in every row."""
-    return np.broadcast_to(train.mean(axis=0, dtype=np.float64), (rows, train.shape[1]))
-
-
-@dataclass(frozen=True)
-class Ridge:
-    """Ridge regression on one-hot metadata (numeric covariates standardised).
-
-    An unknown level is encoded as missing.
-    """
-
-    encoder: MetadataEncoder
-    coefficients: np.ndarray  # (D, G)
-    intercept: np.ndarray  # (G,)
-    penalty: float
-
-    @classmethod
-    def fit(
-        cls,
-        encoder: MetadataEncoder,
-        samples: pd.DataFrame,
-        expression: np.ndarray,
-        selection: tuple[pd.DataFrame, np.ndarray] | None,
-    ) -> "Ridge":
-        """The penalty with the least mse on `selection` (samples, expression); 1 without it.
-
-        In closed form up to CLOSED_FORM_COLUMNS columns, by conjugate gradients above.
-        """
-        design = one_hot_design(encoder, samples)
-        is_wide = design.shape[1] > CLOSED_FORM_COLUMNS
-        solver = ConjugateGradients if is_wide else ClosedForm
-        least_squares = solver(design, expression)
-        penalty = 1.0
-        if selection is not None:
-            penalty = least_squares.best_penalty(
-                one_hot_design(encoder, selection[0]), selection[1]
-            )
-        coefficients = least_squares.solve(penalty)
-        mean = expression.mean(axis=0, dtype=np.float64)
-        return cls(encoder, coefficients, mean - least_squares.centre @ coefficients, penalty)
-
-    def predict(self, samples: pd.DataFrame) -> np.ndarray:
-        """(N, G)"""
-        return one_hot_design(self.encoder, samples) @ self.coefficients + self.intercept
-
-
-def one_hot_design(encoder: MetadataEncoder, samples: pd.DataFrame) -> csr_array:
-    """(N, D) float64"""
-    encoded = encoder.encode(samples, unknown="missing")
-    return hstack([encoded[group].matrix() for group in GROUPS], format="csr", dtype=np.float64)
-
-
-class ClosedForm:
-    """Ridge regression of expression (N, G) on a centred design (N, D), for all penalties from one
-    decomposition of the Gram matrix."""
-
-    def __init__(self, design: csr_array, expression: np.ndarray):
-        self.design, self.expression, self.centre = design, expression, design.mean(axis=0)
-        self.mean = expression.mean(axis=0, dtype=np.float64)
-        gram = (design.T @ design).toarray()
-        gram -= len(expression) * np.outer(self.centre, self.centre)
-        self.values, self.vectors = np.linalg.eigh(gram)
-        self.projected = self.vectors.T @ (design.T @ (expression - self.mean))
-
-    def solve(self, penalty: float) -> np.ndarray:
-        """(D, G) coefficients"""
-        return self.vectors @ (self.projected / (self.values.clip(0) + penalty)[:, None])
-
-    def best_penalty(self, design: csr_array, expression: np.ndarray) -> float:
-        """The penalty with the least mse on other samples."""
-
-        def mse(penalty: float) -> float:
-            coefficients = self.solve(penalty)
-            intercept = self.mean - self.centre @ coefficients
-            return float(np.mean((design @ coefficients + intercept - expression) ** 2))
-
-        return min(RIDGE_PENALTIES, key=mse)
-
-
-class ConjugateGradients:
-    """As ClosedForm, by conjugate gradients with the inverse diagonal as preconditioner.
-
-    Time grows with the entries of the design, memory with D times the genes of a block: the systems
-    of several genes are solved as one. Relative to the right side, the residual is at most
-    CG_TOLERANCE.
-    """
-
-    def __init__(self, design: csr_array, expression: np.ndarray):
-        self.design, self.expression, self.centre = design, expression, design.mean(axis=0)
-        self.transposed = design.T.tocsr()
-        self.squares = design.power(2).sum(axis=0) - len(expression) * self.centre**2
-
-    def solve(self, penalty: float) -> np.ndarray:
-        """(D, G) float32 coefficients"""
-        columns, genes = self.design.shape[1], self.expression.shape[1]
-        coefficients = np.empty((columns, genes), dtype=np.float32)
-        for start in range(0, genes, CG_GENES):
-            block = slice(start, start + CG_GENES)
-            coefficients[:, block] = self._solve(penalty, self._right_side(block), CG_TOLERANCE)
-        return coefficients
-
-    def best_penalty(self, design: csr_array, expression: np.ndarray) -> float:
-        """The penalty with the least mse on other samples, over at most CG_GENES genes spread over
-        all. From the largest on, the first that is better than the next: each starts from the
-        solution of the last."""
-        genes = np.unique(np.linspace(0, expression.shape[1] - 1, CG_GENES).astype(int))
-        mean = self.expression[:, genes].mean(axis=0, dtype=np.float64)
-        right, coefficients = self._right_side(genes), None
-        best, least = RIDGE_PENALTIES[-1], np.inf
-        for penalty in RIDGE_PENALTIES[::-1]:
-            coefficients = self._solve(penalty, right, 100 * CG_TOLERANCE, coefficients)
-            predicted = design @ coefficients + (mean - self.centre @ coefficients)
-            mse = float(np.mean((predicted - expression[:, genes]) ** 2))
-            if mse > least:
-                break
-            best, least = penalty, mse
-        return best
-
-    def _right_side(self, genes: slice | np.ndarray) -> np.ndarray:
-        """(D, genes)"""
-        values = self.expression[:, genes].astype(np.float64)
-        return self.transposed @ (values - values.mean(axis=0))
-
-    def _solve(
-        self, penalty: float, right: np.ndarray, tolerance: float, start: np.ndarray | None = None
-    ) -> np.ndarray:
-        """(D, genes)"""
-        shape, samples = right.shape, self.design.shape[0]
-        diagonal = (self.squares + penalty)[:, None]
-
-        def product(flat: np.ndarray) -> np.ndarray:
-            values = flat.reshape(shape)
-            result = self.transposed @ (self.design @ values) + penalty * values
-            result -= np.outer(samples * self.centre, self.centre @ values)
-            return result.reshape(-1)
-
-        def precondition(flat: np.ndarray) -> np.ndarray:
-            return (flat.reshape(shape) / diagonal).reshape(-1)
-
-        size = (right.size, right.size)
-        flat, failure = cg(
-            LinearOperator(size, product, dtype=np.float64),
-            right.reshape(-1),
-            None if start is None else start.reshape(-1),
-            rtol=tolerance,
-            M=LinearOperator(size, precondition, dtype=np.float64),
-        )
-        if failure:
-            raise RuntimeError(f"ridge: no solution for the penalty {penalty:g}")
-        return flat.reshape(shape)
-
-
-@dataclass(frozen=True)
-class GroupMeans:
-    """Means of groups of samples, looked up by keys, the most specific known key first."""
-
-    tables: tuple[pd.DataFrame, ...]  # each (keys, G), most specific first
-
-    @classmethod
-    def fit(cls, keys: list[pd.Series], expression: np.ndarray) -> "GroupMeans":
-        return cls(tuple(pd.DataFrame(expression).groupby(key.to_numpy()).mean() for key in keys))
-
-    def lookup(self, keys: list[pd.Series]) -> np.ndarray:
-        """(N, G); NaN rows where no key is known."""
-        result = self.tables[0].reindex(keys[0].to_numpy()).to_numpy()
-        for table, key in zip(self.tables[1:], keys[1:], strict=True):
-            absent = np.isnan(result).any(axis=1)
-            if not absent.any():
-                break
-            result[absent] = table.reindex(key.to_numpy()[absent]).to_numpy()
-        return result
-
-
-def control_keys(groups: SampleGroups) -> list[pd.Series]:
-    """Keys by which the control of a baseline matches: context and study; context; all."""
-    return [groups.study_context, groups.context, groups.everything]
+def training_mean(train: Profiles, rows: int) -> np.ndarray:
+    """(rows, G) the mean of all training samples, in every row."""
+    mean = train.mean
+    return np.broadcast_to(mean, (rows, len(mean)))
 
 
 def treatment_keys(groups: SampleGroups) -> list[pd.Series]:
     """Perturbation, dose and time (all covariates of the group); perturbation."""
     return [groups.treatment, groups.perturbation]
-
-
-def training_controls(samples: pd.DataFrame, data: Data) -> np.ndarray:
-    """(N,) bool, which are controls. ValueError without any, or if all are."""
-    control = SampleGroups(samples, data).control.to_numpy()
-    if not control.any() or control.all():
-        raise ValueError("training needs both controls and treated samples")
-    return control
 
 
 class PerturbedMean:
@@ -220,10 +41,11 @@ class PerturbedMean:
     "Mean" in the comparison of Ahlmann-Eltze et al. (Nature Methods 2025).
     """
 
-    def __init__(self, data: Data, samples: pd.DataFrame, expression: np.ndarray):
-        training_controls(samples, data)
-        self.data = data
-        self.means = GroupMeans.fit(self._keys(samples), expression)
+    def __init__(self, train: Profiles):
+        """ValueError without controls, or without treated samples; so for all below."""
+        train.require_both()
+        self.data = train.data
+        self.means = GroupMeans.fit(self._keys(train.groups.samples), train.groups)
 
     def _keys(self, samples: pd.DataFrame) -> list[pd.Series]:
         return [SampleGroups(samples, self.data).control]
@@ -249,13 +71,10 @@ class Additive:
     samples.
     """
 
-    def __init__(self, data: Data, samples: pd.DataFrame, expression: np.ndarray):
-        self.data = data
-        control = training_controls(samples, data)
-        controls, treated = SampleGroups(samples[control], data), samples[~control]
-        self.controls = GroupMeans.fit(control_keys(controls), expression[control])
-        shifts = expression[~control] - self.no_change(treated)
-        self.effects = GroupMeans.fit(self._effect_keys(treated), shifts)
+    def __init__(self, train: Profiles):
+        train.require_both()
+        self.data, self.controls = train.data, train.control_means
+        self.effects = GroupMeans.fit(self._effect_keys(train.treated.samples), train.shifts)
 
     def _effect_keys(self, samples: pd.DataFrame) -> list[pd.Series]:
         groups = SampleGroups(samples, self.data)
@@ -280,18 +99,19 @@ class EffectsByContext:
     treatments: pd.Index  # (T,)
     contexts: pd.Index  # (C,)
     measured: csr_array  # (T, C) bool
-    effects: pd.DataFrame  # (measured pairs, G), by treatment * C + context
+    pairs: np.ndarray  # (measured pairs,) treatment * C + context, ascending
+    weights: csr_array  # (measured pairs, groups of `shifts`)
+    shifts: Shifts  # only asked for the means of pairs that are looked up
 
     @classmethod
-    def fit(
-        cls, treatment: pd.Series, context: pd.Series, shifts: np.ndarray
-    ) -> "EffectsByContext":
+    def fit(cls, treatment: pd.Series, context: pd.Series, shifts: Shifts) -> "EffectsByContext":
         rows, treatments = pd.factorize(treatment.to_numpy(), sort=True)
         columns, contexts = pd.factorize(context.to_numpy(), sort=True)
         shape = len(treatments), len(contexts)
         measured = csr_array((np.ones(len(rows), dtype=bool), (rows, columns)), shape=shape)
-        effects = pd.DataFrame(shifts).groupby(rows * len(contexts) + columns).mean()
-        return cls(pd.Index(treatments), pd.Index(contexts), measured, effects)
+        pairs, code = np.unique(rows * len(contexts) + columns, return_inverse=True)
+        weights = mean_weights(code, len(pairs), shifts.sizes)
+        return cls(pd.Index(treatments), pd.Index(contexts), measured, pairs, weights, shifts)
 
     def nearest(
         self, treatment: pd.Series, context: pd.Series, similarity: pd.DataFrame
@@ -312,7 +132,11 @@ class EffectsByContext:
             closeness[~self.measured[row[block]].toarray()] = -np.inf
             nearest = row[block] * len(self.contexts) + closeness.argmax(axis=1)
             pair[block] = np.where(closeness.max(axis=1) > -np.inf, nearest, -1)
-        return self.effects.reindex(pair).to_numpy()
+        wanted, index = np.unique(pair[pair >= 0], return_inverse=True)
+        effects = self.shifts.means(self.weights[np.searchsorted(self.pairs, wanted)])
+        result = np.full((len(pair), effects.shape[1]), np.nan)
+        result[pair >= 0] = effects[index]
+        return result
 
 
 class AdditiveNearest:
@@ -325,14 +149,11 @@ class AdditiveNearest:
     for an unknown perturbation, the mean effect in the sample's context, else overall.
     """
 
-    def __init__(self, data: Data, samples: pd.DataFrame, expression: np.ndarray):
-        self.data = data
-        self.additive = Additive(data, samples, expression)
-        control = training_controls(samples, data)
-        context = SampleGroups(samples[control], data).context
-        self.similarity = context_similarity(context, expression[control])
-        treated = SampleGroups(samples[~control], data)
-        shifts = expression[~control] - self.additive.no_change(samples[~control])
+    def __init__(self, train: Profiles):
+        self.data, self.additive = train.data, Additive(train)
+        _, of_contexts, _ = train.control_means.tables
+        self.similarity = context_similarity(of_contexts)
+        treated, shifts = SampleGroups(train.treated.samples, train.data), train.shifts
         self.levels = [
             EffectsByContext.fit(key, treated.context, shifts) for key in treatment_keys(treated)
         ]
@@ -356,14 +177,13 @@ class AdditiveNearest:
         return prediction
 
 
-def context_similarity(context: pd.Series, expression: np.ndarray) -> pd.DataFrame:
-    """(C, C) Pearson correlation over genes of the mean profiles of controls.
+def context_similarity(profiles: pd.DataFrame) -> pd.DataFrame:
+    """(C, C) Pearson correlation over genes of the mean profiles (C, G) of controls.
 
     NaN for a profile that is constant over genes.
     """
-    profiles = pd.DataFrame(expression).groupby(context.to_numpy()).mean()
     with np.errstate(invalid="ignore", divide="ignore"):
-        correlation = np.atleast_2d(np.corrcoef(profiles.to_numpy(dtype=np.float64)))
+        correlation = np.atleast_2d(np.corrcoef(profiles.to_numpy()))
     return pd.DataFrame(correlation, index=profiles.index, columns=profiles.index)
 
 

@@ -32,6 +32,7 @@ from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.data.labels import join_keys, label_key
 from pipeline.gem.data.references import SampleGroups
 from pipeline.gem.evaluation.baselines import Additive, treatment_keys
+from pipeline.gem.evaluation.profiles import Groups, Profiles, Shifts, mean_weights
 
 COMPONENTS = 50  # at most, of G and of the second map's p
 PENALTIES = tuple(10.0**power for power in np.arange(-4, 2.1, 0.5))  # per treated training sample
@@ -70,19 +71,24 @@ class Effects:
     samples: pd.DataFrame  # T rows, one sample of each treatment
     perturbation: pd.Series  # (T,)
     values: np.ndarray  # (T, G)
-    weights: np.ndarray  # (T,) numbers of samples
+    weights: np.ndarray  # (T,) float64 numbers of samples
 
     @classmethod
-    def of(cls, additive: Additive, samples: pd.DataFrame, expression: np.ndarray) -> "Effects":
+    def of(cls, shifts: Shifts, data: Data) -> "Effects":
         """Differences of the treated samples to their matched controls."""
-        treated = ~SampleGroups(samples, additive.data).control.to_numpy()
-        rows = samples[treated]
-        exact, perturbation = treatment_keys(SampleGroups(rows, additive.data))
-        codes, _ = pd.factorize(join_keys([exact, perturbation]).to_numpy(), sort=True)
-        shifts = expression[treated].astype(np.float64) - additive.no_change(rows)
-        first = pd.Series(np.arange(len(rows))).groupby(codes).first().to_numpy(dtype=np.int64)
-        means = pd.DataFrame(shifts).groupby(codes).mean().to_numpy()
-        return cls(rows.iloc[first], perturbation.iloc[first], means, np.bincount(codes))
+        exact, perturbation = treatment_keys(SampleGroups(shifts.samples, data))
+        codes, names = pd.factorize(join_keys([exact, perturbation]).to_numpy(), sort=True)
+        _, first = np.unique(codes, return_index=True)
+        weights = np.bincount(codes, weights=shifts.sizes, minlength=len(names))
+        means = shifts.means(mean_weights(codes, len(names), shifts.sizes))
+        return cls(shifts.samples.iloc[first], perturbation.iloc[first], means, weights)
+
+    def none(self) -> "Effects":
+        """Those of no treatment."""
+        empty = slice(0)
+        return Effects(
+            self.samples[empty], self.perturbation[empty], self.values[empty], self.weights[empty]
+        )
 
     def minus(self, explained: np.ndarray) -> "Effects":
         return replace(self, values=self.values - explained)
@@ -166,26 +172,23 @@ class Bilinear:
 
     @classmethod
     def fit(
-        cls,
-        data: Data,
-        samples: pd.DataFrame,
-        expression: np.ndarray,
-        features: pd.DataFrame | None,
-        selection: tuple[pd.DataFrame, np.ndarray] | None,
+        cls, profiles: Profiles, features: pd.DataFrame | None, selection: Profiles | None
     ) -> "Bilinear":
-        """Fitted on `samples`; penalties and numbers of components are selected on `selection`
-        (samples, expression), if there is one.
+        """Fitted on `profiles`; penalties and numbers of components are selected on `selection`,
+        if there is one.
 
         `features`: (perturbations, F), indexed by perturbation. ValueError if training lacks
         controls or treated samples.
         """
-        additive = Additive(data, samples, expression)
-        train = Effects.of(additive, samples, expression)
-        held_out = Effects.of(additive, *(selection or (samples.iloc[:0], expression[:0])))
+        additive, data = Additive(profiles), profiles.data
+        train = Effects.of(profiles.shifts, data)
+        held_out = train.none()
+        if selection is not None:
+            held_out = Effects.of(Shifts(selection, profiles.control_means), data)
         mean_effect = np.average(train.values, axis=0, weights=train.weights)
         train, held_out = train.minus(mean_effect), held_out.minus(mean_effect)
         column = data.control.column
-        dose_time = fit_dose_time(data, samples[~SampleGroups(samples, data).control])
+        dose_time = fit_dose_time(data, profiles.treated)
         table = standardise(features, train.perturbation)
         observable = BilinearMap.fit(PerturbationDesign(column, table, dose_time), train, held_out)
         train, held_out = observable.residual(train), observable.residual(held_out)
@@ -218,13 +221,13 @@ def leading_components(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return vectors[:, leading]
 
 
-def fit_dose_time(data: Data, treated: pd.DataFrame) -> MetadataEncoder:
+def fit_dose_time(data: Data, treated: Groups) -> MetadataEncoder:
     """The encoder of dose and time (numeric covariates of the perturbation group): on their
     declared scale, standardised on the treated training samples."""
     encoders = [
-        CovariateEncoder.fit(name, covariate, treated[name])
+        CovariateEncoder.fit(name, covariate, treated.samples[name].repeat(treated.sizes))
         for name, covariate in data.covariates.perturbation.items()
-        if isinstance(covariate, Numeric) and name in treated
+        if isinstance(covariate, Numeric) and name in treated.samples
     ]
     return MetadataEncoder({"perturbation": encoders})
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from sklearn.decomposition import PCA
 
 from pipeline.gem.common.capacity import cores
 from pipeline.gem.common.config import Evaluate
@@ -25,7 +24,6 @@ from pipeline.gem.evaluation.predictors import (
     Predictions,
 )
 from pipeline.gem.evaluation.scoring import (
-    COMPONENTS,
     MetricDraws,
     SplitContext,
     TrueChange,
@@ -35,7 +33,6 @@ from pipeline.gem.evaluation.scoring import (
     score,
 )
 
-AXES_SAMPLES = 2**14
 BINS = 10  # of a calibration histogram
 # (predictor, the one it is compared with)
 COMPARISONS = (
@@ -74,14 +71,6 @@ class SplitResult:
     conditions: pd.DataFrame  # CONDITION_COLUMNS
     calibration: pd.DataFrame  # CALIBRATION_COLUMNS
     error_decomposition: pd.DataFrame
-
-
-def principal_axes(expression: np.ndarray) -> np.ndarray:
-    """(G, D) leading principal axes of the training expression (N, G), for energy distances; of its
-    first AXES_SAMPLES, which are in random order."""
-    expression = expression[:AXES_SAMPLES]
-    pca = PCA(min(COMPONENTS, *expression.shape), svd_solver="auto", random_state=0)
-    return pca.fit(expression).components_.T.astype(np.float64)
 
 
 def evaluate_split(

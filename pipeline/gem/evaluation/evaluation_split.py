@@ -5,6 +5,7 @@ N samples of a split, G genes. Expression is log-CPM.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial, reduce
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,8 @@ from pipeline.gem.data.expression import log_cpm
 from pipeline.gem.data.labels import join_keys
 from pipeline.gem.data.references import SampleGroups, choose_references
 from pipeline.gem.data.splits import TEST_CONTROL, TESTS, TRAIN, Entities
-from pipeline.gem.evaluation.baselines import GroupMeans
+from pipeline.gem.evaluation.profiles import GroupMeans, Groups, Profiles, mean_weights
+from pipeline.gem.evaluation.training_split import TrainingSplit
 from pipeline.gem.model.query import TargetGenes
 
 # The entities that a split holds out as a whole: errors within one are not independent.
@@ -84,78 +86,114 @@ class PredictedSplit:
     uses_study_controls: bool = False  # from a reference or the truth: also of a new study
 
 
+@dataclass(frozen=True)
+class _SplitRows:
+    """What the samples (M,) of a test split are used for."""
+
+    name: str
+    samples: pd.DataFrame  # (M, ...)
+    scored: np.ndarray  # (M,) bool
+    visible: np.ndarray  # (M,) bool, controls of a new study that may be references
+    hidden: np.ndarray  # (M,) bool, controls of a new study on the observed side of changes
+    references: np.ndarray | None  # (N,) of the scored: rows of training, then of the visible ones
+    reference_samples: pd.DataFrame | None  # (N, ...)
+
+
 class EvaluationSplits:
-    """The training split of a cohort, which baselines are fitted on, and its test splits."""
+    """The test splits of a cohort, and what predictors and metrics need of the training split."""
 
     def __init__(self, cohort: Cohort, params: Evaluate):
         self.cohort, self.params, self.data = cohort, params, cohort.declared
-        self.train = cohort.rows([TRAIN])
-        self.train_expression = cohort.expression([TRAIN])
+        train = cohort.rows([TRAIN])
+        self._rows = {name: self._split_rows(name, train) for name in TESTS if cohort.has(name)}
+        references = [
+            rows.references for rows in self._rows.values() if rows.references is not None
+        ]
+        kept = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *references]))
+        self.train = TrainingSplit.read(cohort, kept[kept < len(train)])
+        self._reserved = self._profiles(TEST_CONTROL, None) if cohort.has(TEST_CONTROL) else None
         self._centroids = self._perturbed_centroids()
 
     def __iter__(self) -> Iterator[EvaluationSplit]:
-        for name in TESTS:
-            if self.cohort.has(name):
-                yield self.split(name)
+        for name in self._rows:
+            yield self.split(name)
+
+    def _split_rows(self, name: str, train: pd.DataFrame) -> _SplitRows:
+        """The controls of a new study are halved: one half may be used as references and is not
+        scored, the other is the observed side of changes."""
+        samples = self.cohort.rows([name])
+        visible, hidden = np.zeros((2, len(samples)), dtype=bool)
+        if name == "test_study":
+            control = SampleGroups(samples, self.data).control.to_numpy()
+            visible[control] = self._second_halves(samples[control])
+            hidden = control & ~visible
+        scored = self._scored(samples, ~visible)
+        pool = pd.concat([train, samples[visible]]) if visible.any() else train
+        chosen = choose_references(samples[scored], pool, self.data, self.params.seed)
+        of_chosen = None if chosen is None else pool.iloc[chosen]
+        return _SplitRows(name, samples, scored, visible, hidden, chosen, of_chosen)
 
     def split(self, name: str) -> EvaluationSplit:
-        """The test split of this name.
-
-        The controls of a new study are halved: one half may be used as references and is not
-        scored, the other is the observed side of changes.
-        """
-        samples = self.cohort.rows([name])
-        control = SampleGroups(samples, self.data).control.to_numpy()
-        visible, needed = np.zeros((2, len(samples)), dtype=bool)
-        if name == "test_study":
-            visible[control] = self._second_halves(samples[control])
-            needed[control] = True
-        scored = self._scored(samples, ~visible)
-        needed |= scored
-        scored = scored[needed]
-        counts = self.cohort.counts([name], needed)
-        samples, control, visible = samples[needed], control[needed], visible[needed]
-        expression = log_cpm(counts, samples["total"].to_numpy())
-        rows, groups = samples[scored], SampleGroups(samples[scored], self.data)
-        pool = pd.concat([self.train, samples[visible]])
-        pool_expression = np.concatenate([self.train_expression, expression[visible]])
-        reference = choose_references(rows, pool, self.data, self.params.seed)
-        hidden, hidden_expression = self._hidden_controls(
-            name, samples, expression, control & ~visible
-        )
+        """The test split of this name."""
+        plan = self._rows[name]
+        samples = plan.samples[plan.scored]
+        counts = self.cohort.counts([name], plan.scored)
+        groups, entities = SampleGroups(samples, self.data), Entities.of(samples, self.data)
+        hidden, pool = self._hidden_controls(plan), [self.train.profiles]
+        predicted = reference = self._controls(groups, pool)
+        if plan.visible.any():
+            reference = self._controls(groups, [*pool, self._profiles(name, plan.visible)])
         centroid = None
         if self._centroids is not None:
             centroid = self._centroids.lookup(_context_keys(groups))
         # Sorted by name: the resamples do not depend on the order of samples.
         condition = pd.factorize(groups.condition, sort=True)[0]
         entity, entity_kind = condition, "condition"
-        entities = Entities.of(rows, self.data)
         if name in HELD_OUT:
             entity_kind = HELD_OUT[name]
             held_out = getattr(entities, entity_kind).fillna("control")
             entity = pd.factorize(held_out, sort=True)[0]
         return EvaluationSplit(
             name=name,
-            samples=rows,
-            counts=counts[scored],
-            observed=expression[scored],
-            reference=None if reference is None else pool_expression[reference],
-            reference_samples=None if reference is None else pool.iloc[reference],
-            observed_control=self._controls(groups, hidden, hidden_expression),
-            predicted_control=self._controls(groups, self.train, self.train_expression),
-            reference_control=self._controls(groups, pool, pool_expression),
+            samples=samples,
+            counts=counts,
+            observed=log_cpm(counts, samples["total"].to_numpy()),
+            reference=None if plan.references is None else self._reference_expression(plan),
+            reference_samples=plan.reference_samples,
+            observed_control=None if hidden is None else self._controls(groups, [hidden]),
+            predicted_control=predicted,
+            reference_control=reference,
             context=_names(entities.context),
             study=_names(entities.study),
             perturbation=_names(entities.perturbation),
             pair=_names(entities.pair),
             condition_name=groups.condition.to_numpy(),
             perturbed_centroid=centroid,
-            target=TargetGenes.from_cohort(self.cohort).positions(rows),
+            target=TargetGenes.from_cohort(self.cohort).positions(samples),
             condition=condition,
             entity=entity,
             entity_kind=entity_kind,
-            treated=~control[scored],
+            treated=~groups.control.to_numpy(),
         )
+
+    def _reference_expression(self, plan: _SplitRows) -> np.ndarray:
+        """(N, G)"""
+        number = len(self.train.samples)
+        own = plan.references >= number
+        expression = np.empty((len(own), len(self.cohort.genes)), dtype=np.float32)
+        expression[~own] = self.train.expression(plan.references[~own])
+        wanted, index = np.unique(plan.references[own] - number, return_inverse=True)
+        chosen = np.zeros(len(plan.samples), dtype=bool)
+        chosen[np.flatnonzero(plan.visible)[wanted]] = True
+        counts = self.cohort.counts([plan.name], chosen)
+        expression[own] = log_cpm(counts, plan.samples["total"].to_numpy()[chosen])[index]
+        return expression
+
+    def _profiles(self, split: str, chosen: np.ndarray | None) -> Profiles:
+        """Of the chosen samples (bool) of a split; of all for None."""
+        samples = self.cohort.rows([split])
+        blocks = self.cohort.expression_blocks([split], chosen)
+        return Profiles.of(self.data, samples if chosen is None else samples[chosen], blocks)
 
     def _scored(self, samples: pd.DataFrame, candidates: np.ndarray) -> np.ndarray:
         """(N,) bool: the candidates (N,), or whole conditions of them, drawn by seed, with at most
@@ -182,50 +220,48 @@ class EvaluationSplits:
         second[shuffled] = pd.Series(key).groupby(key).cumcount() % 2 == 1
         return second
 
-    def _hidden_controls(
-        self, name: str, samples: pd.DataFrame, expression: np.ndarray, own: np.ndarray
-    ) -> tuple[pd.DataFrame, np.ndarray]:
-        """Controls that no predictor sees: of a new study its `own` (N,), else the reserved."""
-        if name == "test_study":
-            return samples[own], expression[own]
-        return self.cohort.rows([TEST_CONTROL]), self.cohort.expression([TEST_CONTROL])
+    def _hidden_controls(self, plan: _SplitRows) -> Profiles | None:
+        """Controls that no predictor sees: of a new study its own, else the reserved."""
+        if plan.name != "test_study":
+            return self._reserved
+        return self._profiles(plan.name, plan.hidden) if plan.hidden.any() else None
 
-    def _controls(
-        self, groups: SampleGroups, pool: pd.DataFrame, expression: np.ndarray
-    ) -> Controls | None:
-        """The controls of a pool that match each sample; None if no sample has any."""
-        is_control = SampleGroups(pool, self.data).control.to_numpy()
-        controls, values = SampleGroups(pool[is_control], self.data), expression[is_control]
-        if not len(values):
+    def _controls(self, groups: SampleGroups, pools: list[Profiles]) -> Controls | None:
+        """The controls of the pools that match each sample; None if no sample has any."""
+        controls = reduce(Groups.joined, [pool.controls for pool in pools])
+        if not len(controls.sizes):
             return None
-        means = GroupMeans.fit([controls.study_context, controls.context], values)
+        keys = SampleGroups(controls.samples, self.data)
+        means = GroupMeans.fit([keys.study_context, keys.context], controls)
         mean = means.lookup([groups.study_context, groups.context])
         if np.isnan(mean).all():
             return None
-        of_study = groups.study_context.map(controls.study_context.value_counts())
-        of_context = groups.context.map(controls.context.value_counts())
+        sizes = pd.Series(controls.sizes, index=controls.samples.index)
+        of_study = groups.study_context.map(sizes.groupby(keys.study_context).sum())
+        of_context = groups.context.map(sizes.groupby(keys.context).sum())
         group = np.where(
             of_study.notna(), "study: " + groups.study_context, "context: " + groups.context
         )
+        squares = reduce(partial(pd.DataFrame.add, fill_value=0), [pool.squares for pool in pools])
         return Controls(
             mean,
             of_study.fillna(of_context).to_numpy(),
             pd.factorize(group)[0],
-            *_pooled_deviation(controls, values),
+            *_pooled_deviation(controls, keys, squares),
         )
 
     def _perturbed_centroids(self) -> GroupMeans | None:
         """By context, else over all: each training perturbation counts once. Systema's reference
         (Nature Biotechnology 2025)."""
-        treated = ~SampleGroups(self.train, self.data).control.to_numpy()
-        if self.data.control is None or not treated.any():
+        treated = self.train.profiles.treated
+        if self.data.control is None or not len(treated.sizes):
             return None
-        groups = SampleGroups(self.train[treated], self.data)
-        pair = join_keys([groups.context, groups.perturbation]).to_numpy()
-        pairs = pd.DataFrame(self.train_expression[treated]).groupby(pair)
-        first = [positions[0] for positions in pairs.indices.values()]
-        centroids = pairs.mean().loc[list(pairs.indices)].to_numpy()
-        return GroupMeans.fit([key.iloc[first] for key in _context_keys(groups)], centroids)
+        groups = SampleGroups(treated.samples, self.data)
+        code, pairs = pd.factorize(join_keys([groups.context, groups.perturbation]).to_numpy())
+        _, first = np.unique(code, return_index=True)
+        centroids = treated.means(mean_weights(code, len(pairs), treated.sizes))
+        of_pairs = Groups(treated.samples.iloc[first], np.ones(len(pairs)), centroids)
+        return GroupMeans.fit(_context_keys(SampleGroups(of_pairs.samples, self.data)), of_pairs)
 
 
 def _names(column: pd.Series) -> np.ndarray:
@@ -237,15 +273,23 @@ def _context_keys(groups: SampleGroups) -> list[pd.Series]:
 
 
 def _pooled_deviation(
-    groups: SampleGroups, values: np.ndarray
+    controls: Groups, keys: SampleGroups, squares: pd.DataFrame
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """By context: (G,) standard deviation of controls (n, G) around the mean of their context and
-    study, and its degrees of freedom; contexts without any are left out."""
-    frame, context = pd.DataFrame(values, dtype=np.float64), groups.context.to_numpy()
-    residual = frame - frame.groupby(groups.study_context.to_numpy()).transform("mean")
-    squares = residual.pow(2).groupby(context).sum()
-    within = groups.study_context.groupby(context)
-    degrees = within.size() - within.nunique()
-    degrees = degrees[degrees > 0].to_dict()
-    deviation = {name: np.sqrt(squares.loc[name].to_numpy() / degrees[name]) for name in degrees}
+    """By context: (G,) standard deviation of controls around the mean of their context and study,
+    and its degrees of freedom; contexts without any are left out.
+
+    `squares` (contexts, G): sums of squares of the controls.
+    """
+    study_code, studies = pd.factorize(keys.study_context.to_numpy())
+    weights = mean_weights(study_code, len(studies), controls.sizes)
+    means, sizes = controls.means(weights), np.bincount(study_code, weights=controls.sizes)
+    _, first = np.unique(study_code, return_index=True)
+    context = keys.context.to_numpy()[first]  # of each context and study
+    deviation, degrees = {}, {}
+    for name in np.unique(context):
+        inside = context == name
+        freedom = int(sizes[inside].sum()) - np.count_nonzero(inside)
+        if freedom > 0:
+            residual = squares.loc[name].to_numpy() - sizes[inside] @ np.square(means[inside])
+            deviation[name], degrees[name] = np.sqrt(residual.clip(0) / freedom), freedom
     return deviation, degrees

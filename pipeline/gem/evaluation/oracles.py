@@ -39,8 +39,8 @@ class OraclePredictors:
         self.truth, self.seed = Truth.load(folder), splits.params.seed
         self.genes = pd.Index(self.truth.gene_id).get_indexer(splits.cohort.genes)
         self.hidden = pd.read_parquet(folder / "samples.parquet").set_index("sample_id")
-        self.studies = set(splits.train["study"].dropna())
-        perturbations = set(splits.train["perturbation"].dropna())
+        self.studies = set(splits.train.samples["study"].dropna())
+        perturbations = set(splits.train.samples["perturbation"].dropna())
         self.metadata = MetadataOracle(self.truth, self.studies, perturbations)
         self.omniscient = OmniscientOracle(self.metadata.expectations)
         self._latest: tuple[EvaluationSplit, PredictedSplit] | None = None  # of `from_metadata`

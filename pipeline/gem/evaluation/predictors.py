@@ -15,15 +15,13 @@ import pandas as pd
 
 from pipeline.gem.common.capacity import cores
 from pipeline.gem.common.config import Evaluate
-from pipeline.gem.data.encoder import MetadataEncoder
-from pipeline.gem.data.references import SampleGroups
+from pipeline.gem.data.expression import log_cpm
 from pipeline.gem.data.splits import SELECTION_SPLITS
 from pipeline.gem.evaluation.baselines import (
     Additive,
     AdditiveNearest,
     MatchedMean,
     PerturbedMean,
-    Ridge,
     replicate,
     training_mean,
 )
@@ -36,6 +34,8 @@ from pipeline.gem.evaluation.evaluation_split import (
 )
 from pipeline.gem.evaluation.metrics import randomised_pit
 from pipeline.gem.evaluation.oracles import OraclePredictors
+from pipeline.gem.evaluation.profiles import Profiles
+from pipeline.gem.evaluation.ridge import Ridge
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.predictive import predictive_distribution
 
@@ -104,6 +104,7 @@ BASELINES = predictors_with_role("floor", "baseline")  # every model is compared
 MODELS = predictors_with_role("model")
 REPLICATE = "replicate"
 SKILL_BASELINE, SKILL_CEILING = "ridge", "oracle_metadata"  # skill 0 and 1
+SELECTION_SAMPLES = 2**13
 GEM = "gem"
 REFERENCE_SUFFIX = "_reference"
 
@@ -137,27 +138,30 @@ class Predictors:
 
 
 def _fit_baselines(splits: EvaluationSplits) -> dict[str, Predictor]:
-    """Fitted on the training split; penalties are selected on the model selection split."""
-    cohort, data = splits.cohort, splits.data
-    train, expression = splits.train, splits.train_expression
+    """Fitted on the training split; penalties are selected on the model selection split, of which
+    the first SELECTION_SAMPLES are used: the order is random."""
+    cohort, train, profiles = splits.cohort, splits.train, splits.train.profiles
+    selection = selection_profiles = None
     available = [name for name in SELECTION_SPLITS if cohort.has(name)][:1]
-    selection = (cohort.rows(available), cohort.expression(available)) if available else None
-    identities = MetadataEncoder.fit(train, data.covariates.identities())
+    if available:
+        rows = cohort.rows(available)
+        chosen, samples = np.arange(len(rows)) < SELECTION_SAMPLES, rows.head(SELECTION_SAMPLES)
+        counts = cohort.counts(available, chosen)
+        selection = samples, log_cpm(counts, samples["total"].to_numpy())
+        selection_profiles = Profiles.of(splits.data, samples, [selection[1]])
     fitted = {
-        "training_mean": lambda samples: training_mean(expression, len(samples)),
-        "ridge": Ridge.fit(identities, train, expression, selection).predict,
+        "training_mean": lambda samples: training_mean(profiles, len(samples)),
+        "ridge": Ridge.fit(train.identities, train.equations, selection).predict,
     }
-    control = SampleGroups(train, data).control
-    if control.any() and not control.all():
-        additive = Additive(data, train, expression)
-        features = perturbation_features(splits)
+    if profiles.has_both:
+        additive, features = Additive(profiles), perturbation_features(splits)
         fitted |= {
             "no_change": additive.no_change,
-            "perturbed_mean": PerturbedMean(data, train, expression).predict,
-            "matched_mean": MatchedMean(data, train, expression).predict,
+            "perturbed_mean": PerturbedMean(profiles).predict,
+            "matched_mean": MatchedMean(profiles).predict,
             "additive": additive.predict,
-            "additive_nearest": AdditiveNearest(data, train, expression).predict,
-            "bilinear": Bilinear.fit(data, train, expression, features, selection).predict,
+            "additive_nearest": AdditiveNearest(profiles).predict,
+            "bilinear": Bilinear.fit(profiles, features, selection_profiles).predict,
         }
     return {name: partial(_predict_baseline, predict) for name, predict in fitted.items()}
 

@@ -31,7 +31,7 @@ from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.data.expression import log_cpm
 from pipeline.gem.data.splits import TEST_CONTROL, TRAIN
-from pipeline.gem.evaluation.comparison import evaluate_split, nested_scores, principal_axes
+from pipeline.gem.evaluation.comparison import evaluate_split, nested_scores
 from pipeline.gem.evaluation.diagnostics import (
     ConditionScatter,
     LatentMap,
@@ -98,7 +98,7 @@ def evaluate_models(
     changes the last digits: set both to 1 before.
     """
     splits = EvaluationSplits(cohort, params)
-    predictors, axes = Predictors(splits, models), principal_axes(splits.train_expression)
+    predictors, axes = Predictors(splits, models), splits.train.axes
     all_seeds = {**seeds, **{name + REFERENCE_SUFFIX: numbers for name, numbers in seeds.items()}}
     results, conditions, spreads = [], [], []
     with folder_replacement(folder / PREDICTIONS_FOLDER) as temporary:

@@ -15,7 +15,6 @@ from pipeline.gem.evaluation.differential_expression import changed_genes, de_di
 from pipeline.gem.evaluation.evaluation_split import Controls, EvaluationSplit, PredictedSplit
 from pipeline.gem.evaluation.predictors import REPLICATE, SKILL_BASELINE, SKILL_CEILING
 
-COMPONENTS = 50  # of the training expression, for energy distances
 # At least on either side: with two or three samples, Welch's test against many controls selects
 # genes of small variance.
 MIN_TEST_SAMPLES = 4

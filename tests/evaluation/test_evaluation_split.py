@@ -6,8 +6,8 @@ import pytest
 from support.comparison import SPLITS
 
 from pipeline.gem.data.cohort import Cohort
+from pipeline.gem.evaluation.baselines.profiles import Profiles
 from pipeline.gem.evaluation.evaluation_split import EvaluationSplits
-from pipeline.gem.evaluation.profiles import Profiles
 
 CONTEXT = ["tissue", "cell_type"]
 STUDY_CONTEXT = [*CONTEXT, "study"]

@@ -10,7 +10,9 @@ from support.comparison import SEEDS
 from pipeline.gem.common.plotting import COLOURS
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.encoder import MetadataEncoder
-from pipeline.gem.evaluation.baselines import Additive, training_mean
+from pipeline.gem.evaluation.baselines.profiles import Profiles
+from pipeline.gem.evaluation.baselines.ridge import Design, NormalEquations, Ridge
+from pipeline.gem.evaluation.baselines.simple import Additive, training_mean
 from pipeline.gem.evaluation.evaluation_split import EvaluationSplits
 from pipeline.gem.evaluation.predictors import (
     BASELINES,
@@ -20,8 +22,6 @@ from pipeline.gem.evaluation.predictors import (
     Predictors,
     predictors_with_role,
 )
-from pipeline.gem.evaluation.profiles import Profiles
-from pipeline.gem.evaluation.ridge import Design, NormalEquations, Ridge
 from pipeline.gem.model.query import decode
 
 NEED_CONTROLS = {

@@ -6,7 +6,7 @@ import pytest
 from support.comparison import SPLITS, rows_of, scores, simple_split
 
 from pipeline.gem.common.config import Data
-from pipeline.gem.evaluation.baselines import replicate
+from pipeline.gem.evaluation.baselines.simple import replicate
 from pipeline.gem.evaluation.evaluation_split import PredictedSplit
 
 CONDITION = ["tissue", "perturbation", "perturbation_dose"]

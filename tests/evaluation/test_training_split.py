@@ -9,7 +9,7 @@ from scipy.sparse import csr_array
 from sklearn.decomposition import PCA
 
 from pipeline.gem.evaluation import training_split
-from pipeline.gem.evaluation.profiles import Profiles, SparseSums, one_hot
+from pipeline.gem.evaluation.baselines.profiles import Profiles, SparseSums, one_hot
 from pipeline.gem.evaluation.training_split import TrainingSplit, principal_axes
 
 

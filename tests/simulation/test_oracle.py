@@ -11,9 +11,9 @@ from support.resimulation import SimulatedCohort
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.data.references import choose_references
 from pipeline.gem.data.splits import is_control
-from pipeline.gem.evaluation.baselines import Additive, training_mean
-from pipeline.gem.evaluation.profiles import Profiles
-from pipeline.gem.evaluation.ridge import Design, NormalEquations, Ridge
+from pipeline.gem.evaluation.baselines.profiles import Profiles
+from pipeline.gem.evaluation.baselines.ridge import Design, NormalEquations, Ridge
+from pipeline.gem.evaluation.baselines.simple import Additive, training_mean
 from pipeline.gem.simulation import hidden_factors
 from pipeline.gem.simulation.generator import DISEASE_SHARES, draw_truth, log_fractions
 from pipeline.gem.simulation.oracle import (

@@ -9,7 +9,7 @@ import pytest
 from support.resimulation import DRAWS, SimulatedCohort, simulate_log_mu
 
 from pipeline.gem.data.encoder import MetadataEncoder
-from pipeline.gem.evaluation.baselines import Ridge
+from pipeline.gem.evaluation.baselines.ridge import Design, NormalEquations, Ridge
 from pipeline.gem.simulation import generator
 from pipeline.gem.simulation.generator import draw_counts
 from pipeline.gem.simulation.hidden_factors import draw_perturbation_effects, residual_quadrature
@@ -59,7 +59,9 @@ def ridge_gap(simulated, params) -> float:
     samples, expression = simulated.samples, simulated.expression
     encoder = MetadataEncoder.fit(samples[train], params.data.covariates)
     validation = (samples[~train], expression[~train])
-    ridge = Ridge.fit(encoder, samples[train], expression[train], validation)
+    design = Design(encoder, samples[train])
+    equations = NormalEquations.of(design.rows, design.columns, [expression[train]])
+    ridge = Ridge.fit(encoder, equations, validation)
     oracle = simulated.oracle().predict(samples[~train], simulated.totals[~train])
     errors = [
         ((predicted - expression[~train]) ** 2).mean()

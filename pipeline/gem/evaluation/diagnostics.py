@@ -11,7 +11,7 @@ import pandas as pd
 
 from pipeline.gem.common.config import GROUPS, Data
 from pipeline.gem.data.labels import label_texts
-from pipeline.gem.evaluation.bilinear import leading_components
+from pipeline.gem.evaluation.baselines.bilinear import leading_components
 from pipeline.gem.evaluation.bootstrap import Bootstrap, condition_sums
 from pipeline.gem.evaluation.evaluation_split import EvaluationSplit
 from pipeline.gem.evaluation.predictors import GEM, SKILL_BASELINE, SKILL_CEILING, Predictions

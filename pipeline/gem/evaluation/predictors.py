@@ -17,7 +17,10 @@ from pipeline.gem.common.capacity import cores
 from pipeline.gem.common.config import Evaluate
 from pipeline.gem.data.expression import log_cpm
 from pipeline.gem.data.splits import SELECTION_SPLITS
-from pipeline.gem.evaluation.baselines import (
+from pipeline.gem.evaluation.baselines.bilinear import Bilinear
+from pipeline.gem.evaluation.baselines.profiles import Profiles
+from pipeline.gem.evaluation.baselines.ridge import Ridge
+from pipeline.gem.evaluation.baselines.simple import (
     Additive,
     AdditiveNearest,
     MatchedMean,
@@ -25,7 +28,6 @@ from pipeline.gem.evaluation.baselines import (
     replicate,
     training_mean,
 )
-from pipeline.gem.evaluation.bilinear import Bilinear
 from pipeline.gem.evaluation.evaluation_split import (
     NO_REFERENCE,
     EvaluationSplit,
@@ -34,8 +36,6 @@ from pipeline.gem.evaluation.evaluation_split import (
 )
 from pipeline.gem.evaluation.metrics import randomised_pit
 from pipeline.gem.evaluation.oracles import OraclePredictors
-from pipeline.gem.evaluation.profiles import Profiles
-from pipeline.gem.evaluation.ridge import Ridge
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.predictive import predictive_distribution
 

@@ -14,8 +14,8 @@ from sklearn.decomposition import PCA
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.data.splits import TRAIN
-from pipeline.gem.evaluation.profiles import Profiles, ProfileSums
-from pipeline.gem.evaluation.ridge import Design, NormalEquations, NormalSums
+from pipeline.gem.evaluation.baselines.profiles import Profiles, ProfileSums
+from pipeline.gem.evaluation.baselines.ridge import Design, NormalEquations, NormalSums
 
 AXES, AXES_SAMPLES = 50, 2**14  # for energy distances
 

@@ -9,8 +9,8 @@ from support.encoding import dense
 
 from pipeline.gem.common.config import GROUPS, Covariates, Data
 from pipeline.gem.data.encoder import MetadataEncoder
-from pipeline.gem.evaluation import ridge
-from pipeline.gem.evaluation.ridge import (
+from pipeline.gem.evaluation.baselines import ridge
+from pipeline.gem.evaluation.baselines.ridge import (
     RIDGE_PENALTIES,
     ClosedForm,
     ConjugateGradients,

@@ -13,7 +13,7 @@ from scipy.sparse.linalg import LinearOperator, cg
 
 from pipeline.gem.common.config import GROUPS
 from pipeline.gem.data.encoder import MetadataEncoder
-from pipeline.gem.evaluation.profiles import SparseSums
+from pipeline.gem.evaluation.baselines.profiles import SparseSums
 
 RIDGE_PENALTIES = tuple(10.0**power for power in np.arange(-2, 4.5, 0.5))
 CLOSED_FORM_COLUMNS = 2048  # above, a decomposition takes longer than conjugate gradients

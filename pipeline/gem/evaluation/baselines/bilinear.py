@@ -31,8 +31,8 @@ from pipeline.gem.data.covariates import CovariateEncoder
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.data.labels import join_keys, label_key
 from pipeline.gem.data.references import SampleGroups
-from pipeline.gem.evaluation.baselines import Additive, treatment_keys
-from pipeline.gem.evaluation.profiles import Groups, Profiles, Shifts, mean_weights
+from pipeline.gem.evaluation.baselines.profiles import Groups, Profiles, Shifts, mean_weights
+from pipeline.gem.evaluation.baselines.simple import Additive, treatment_keys
 
 COMPONENTS = 50  # at most, of G and of the second map's p
 PENALTIES = tuple(10.0**power for power in np.arange(-4, 2.1, 0.5))  # per treated training sample

@@ -8,9 +8,8 @@ import pandas as pd
 import pytest
 
 from pipeline.gem.common.config import Data
-from pipeline.gem.evaluation import bilinear
-from pipeline.gem.evaluation.baselines import Additive
-from pipeline.gem.evaluation.bilinear import (
+from pipeline.gem.evaluation.baselines import bilinear
+from pipeline.gem.evaluation.baselines.bilinear import (
     COMPONENTS,
     DEFAULT_PENALTY,
     PENALTIES,
@@ -18,7 +17,8 @@ from pipeline.gem.evaluation.bilinear import (
     cumulative_errors,
     leading_components,
 )
-from pipeline.gem.evaluation.profiles import Profiles
+from pipeline.gem.evaluation.baselines.profiles import Profiles
+from pipeline.gem.evaluation.baselines.simple import Additive
 
 GENES = 7
 DOSE = {"100 nM": 0.1, "1 uM": 1.0, "10 uM": 10.0}

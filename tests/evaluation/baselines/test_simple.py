@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from pipeline.gem.common.config import Covariates, Data
-from pipeline.gem.evaluation.baselines import (
+from pipeline.gem.evaluation.baselines.profiles import GroupMeans, Groups, Profiles
+from pipeline.gem.evaluation.baselines.simple import (
     Additive,
     AdditiveNearest,
     MatchedMean,
@@ -15,7 +16,6 @@ from pipeline.gem.evaluation.baselines import (
     context_similarity,
     training_mean,
 )
-from pipeline.gem.evaluation.profiles import GroupMeans, Groups, Profiles
 
 GENES = 4
 GENE = np.arange(1, GENES + 1)

@@ -13,7 +13,7 @@ from scipy.sparse import csr_array
 from pipeline.gem.common.config import Data
 from pipeline.gem.data.labels import join_keys, label_key
 from pipeline.gem.data.references import SampleGroups
-from pipeline.gem.evaluation.profiles import (
+from pipeline.gem.evaluation.baselines.profiles import (
     GroupMeans,
     Profiles,
     Shifts,

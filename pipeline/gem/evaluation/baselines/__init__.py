@@ -1,0 +1,1 @@
+"""Baselines: predictors without a network, fitted on sums over the training split."""

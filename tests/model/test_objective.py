@@ -6,12 +6,19 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from support.networks import GENES, METADATA_SIZES, batch, network, sparse
 from torch.distributions import Normal, kl_divergence
 
 from pipeline.gem.common.config import GROUPS, KLWeight
 from pipeline.gem.model.network import Gaussian, Network
-from pipeline.gem.model.objective import Batch, LatentNoise, objective, objective_terms
+from pipeline.gem.model.objective import (
+    Batch,
+    LatentNoise,
+    cross_entropy,
+    objective,
+    objective_terms,
+)
 from pipeline.gem.model.observation import LatentSource, Observed
 
 SOURCES = {
@@ -296,6 +303,17 @@ def test_the_prior_of_a_group_without_covariates_is_trained(small_model):
     assert all(torch.isfinite(value).all() for value in terms.values())
     terms["kl_technical"].sum().backward()
     assert net.priors["technical"].bias.grad.abs().sum() > 0
+
+
+def test_cross_entropy_of_heads_side_by_side_is_the_sum_over_heads(generator):
+    classes = [3, 1, 2]
+    logits = (50 * torch.randn(4, 6, generator=generator)).double().requires_grad_()
+    labels = torch.tensor([[2, 0, 1], [0, -1, -1], [-1, 0, 0], [1, 0, 1]])
+    parts = zip(logits.split(classes, 1), labels.t(), strict=True)
+    expected = sum(F.cross_entropy(*part, ignore_index=-1, reduction="sum") for part in parts) / 4
+    assert_close(cross_entropy(logits, labels, classes), expected)
+    moderate = (logits / 50).detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda of: cross_entropy(of, labels, classes), moderate)
 
 
 # --- the weighted sum ---

@@ -5,6 +5,7 @@ a head. After GEM-1 (bioRxiv 10.1101/2025.09.08.674753), with a corrected
 objective (objective.py).
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -79,6 +80,9 @@ class Gaussian(NamedTuple):
     def rows(self, index: slice | Tensor) -> "Gaussian":
         return Gaussian(self.mean[index], self.log_variance[index])
 
+    def detach(self) -> "Gaussian":
+        return Gaussian(self.mean.detach(), self.log_variance.detach())
+
     def split(self, sizes: list[int]) -> list["Gaussian"]:
         """Consecutive rows; the gradients of all parts are one copy."""
         return [
@@ -107,9 +111,9 @@ class Network(nn.Module):
         intervention_columns: Sequence[bool],
         params: Model,
     ):
-        """`covariates` by group. `heads`: name to (group, classes). `intervention_columns`: which
-        columns of the encoded perturbation describe how it is applied, not which one it is. Weights
-        are drawn from torch's global random state."""
+        """`covariates` by group. `heads`: name to (group, classes), group after group.
+        `intervention_columns`: which columns of the encoded perturbation describe how it is
+        applied, not which one it is. Weights are drawn from torch's global random state."""
         super().__init__()
         self.bf16 = False  # whether training multiplies in it; prediction never does
         self.sizes = params.latent.model_dump()
@@ -141,17 +145,13 @@ class Network(nn.Module):
         # Logit of the share of a reference's residual that is kept: intercept and slope per gene.
         self.residual_gate = nn.Parameter(torch.tensor([[-2.0], [0.0]]).expand(2, genes).clone())
         # By group: one matrix for all heads of a group is one product.
-        self.head_groups = {name: group for name, (group, _) in heads.items()}
-        self.head_classes = {
-            group: [classes for other, classes in heads.values() if other == group]
-            for group in GROUPS
-            if group in self.head_groups.values()
-        }
+        self.head_names = list(heads)
+        self.classes = [classes for _, classes in heads.values()]
+        totals = Counter()
+        for group, classes in heads.values():
+            totals[group] += classes
         self.heads = nn.ModuleDict(
-            {
-                group: nn.Linear(self.sizes[group], sum(classes))
-                for group, classes in self.head_classes.items()
-            }
+            {group: nn.Linear(self.sizes[group], total) for group, total in totals.items()}
         )
 
     def initialise(self, moments: GeneMoments) -> None:
@@ -175,7 +175,7 @@ class Network(nn.Module):
         if index is not None:
             output = output.index_select(0, index)
         mean, log_variance = output.chunk(2, dim=1)
-        return Gaussian(mean, log_variance.clamp(*LOG_VARIANCE_RANGE))
+        return Gaussian(mean, F.hardtanh(log_variance, *LOG_VARIANCE_RANGE))
 
     def joint_prior(
         self, metadata: Mapping[str, MetadataRows], index: Mapping[str, Tensor]
@@ -190,7 +190,7 @@ class Network(nn.Module):
         with self._products(expression.device):
             output = self.encoder(normalised)
         mean, log_variance = output.float().chunk(2, dim=1)
-        return Gaussian(mean, log_variance.clamp(*LOG_VARIANCE_RANGE))
+        return Gaussian(mean, F.hardtanh(log_variance, *LOG_VARIANCE_RANGE))
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, G) decoded from latents (B, L), on the scale of the observation model."""
@@ -255,12 +255,14 @@ class Network(nn.Module):
 
     def classify(self, latents: Tensor) -> dict[str, Tensor]:
         """Logits (B, K) per head from latents (B, L)."""
+        logits = self.head_logits(latents).split(self.classes, dim=1)
+        return dict(zip(self.head_names, logits, strict=True))
+
+    def head_logits(self, latents: Tensor) -> Tensor:
+        """Logits (B, sum of K) of all heads from latents (B, L)."""
         slices = self.slices()
-        logits = {
-            group: iter(self.heads[group](latents[:, slices[group]]).split(classes, dim=1))
-            for group, classes in self.head_classes.items()
-        }
-        return {name: next(logits[group]) for name, group in self.head_groups.items()}
+        logits = [head(latents[:, slices[group]]) for group, head in self.heads.items()]
+        return torch.cat(logits, dim=1) if logits else latents[:, :0]
 
     def condition(
         self, prior: Gaussian, reference: Gaussian, conditioning: tuple[str, ...]

@@ -4,8 +4,9 @@ Every term is summed over genes and latent dimensions, then averaged over the ba
 B samples, R of them with a reference, G genes, U distinct metadata rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,13 @@ from pipeline.gem.model.metadata.rows import MetadataRows
 from pipeline.gem.model.network import Gaussian, Network
 from pipeline.gem.model.normal import kl_normal
 from pipeline.gem.model.observation import LatentSource, Observed
+
+_LIKELIHOODS = {
+    LatentSource.POSTERIOR: "nll_reconstruction",
+    LatentSource.PRIOR: "nll_predictive",
+    LatentSource.REFERENCE: "nll_reference",
+    LatentSource.UNSEEN_STUDY: "nll_unseen_study",
+}
 
 
 class LatentNoise(NamedTuple):
@@ -81,20 +89,18 @@ def objective_terms(network: Network, batch: Batch) -> dict[str, Tensor]:
     priors, partial_priors, unseen_study = _priors(network, batch)
     prior = Gaussian.join(priors.values(), dim=1)
     latents, decoded, posterior = _decode_all(network, batch, prior)
-    observed = batch.observed
-    names = ("nll_reconstruction", "nll_predictive", "nll_reference")  # as LatentSource
-    terms = {
-        name: -network.observation.log_likelihood(observed.first(len(part)), part, source).mean()
-        for name, source, part in zip(names, LatentSource, decoded, strict=False)
-    }
-    if len(batch.unseen_study):
-        from_prior = latents[LatentSource.PRIOR], decoded[LatentSource.PRIOR]
-        terms["nll_unseen_study"] = _unseen_study(network, batch, unseen_study, *from_prior)
+    if unseen_study is not None:
+        decoded[LatentSource.UNSEEN_STUDY] = _decode_unseen_study(
+            network, unseen_study.draw(batch.noise.unseen_study), latents, decoded
+        )
+    means = network.observation.mean_log_likelihoods(batch.observed, decoded)
+    terms = {_LIKELIHOODS[source]: -mean for source, mean in means.items()}
     divergence = kl_normal(*posterior, *prior).mean(dim=0)
     terms |= {f"kl_{group}": divergence[columns] for group, columns in network.slices().items()}
     if batch.partial_metadata:
         terms["kl_partial_metadata"] = _partial_metadata(priors, partial_priors)
-    terms["classification"] = _classification(network, latents[0], batch.labels)
+    logits = network.head_logits(latents[LatentSource.POSTERIOR])
+    terms["classification"] = cross_entropy(logits, batch.labels, network.classes)
     return terms
 
 
@@ -125,9 +131,9 @@ def _priors(
 
 def _decode_all(
     network: Network, batch: Batch, prior: Gaussian
-) -> tuple[list[Tensor], list[Tensor], Gaussian]:
-    """(latents (B, L) and decoded values (B, G) of each LatentSource of the batch, the posterior of
-    its samples). One encoding, and one decoding: a large product is faster than some small ones."""
+) -> tuple[dict[LatentSource, Tensor], dict[LatentSource, Tensor], Gaussian]:
+    """(latents (B, L) and decoded values (B, G) by source of the batch, the posterior of its
+    samples). One encoding, and one decoding: a large product is faster than some small ones."""
     size, references = len(batch.observed), len(batch.reference)
     if not references:
         posterior = network.posterior(batch.observed.expression)
@@ -155,10 +161,9 @@ def _decode_all(
     if references:
         *decoded, of_reference = decoded
         residual = network.reference_residual(reference, of_reference)
-        decoded[LatentSource.REFERENCE] = decoded[LatentSource.REFERENCE] + (
-            residual - batch.batch_effect
-        )
-    return drawn.split(sizes[: len(gaussians)]), decoded, posterior
+        decoded[-1] = decoded[-1] + (residual - batch.batch_effect)
+    latents = dict(zip(LatentSource, drawn.split(sizes[: len(gaussians)]), strict=False))
+    return latents, dict(zip(LatentSource, decoded, strict=False)), posterior
 
 
 def objective(terms: Mapping[str, Tensor], params: Train, warmup: float) -> Tensor:
@@ -183,22 +188,22 @@ def objective(terms: Mapping[str, Tensor], params: Train, warmup: float) -> Tens
     return stacked @ stacked.new_tensor(factors)
 
 
-def _unseen_study(
-    network: Network, batch: Batch, prior: Gaussian, latents: Tensor, decoded: Tensor
+def _decode_unseen_study(
+    network: Network,
+    drawn: Tensor,
+    latents: Mapping[LatentSource, Tensor],
+    decoded: Mapping[LatentSource, Tensor],
 ) -> Tensor:
-    """Negative log likelihood of the prediction from metadata without the study.
+    """(B, G) decoded from metadata without the study: the prediction from metadata, with technical
+    latents `drawn` without the study.
 
     Only technical weights have a gradient. Otherwise biology would learn to tell studies apart by
     age and disease, and be wrong for new studies.
     """
     technical = network.slices()["technical"]
-    drawn = prior.draw(batch.noise.unseen_study)
+    known, values = (part[LatentSource.PRIOR].detach() for part in (latents, decoded))
     weight = network.linear_decoder.weight[:, technical]
-    decoded = _Replaced.apply(decoded.detach(), latents[:, technical].detach(), drawn, weight)
-    log_likelihood = network.observation.log_likelihood(
-        batch.observed, decoded, LatentSource.UNSEEN_STUDY
-    )
-    return -log_likelihood.mean()
+    return _Replaced.apply(values, known[:, technical], drawn, weight)
 
 
 class _Replaced(Function):
@@ -224,16 +229,41 @@ def _partial_metadata(priors: Mapping[str, Gaussian], partial: Mapping[str, Gaus
     It is least where the prior of some fields has the mean and variance of the mixture of all
     experiments that they describe. The full query is the teacher and has no gradient.
     """
-    divergences = []
-    for group, student in partial.items():
-        teacher = [part.detach() for part in priors[group]]
-        divergences.append(kl_normal(*teacher, *student).sum(dim=1).mean())
-    return torch.stack(divergences).sum()
+    of_all = Gaussian.join((priors[group] for group in partial), dim=1)
+    teacher, student = of_all.detach(), Gaussian.join(partial.values(), dim=1)
+    return kl_normal(*teacher, *student).sum() / len(student.mean)
 
 
-def _classification(network: Network, latents: Tensor, labels: Tensor) -> Tensor:
-    losses = [
-        F.cross_entropy(logits, labels[:, position], ignore_index=-1, reduction="sum")
-        for position, logits in enumerate(network.classify(latents).values())
-    ]
-    return torch.stack(losses).sum() / len(labels) if losses else latents.new_zeros(())
+class _CrossEntropy(Function):
+    """The arguments and the result of `cross_entropy`."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor, classes: Sequence[int]) -> Tensor:
+        if not classes:
+            return logits.new_zeros(())
+        parts = [torch.log_softmax(part, 1) for part in logits.split(classes, dim=1)]
+        log_probabilities, known = torch.cat(parts, dim=1), labels >= 0
+        starts = labels.new_tensor([0, *accumulate(classes[:-1])])
+        columns = labels.clamp_min(0) + starts
+        nats = torch.where(known, log_probabilities.gather(1, columns), 0.0)
+        ctx.save_for_backward(log_probabilities, columns, known)
+        ctx.classes = classes
+        return nats.sum().div_(-len(labels))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.classes:
+            return None, None, None
+        log_probabilities, columns, known = ctx.saved_tensors
+        weights = known * (gradient / len(known))
+        classes = columns.new_tensor(ctx.classes)
+        of_classes = weights.repeat_interleave(classes, 1, output_size=log_probabilities.shape[1])
+        of_logits = log_probabilities.exp().mul_(of_classes).scatter_add_(1, columns, -weights)
+        return of_logits, None, None
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, classes: Sequence[int]) -> Tensor:
+    """Cross entropy of heads whose logits (B, K) stand side by side, summed over heads and divided
+    by B. Labels (B, heads), -1 missing; the number of `classes` of each head."""
+    return _CrossEntropy.apply(logits, labels, classes)

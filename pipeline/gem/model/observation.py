@@ -6,7 +6,7 @@ its total is over all genes of the cohort's source.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -105,6 +105,15 @@ class Observation(nn.Module, ABC):
     @abstractmethod
     def log_likelihood(self, observed: Observed, decoded: Tensor, source: Source) -> Tensor:
         """(B,) log density of log-CPM (normal) or log probability of counts (count models)."""
+
+    def mean_log_likelihoods(
+        self, observed: Observed, decoded: Mapping[LatentSource, Tensor]
+    ) -> dict[LatentSource, Tensor]:
+        """By source: the mean log-likelihood of the first samples, which are decoded (B_s, G)."""
+        return {
+            source: self.log_likelihood(observed.first(len(part)), part, source).mean()
+            for source, part in decoded.items()
+        }
 
     @abstractmethod
     def fractions(self, decoded: Tensor) -> Tensor:

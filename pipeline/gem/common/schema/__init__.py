@@ -1,1 +1,0 @@
-"""What the models of params.yaml are made of."""

@@ -9,20 +9,10 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from pipeline.gem.common import yaml_file
 from pipeline.gem.common.capacity import Size, need_problems, training_needs
-from pipeline.gem.common.config import (
-    SEARCH_NAME,
-    Count,
-    Frozen,
-    Params,
-    Seed,
-    Seeds,
-    Text,
-    integer,
-    number,
-    read_model,
-)
+from pipeline.gem.common.config import SEARCH_NAME, Params, read_model
 from pipeline.gem.common.config_errors import expectation, shown
 from pipeline.gem.common.errors import InputError, did_you_mean
+from pipeline.gem.common.schema.types import Count, Frozen, Seed, Seeds, Text, integer, number
 from pipeline.gem.common.yaml_file import flatten
 from pipeline.gem.search.space import MAX_POINTS, CategoricalSpace, Space, range_problems
 

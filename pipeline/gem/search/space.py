@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from pipeline.gem.common.config import Count, Frozen, distinct, integer, number
+from pipeline.gem.common.schema.types import Count, Frozen, distinct, integer, number
 
 MAX_POINTS = 100_000  # of an enumerable space; a larger one counts as infinite
 LARGEST_RATIO = 1e12  # of a log scale: beyond, most trials have values that mean zero

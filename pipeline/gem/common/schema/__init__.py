@@ -1,0 +1,1 @@
+"""What the models of params.yaml are made of."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, hstack
 
 from pipeline.gem.common.config import GROUPS, Covariates, Labels
 from pipeline.gem.common.errors import InputError, examples
@@ -207,6 +207,14 @@ class MetadataEncoder:
             if name in others and (difference := _difference(*own[name], *others[name])):
                 messages.append(f"{name}: {difference}")
         return messages
+
+
+def joined_rows(encoded: Mapping[str, EncodedGroup]) -> tuple[csr_array, np.ndarray]:
+    """((U, C) distinct metadata of all groups side by side; (N,) row of each sample)."""
+    codes = np.stack([encoded[group].index for group in GROUPS], axis=1)
+    first, index = distinct_rows(codes)
+    parts = [encoded[group].distinct[encoded[group].index[first]] for group in GROUPS]
+    return csr_array(hstack(parts, format="csr")), index
 
 
 def distinct_rows(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

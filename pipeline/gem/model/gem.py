@@ -15,14 +15,15 @@ from torch import Tensor
 from pipeline.gem.common.config import GROUPS, Model
 from pipeline.gem.common.errors import InputError, IntegrityError
 from pipeline.gem.common.files import sha256_of, write_atomically
-from pipeline.gem.data.encoder import EncodedGroup, MetadataEncoder
+from pipeline.gem.data.encoder import EncodedGroup, MetadataEncoder, joined_rows
 from pipeline.gem.data.labels import LabelForm
 from pipeline.gem.model import model_file
 from pipeline.gem.model.calibration import fit_temperature, probabilities
 from pipeline.gem.model.metadata.rows import MetadataRows
+from pipeline.gem.model.mixed.mixed_model import MixedModel
 from pipeline.gem.model.network import Gaussian, Network
 from pipeline.gem.model.observation import LatentSource
-from pipeline.gem.model.query import DecoderInput, TargetGenes
+from pipeline.gem.model.query import DecoderInput, MixedQuery, TargetGenes
 from pipeline.gem.model.training_support import TrainingSupport
 
 DEFAULT_CONDITIONING = ("technical", "biological")  # groups taken from a reference
@@ -42,6 +43,8 @@ class TrainedGEM:
     training_support: TrainingSupport
     label_form: LabelForm  # of the cells of a query
     temperatures: Mapping[str, float] = field(default_factory=dict)  # by label head
+    mixed: MixedModel | None = None  # averaged with the network's prediction from metadata
+    network_weight: float = 1.0  # in that average
 
     @classmethod
     def build(
@@ -81,8 +84,9 @@ class TrainedGEM:
             training_support=self.training_support,
             label_form=self.label_form,
             temperatures=dict(self.temperatures),
+            mixed=model_file.MixedState.of(self.mixed, self.network_weight) if self.mixed else None,
         )
-        tensors = model_file.named_tensors(self.network.state_dict(), self.metadata)
+        tensors = model_file.named_tensors(self.network.state_dict(), self.metadata, self.mixed)
         return model_file.pack(description, tensors)
 
     def save(self, path: Path) -> None:
@@ -116,6 +120,9 @@ class TrainedGEM:
             if description.temperatures.keys() != expected.temperatures.keys():
                 raise model_file.refusal(path, "temperatures are not those of its label heads")
             gem = replace(cls.build(*arguments), temperatures=description.temperatures)
+        if state := description.mixed:
+            mixed = state.to_model(tensors)
+            gem = replace(gem, mixed=mixed, network_weight=state.network_weight)
         gem.network.load_state_dict(weights)
         gem.network.eval()
         return gem
@@ -195,7 +202,8 @@ class TrainedGEM:
         if reference is None or not conditioning:
             source = torch.from_numpy(self._sources(encoded["technical"])).to(self.device)
             metadata_index = torch.stack([index[group] for group in GROUPS], dim=1)
-            return DecoderInput(prior, target_gene, effect, source, None, metadata_index)
+            mixed = self._mixed_query(encoded) if self.mixed else None
+            return DecoderInput(prior, target_gene, effect, source, None, metadata_index, mixed)
         posterior, residual = self._encode_reference(reference)
         if reference_index is not None:
             rows = torch.from_numpy(reference_index).to(self.device)
@@ -203,6 +211,12 @@ class TrainedGEM:
         latents = self.network.condition(prior, posterior, conditioning)
         source = torch.full_like(target_gene, LatentSource.REFERENCE)
         return DecoderInput(latents, target_gene, effect, source, residual)
+
+    def _mixed_query(self, encoded: Mapping[str, EncodedGroup]) -> MixedQuery:
+        rows, index = joined_rows(encoded)
+        metadata = self.mixed.rows(self.metadata, rows)
+        of_samples = torch.from_numpy(index).to(self.device)
+        return MixedQuery(self.mixed, self.network_weight, metadata, of_samples)
 
     def _encode_reference(self, reference: np.ndarray) -> tuple[Gaussian, Tensor]:
         """(q(z | reference), (R, G) residual to add to predictions) for log-CPM (R, G)."""

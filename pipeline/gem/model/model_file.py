@@ -26,14 +26,16 @@ from pipeline.gem.data.labels import LabelForm
 from pipeline.gem.data.units import DIMENSIONLESS, UNITS
 from pipeline.gem.model import tensor_file
 from pipeline.gem.model.calibration import TEMPERATURE_RANGE
+from pipeline.gem.model.mixed.mixed_model import MIXED_TENSORS, MixedModel
+from pipeline.gem.model.mixed.terms import Design
 from pipeline.gem.model.query import TargetGenes
 from pipeline.gem.model.training_support import TrainingSupport
 
 MODEL_FILE = "model.safetensors"  # of a model directory
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 _BLOCK_TENSORS = 6  # of a residual block
 _TRAIN_AGAIN = "train the model again"
-_WEIGHTS, _FEATURES = "network.", "features."  # prefixes of tensor names
+_WEIGHTS, _FEATURES, _MIXED = "network.", "features.", "mixed."  # prefixes of tensor names
 
 
 class CovariateState(Frozen):
@@ -86,10 +88,28 @@ class MetadataState(Frozen):
         return [state for group in GROUPS for state in getattr(self, group)]
 
 
+class MixedState(Frozen):
+    """A mixed model without its tensors, and the network's weight beside it."""
+
+    design: Design
+    row_variance: Annotated[float, Field(ge=0)]
+    noise_variance: Annotated[float, Field(ge=0)]
+    network_weight: Annotated[float, Field(ge=0, le=1)]
+
+    @classmethod
+    def of(cls, mixed: MixedModel, network_weight: float) -> "MixedState":
+        variances = {name: getattr(mixed, name) for name in ("row_variance", "noise_variance")}
+        return cls(design=mixed.design, **variances, network_weight=network_weight)
+
+    def to_model(self, tensors: Mapping[str, Tensor]) -> MixedModel:
+        parts = (tensors[_MIXED + name] for name in MIXED_TENSORS)
+        return MixedModel(self.design, self.row_variance, self.noise_variance, *parts)
+
+
 class ModelDescription(Frozen):
     """A trained model without its tensors; its fields are the keys of the JSON."""
 
-    format_version: Literal[8] = FORMAT_VERSION
+    format_version: Literal[9] = FORMAT_VERSION
     genes: Annotated[tuple[str, ...], Field(min_length=1)]
     gene_list_sha256: str
     metadata: MetadataState
@@ -101,6 +121,7 @@ class ModelDescription(Frozen):
     temperatures: dict[
         str, Annotated[float, Field(ge=TEMPERATURE_RANGE[0], le=TEMPERATURE_RANGE[1])]
     ]
+    mixed: MixedState | None
 
 
 class Seeds(Frozen):
@@ -155,14 +176,18 @@ def refusal(path: Path, *problems: str) -> IntegrityError:
     return tensor_file.refusal(path, *problems, advice=_TRAIN_AGAIN)
 
 
-def named_tensors(weights: Mapping[str, Tensor], encoder: MetadataEncoder) -> dict[str, Tensor]:
-    """Weights of the network and features of the covariates, by their names in the file."""
+def named_tensors(
+    weights: Mapping[str, Tensor], encoder: MetadataEncoder, mixed: MixedModel | None = None
+) -> dict[str, Tensor]:
+    """Weights of the network, features of the covariates and effects of the mixed model, by their
+    names in the file."""
     features = {
         f"{_FEATURES}{position}": torch.from_numpy(field.features.values)
         for position, field in enumerate(encoder.fields)
         if field.features
     }
-    return {_WEIGHTS + name: weight for name, weight in weights.items()} | features
+    effects = {_MIXED + name: getattr(mixed, name) for name in MIXED_TENSORS} if mixed else {}
+    return {_WEIGHTS + name: weight for name, weight in weights.items()} | features | effects
 
 
 def network_weights(
@@ -191,7 +216,7 @@ def network_weights(
 def _tensor_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     problems = []
     for name, tensor in tensors.items():
-        if not name.startswith((_WEIGHTS, _FEATURES)):
+        if not name.startswith((_WEIGHTS, _FEATURES, _MIXED)):
             problems.append(f"unknown tensor {name}")
         elif tensor.dtype != torch.float32:
             problems.append(f"{name} is {tensor.dtype}, expected torch.float32")
@@ -217,6 +242,8 @@ def _inconsistencies(description: ModelDescription, tensors: Mapping[str, Tensor
     covariates = description.metadata.covariates()
     problems += [f"metadata: {text}" for text in _covariate_problems(covariates)]
     problems += [f"metadata: {text}" for text in _feature_problems(covariates, tensors)]
+    if not problems:
+        problems += [f"mixed: {text}" for text in _mixed_problems(description, tensors)]
     levels = {covariate.name: set(covariate.levels) for covariate in covariates}
     for dependency in description.metadata.dependencies:
         ends = dependency.determinant, dependency.determined
@@ -271,3 +298,39 @@ def _feature_problems(covariates: list[CovariateState], tensors: Mapping[str, Te
             problems.append(f"{covariate.name}: features of shape {shape} for {labels} labels")
     unknown = {name for name in tensors if name.startswith(_FEATURES)} - expected
     return problems + ([f"unknown features {examples(sorted(unknown))}"] if unknown else [])
+
+
+def _mixed_problems(description: ModelDescription, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Terms that the covariates do not have, and tensors that do not fit the terms."""
+    names = {name.removeprefix(_MIXED) for name in tensors if name.startswith(_MIXED)}
+    if description.mixed is None:
+        return [f"tensors without terms: {examples(sorted(names))}"] if names else []
+    if names != set(MIXED_TENSORS):
+        return [f"tensors {examples(sorted(names))}, expected {examples(MIXED_TENSORS)}"]
+    design, genes = description.mixed.design, len(description.genes)
+    if problems := design.problems(_factor_widths(description, tensors)):
+        return problems
+    expected = {"coefficients": (design.width, genes)}
+    return [
+        f"{name} has shape {shape}, expected {expected.get(name, (genes,))}"
+        for name in MIXED_TENSORS
+        if (shape := tuple(tensors[_MIXED + name].shape)) != expected.get(name, (genes,))
+    ]
+
+
+def _factor_widths(
+    description: ModelDescription, tensors: Mapping[str, Tensor]
+) -> dict[str, dict[str, int]]:
+    """Columns of the factors of each covariate, by kind."""
+    widths: dict[str, dict[str, int]] = {}
+    control = description.mixed.design.control
+    for position, covariate in enumerate(description.metadata.covariates()):
+        own = widths[covariate.name] = {"levels": len(covariate.levels)}
+        if isinstance(covariate.covariate, Numeric):
+            own["smooth"] = len(covariate.levels)
+        if covariate.feature_labels is not None:
+            own["features"] = tensors[f"{_FEATURES}{position}"].shape[1]
+        if control is not None and covariate.name == control.column:
+            own["treated"] = 1
+            own["treatment"] = sum(level != control.value for level in covariate.levels)
+    return widths

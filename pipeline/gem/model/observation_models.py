@@ -56,6 +56,18 @@ class Normal(Observation):
             self.log_variances.copy_(log_variance.expand_as(self.log_variances))
         return moments.mean
 
+    def blend_variance(self, variance: Tensor, network_weight: float) -> None:
+        """Averages the variances (G,) around predictions from metadata with those of the mixed
+        model, as the predictions are averaged."""
+        floor = math.exp(self.min_log_variance)
+        with torch.no_grad():
+            for source in (LatentSource.PRIOR, LatentSource.UNSEEN_STUDY):
+                own = self.log_variance(source).exp()
+                other = variance if source == LatentSource.PRIOR else torch.maximum(own, variance)
+                blended = network_weight * own + (1 - network_weight) * other
+                excess = (blended - floor).clamp_min(0.1 * floor)
+                self.log_variances[source] = excess.log()
+
     def log_likelihood(self, observed: Observed, decoded: Tensor, source: Source) -> Tensor:
         return normal_log_likelihood(observed.expression, decoded, self.log_variance(source))
 

@@ -3,15 +3,19 @@
 N samples, G genes, L latents. Expression is log-CPM.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.labels import label_texts
+from pipeline.gem.model.metadata.rows import MetadataRows
+from pipeline.gem.model.mixed.mixed_model import MixedModel
 from pipeline.gem.model.network import Gaussian, Network
 
 
@@ -38,6 +42,30 @@ class TargetGenes:
         return label_texts(samples[self.column]).map(self.genes).fillna(-1).to_numpy(dtype=np.int64)
 
 
+@dataclass(frozen=True)
+class MixedQuery:
+    """N samples as the mixed model predicts them."""
+
+    model: MixedModel
+    network_weight: float
+    metadata: MetadataRows  # distinct rows of the model's design
+    index: Tensor  # (N,) row of each sample
+
+    def __getitem__(self, index: slice | Tensor) -> "MixedQuery":
+        return replace(self, index=self.index[index])
+
+    @cached_property
+    def share(self) -> Tensor:
+        """(N, G) the mixed model's part of the prediction, log-CPM."""
+        rows, place = torch.unique(self.index, return_inverse=True)
+        prediction = self.model.predict(self.metadata[rows])
+        return prediction.mul_(1 - self.network_weight)[place]
+
+    def blend(self, decoded: Tensor) -> Tensor:
+        """The network's decoded values (N, G) and the mixed model's, averaged in place."""
+        return decoded.mul_(self.network_weight).add_(self.share)
+
+
 class DecoderInput(NamedTuple):
     """Everything that the decoder needs for N samples."""
 
@@ -48,6 +76,7 @@ class DecoderInput(NamedTuple):
     reference_residual: Tensor | None = None  # (N, G) to add to the decoded values, log-CPM
     # (N, 3) number of each group's distinct metadata; None if latents depend on a reference
     metadata_index: Tensor | None = None
+    mixed: MixedQuery | None = None  # to average the decoded values with
 
     def rows(self, index: slice | Tensor) -> "DecoderInput":
         parts = (None if part is None else part[index] for part in self[1:])
@@ -62,11 +91,14 @@ def decode(network: Network, inputs: DecoderInput, latents: Tensor) -> Tensor:
 def add_offsets(
     decoded: Tensor, inputs: DecoderInput, rows: slice | Tensor = slice(None)
 ) -> Tensor:
-    """Adds to decoded values (B, G) of B rows, in place, the effect on the target gene and the
-    reference's residual, which do not depend on the latents."""
+    """Adds to decoded values (B, G) of B rows, in place, what does not depend on the latents: the
+    effect on the target gene, the mixed model's prediction, and the reference's residual."""
     target_gene = inputs.target_gene[rows]
     samples = (target_gene >= 0).nonzero().squeeze(1)
     decoded[samples, target_gene[samples]] += inputs.target_effect[rows][samples]
+    if inputs.mixed is not None:
+        whole = isinstance(rows, slice) and rows == slice(None)
+        (inputs.mixed if whole else inputs.mixed[rows]).blend(decoded)
     if inputs.reference_residual is not None:
         decoded.add_(inputs.reference_residual[rows])
     return decoded

@@ -12,6 +12,7 @@ from pipeline.gem.common.progress import duration
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.model.model_file import MODEL_FILE
 from pipeline.gem.tracking.runs import MODEL_TAG, Run
+from pipeline.gem.training.blend import blend_with_mixed_model
 from pipeline.gem.training.checkpoint import Checkpoint
 from pipeline.gem.training.dataset import TrainingData
 from pipeline.gem.training.model_directory import best_metrics, write_model_directory
@@ -54,6 +55,7 @@ class TrainingJob:
         on_epoch = self._epoch_logger(run, logging.DEBUG if cached else logging.INFO)
         folder, check = self.cohort.folder, stop_signal.check
         fits = fit_seeds(self.data, self.params, folder, on_epoch, checkpoints, check)
+        fits = blend_with_mixed_model(fits, self.data, self.cohort.declared)
         write_model_directory(
             self.directory, fits, self.params, self.cohort.train_validation_sha256
         )

@@ -27,6 +27,11 @@ class MetadataRows:
         )
         return cls(columns, torch.from_numpy(matrix.data).to(device), offsets)
 
+    def to_sparse(self, width: int) -> csr_array:
+        """(U, `width`)"""
+        parts = self.values, self.columns, self.offsets
+        return csr_array(tuple(part.cpu().numpy() for part in parts), shape=(len(self), width))
+
     @classmethod
     def join(cls, parts: Sequence["MetadataRows"]) -> "MetadataRows":
         """The rows of all parts, part after part."""

@@ -1,0 +1,231 @@
+"""The mixed model against its dual form with dense kernels, and against refits without a row."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from pipeline.gem.common.config import Control, Covariates
+from pipeline.gem.data.encoder import MetadataEncoder, joined_rows
+from pipeline.gem.model.mixed.mixed_model import MixedModel, MixedSamples
+from pipeline.gem.model.mixed.terms import LENGTH_SCALES, Design, Factor
+
+GENES = 30
+COVARIATES = {
+    "technical": {"batch": {"kind": "categorical"}},
+    "biological": {"donor": {"kind": "categorical"}},
+    "perturbation": {
+        "drug": {"kind": "categorical"},
+        "hours": {"kind": "numeric", "scale": "log"},
+    },
+}
+
+
+@pytest.fixture
+def declared(dosed):
+    return dosed.model_copy(
+        update={
+            "covariates": Covariates.model_validate(COVARIATES),
+            "context_columns": ("donor",),
+            "control": Control(column="drug", value="none"),
+        }
+    )
+
+
+@pytest.fixture
+def table(rng) -> pd.DataFrame:
+    """60 samples of four donors, three drugs and a control, three times."""
+    return pd.DataFrame(
+        {
+            "batch": rng.choice(["x", "y"], 60),
+            "donor": rng.choice(list("abcd"), 60),
+            "drug": rng.choice(["none", "p", "q", "r"], 60),
+            "hours": rng.choice(["3", "6", "24"], 60),
+        }
+    )
+
+
+@pytest.fixture
+def expression(table, rng) -> np.ndarray:
+    """Effects of donors and drugs, and of drugs that grow with time."""
+    levels = {
+        name: dict(zip(sorted(table[name].unique()), rng.normal(0, 1, (9, GENES)), strict=False))
+        for name in ("donor", "drug")
+    }
+    effects = sum(np.stack([levels[name][value] for value in table[name]]) for name in levels)
+    growth = np.log(table["hours"].astype(float).to_numpy())[:, None]
+    of_drug = np.stack([levels["drug"][value] for value in table["drug"]])
+    return 5 + effects + 0.4 * growth * of_drug + rng.normal(0, 0.3, (len(table), GENES))
+
+
+def samples_of(encoder, table, expression, size: int = 17) -> MixedSamples:
+    def blocks():
+        for start in range(0, len(table), size):
+            values = torch.from_numpy(expression[start : start + size]).float()
+            yield np.arange(start, start + len(values)), values
+
+    return MixedSamples(*joined_rows(encoder.encode(table, unknown="missing")), blocks)
+
+
+@pytest.fixture
+def encoder(declared, table) -> MetadataEncoder:
+    return MetadataEncoder.fit(table, declared.covariates)
+
+
+@pytest.fixture
+def mixed(encoder, declared, table, expression) -> MixedModel:
+    return MixedModel.fit(encoder, declared, samples_of(encoder, table, expression), GENES)
+
+
+def predictions(mixed: MixedModel, encoder, table) -> np.ndarray:
+    rows, index = joined_rows(encoder.encode(table, unknown="missing"))
+    return mixed.predict(mixed.rows(encoder, rows)).numpy()[index]
+
+
+def kernel(mixed: MixedModel, left: pd.DataFrame, right: pd.DataFrame) -> np.ndarray:
+    """(left, right) prior covariance of the predictions, written from the definition of the terms.
+
+    Training has every number of hours, so that the smooth kernel is exact there.
+    """
+    hours = ["3", "6", "24"]
+    place = np.arange(3.0) - 1
+    place /= place.std()
+
+    def factor(one: Factor) -> np.ndarray:
+        if one.kind == "smooth":
+            spots = [place[[hours.index(h) for h in t["hours"]]] for t in (left, right)]
+            squares = (spots[0][:, None] - spots[1]) ** 2
+            return np.mean([np.exp(-squares / 2 / scale**2) for scale in LENGTH_SCALES], axis=0)
+        values = [t[one.covariate].to_numpy() for t in (left, right)]
+        treated = (values[0] != "none")[:, None] & (values[1] != "none")
+        same = values[0][:, None] == values[1]
+        return {"levels": same, "treatment": same & treated, "treated": treated}[one.kind]
+
+    total = np.zeros((len(left), len(right)))
+    for term in mixed.design.terms:
+        total += term.variance * np.prod([factor(one) for one in term.factors], axis=0)
+    return total
+
+
+def best_linear_unbiased(mixed, train, expression, query) -> np.ndarray:
+    """mu + K V^-1 (y - mu), with the generalised least squares mean."""
+    same = (train.to_numpy()[:, None] == train.to_numpy()).all(axis=2)
+    noise = mixed.row_variance * same + mixed.noise_variance * np.eye(len(train))
+    inverse = np.linalg.inv(kernel(mixed, train, train) + noise)
+    mean = inverse.sum(axis=0) @ expression / inverse.sum()
+    return mean + kernel(mixed, query, train) @ inverse @ (expression - mean)
+
+
+def test_predictions_are_the_best_linear_unbiased_ones(mixed, encoder, table, expression):
+    product = pd.MultiIndex.from_product([list("xy"), list("abcd"), ["none", "p", "q", "r"]])
+    query = product.to_frame(index=False, name=["batch", "donor", "drug"]).assign(hours="6")
+    assert {"donor", "drug", "drug x smooth hours"} <= {t.name for t in mixed.design.terms}
+    expected = best_linear_unbiased(mixed, table, expression, query)
+    np.testing.assert_allclose(predictions(mixed, encoder, query), expected, atol=2e-3)
+
+
+def test_held_out_pairs_are_predicted_better_than_by_any_single_penalty(
+    encoder, declared, table, expression
+):
+    """The variances pay: batches have no effect, donors and drugs a large one."""
+    pairs = table["donor"] + table["drug"]
+    held_out = pairs.isin(["ap", "bq", "cr"]).to_numpy()
+    assert held_out.sum() >= 5
+    train = table[~held_out].reset_index(drop=True)
+    samples = samples_of(encoder, train, expression[~held_out])
+    mixed = MixedModel.fit(encoder, declared, samples, GENES)
+    observed = expression[held_out]
+    error = ((predictions(mixed, encoder, table[held_out]) - observed) ** 2).mean()
+    encoded = encoder.encode(table)
+    design = np.concatenate([encoded[group].matrix().toarray() for group in encoded], axis=1)
+    centre, mean = design[~held_out].mean(axis=0), expression[~held_out].mean(axis=0)
+    inner = (design[~held_out] - centre).T @ (design[~held_out] - centre)
+    right = (design[~held_out] - centre).T @ (expression[~held_out] - mean)
+    for penalty in 10.0 ** np.arange(-2, 3):
+        coefficients = np.linalg.solve(inner + penalty * np.eye(len(inner)), right)
+        ridge = mean + (design[held_out] - centre) @ coefficients
+        assert error < ((ridge - observed) ** 2).mean()
+
+
+def test_variance_is_the_squared_error_of_rows_that_are_left_out(encoder, declared, rng):
+    """Each distinct row in turn, predicted with the same variances from all others."""
+    table = pd.DataFrame(
+        [(b, d, t) for b in "xy" for d in "abc" for t in ("none", "p")],
+        columns=["batch", "donor", "drug"],
+    )
+    table = table.assign(hours="6")
+    values = rng.normal(4, 1, (len(table), GENES))
+    mixed = MixedModel.fit(encoder, declared, samples_of(encoder, table, values), GENES)
+    errors = []
+    for row in range(len(table)):
+        rest = np.arange(len(table)) != row
+        others = samples_of(encoder, table[rest].reset_index(drop=True), values[rest])
+        without = mixed.refit(encoder, [others])
+        errors.append((predictions(without, encoder, table[~rest])[0] - values[row]) ** 2)
+    np.testing.assert_allclose(mixed.variance, np.mean(errors, axis=0), rtol=2e-3)
+
+
+def test_a_refit_on_two_splits_is_that_on_all_their_samples(mixed, encoder, table, expression):
+    tables = table[:40], table[40:].reset_index(drop=True)
+    parts = (
+        samples_of(encoder, tables[0], expression[:40]),
+        samples_of(encoder, tables[1], expression[40:]),
+    )
+    both = mixed.refit(encoder, parts)
+    again = mixed.refit(encoder, [samples_of(encoder, table, expression, size=60)])
+    if mixed.row_variance == 0:
+        np.testing.assert_allclose(both.coefficients, again.coefficients, atol=1e-5)
+    np.testing.assert_allclose(both.intercept, again.intercept, atol=0.05)
+
+
+def test_unknown_and_missing_values_have_the_effects_of_what_is_known(mixed, encoder, table):
+    query = table.iloc[[0, 0]].reset_index(drop=True).assign(donor=["never seen", None])
+    unknown, missing = predictions(mixed, encoder, query)
+    np.testing.assert_array_equal(unknown, missing)
+    nothing = pd.DataFrame({"batch": [None]})
+    columns = _columns(mixed, lambda term: term.name == "treated")
+    treated = mixed.coefficients[columns].sum(dim=0).numpy()
+    np.testing.assert_allclose(
+        predictions(mixed, encoder, nothing)[0], mixed.intercept.numpy() + treated, atol=1e-5
+    )
+
+
+def _columns(mixed, chosen) -> list[int]:
+    start, columns = 0, []
+    for term in mixed.design.terms:
+        if chosen(term):
+            columns += range(start, start + len(term.columns))
+        start += len(term.columns)
+    return columns
+
+
+def test_only_frequent_columns_are_kept_where_memory_ends(
+    encoder, declared, table, expression, monkeypatch
+):
+    from pipeline.gem.model.mixed import terms
+
+    monkeypatch.setattr(terms, "MAX_COLUMNS", 7)
+    samples = samples_of(encoder, table, expression)
+    design = Design.of(encoder, declared, samples.rows)
+    limited = design.with_columns(encoder, samples.rows, GENES)
+    assert limited.width == 7
+    assert limited.matrix(encoder, samples.rows).shape[1] == 7
+
+
+def test_many_rows_are_sampled_for_the_variances(encoder, declared, table, expression, monkeypatch):
+    from pipeline.gem.model.mixed import mixed_model
+
+    monkeypatch.setattr(mixed_model, "VARIANCE_ROWS", 20)
+    fitted = MixedModel.fit(encoder, declared, samples_of(encoder, table, expression), GENES)
+    error = predictions(fitted, encoder, table) - expression
+    assert (error**2).mean() < 0.3
+
+
+def test_without_covariates_the_prediction_is_the_mean(declared, expression):
+    empty = Covariates(technical={}, biological={}, perturbation={})
+    bare = declared.model_copy(update={"covariates": empty, "control": None})
+    table = pd.DataFrame(index=range(60))
+    encoder = MetadataEncoder.fit(table, empty)
+    fitted = MixedModel.fit(encoder, bare, samples_of(encoder, table, expression), GENES)
+    expected = expression.mean(axis=0)
+    np.testing.assert_allclose(predictions(fitted, encoder, table)[0], expected, rtol=1e-5)

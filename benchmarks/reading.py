@@ -39,8 +39,8 @@ from pipeline.gem.training.trainer import Trainer, build_model
 
 CPU = torch.device("cpu")
 STAGES = ("prepare", "train", "evaluate", "predict")
-LEVELS = {"tissue": 6, "cell_type": 20, "perturbation": 200}
-SAMPLES_PER_STUDY = 400
+TISSUES, CELL_TYPES, PERTURBATIONS = 6, 20, 200
+SAMPLES_PER_STUDY, CONTEXTS_PER_STUDY, PERTURBATIONS_PER_STUDY = 400, 3, 20
 POOL = 4096  # rows; two random ones are added for each sample
 STEPS, BATCH = 20, 256
 COVARIATES = {
@@ -140,12 +140,27 @@ def benchmark_params(folder: Path) -> Params:
     return read_params(ROOT / "params.yaml").override(changes)
 
 
+def labels(samples: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Column to (samples,) integers. A study has a few contexts and perturbations."""
+    study = np.arange(samples) // SAMPLES_PER_STUDY
+
+    def of_study(number: int, size: int) -> np.ndarray:
+        chosen = rng.integers(0, size, (study[-1] + 1, number))
+        return chosen[study, rng.integers(0, number, samples)]
+
+    context = of_study(CONTEXTS_PER_STUDY, TISSUES * CELL_TYPES)
+    return {
+        "study": study,
+        "tissue": context % TISSUES,
+        "cell_type": context // TISSUES,
+        "perturbation": of_study(PERTURBATIONS_PER_STUDY, PERTURBATIONS),
+    }
+
+
 def write_source(folder: Path, samples: int, genes: int) -> None:
     """Parquet files of random counts, a block at a time. A sum of two Poisson counts is one."""
     rng = np.random.default_rng(0)
-    table = {name: rng.integers(0, size, samples) for name, size in LEVELS.items()}
-    table["study"] = np.arange(samples) // SAMPLES_PER_STUDY
-    table = {name: pd.Series(column).astype(str) for name, column in table.items()}
+    table = {name: pd.Series(column).astype(str) for name, column in labels(samples, rng).items()}
     table["perturbation"] = table["perturbation"].where(rng.random(samples) > 0.1, "control")
     names = np.char.mod("s%08d", np.arange(samples))
     folder.mkdir()

@@ -32,6 +32,7 @@ from pipeline.gem.model.observation import (
 )
 
 INVERSE_DISPERSION_RANGE = (1e-4, 1e8)
+LARGE_MASS = 0.01  # of an interval: the difference of two probabilities in float32 has it to 1e-5
 # The integral over log t of `expected_log_cpm`; the trapezoid rule converges as exp(-pi^2 / step).
 _STEP, _FIRST, _LAST = 1.0, -9.0, 3.7
 
@@ -114,9 +115,11 @@ class Normal(Observation):
             centre = decoded / deviation
             fewer = (torch.erf(low_edge - centre / root) + 1) / 2
             at_most = (torch.erf(high_edge - centre / root) + 1) / 2
-            nats = normal_log_mass(middle - centre, width)
-            wide_nats = normal_log_mass_between(low[wide] - centre[wide], high[wide] - centre[wide])
-            nats[wide] = wide_nats.float()
+            mass = at_most - fewer
+            nats = torch.where(wide, mass.log(), normal_log_mass(middle - centre, width))
+            tail = wide & (mass < LARGE_MASS)
+            of_tail = normal_log_mass_between(low[tail] - centre[tail], high[tail] - centre[tail])
+            nats[tail] = of_tail.float()
             return CountProbabilities(
                 fewer, torch.maximum(at_most, fewer), nats.sum(1, dtype=torch.float64)
             )

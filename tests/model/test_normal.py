@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from pipeline.gem.model.normal import kl_normal, normal_log_likelihood, sample_normal
+from pipeline.gem.model.normal import (
+    kl_normal,
+    mean_log_likelihoods,
+    normal_log_likelihood,
+    sample_normal,
+)
 
 assert_close = torch.testing.assert_close
 
@@ -46,6 +51,25 @@ def test_log_likelihood_in_float32_is_within_a_thousandth_nat_of_float64(generat
     exact = normal_log_likelihood(value, mean, log_variance)
     single = normal_log_likelihood(value.float(), mean.float(), log_variance.float())
     assert (single.double() - exact).abs().max() < 1e-3
+
+
+def test_mean_log_likelihoods_are_means_over_the_first_samples(generator):
+    value, log_variances = randn(generator, 7, 5), randn(generator, 3, 5)
+    means = {0: randn(generator, 7, 5), 2: randn(generator, 4, 5)}
+    result = mean_log_likelihoods(value, log_variances, means)
+    for family, mean in means.items():
+        each = normal(mean, log_variances[family]).log_prob(value[: len(mean)]).sum(dim=1)
+        assert_close(result[family], each.mean(), rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_mean_log_likelihoods_are_finite_differences(generator):
+    value, log_variances = randn(generator, 4, 3), randn(generator, 3, 3).requires_grad_()
+    means = [randn(generator, rows, 3).requires_grad_() for rows in (4, 2)]
+
+    def of_used(log_variances, first, second):
+        return mean_log_likelihoods(value, log_variances, {0: first, 2: second})[[0, 2]]
+
+    assert torch.autograd.gradcheck(of_used, (log_variances, *means))
 
 
 # --- divergences ---

@@ -5,6 +5,7 @@ their gradients: autograd would read and write each array several times as often
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -38,6 +39,50 @@ class _LogLikelihood(Function):
 def normal_log_likelihood(value: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """(B,) log density of values (B, G), summed over genes; means (B, G), log variances (G,)."""
     return _LogLikelihood.apply(value, mean, log_variance)
+
+
+class _MeanLogLikelihoods(Function):
+    """The arguments and the result of `mean_log_likelihoods`."""
+
+    @staticmethod
+    def forward(
+        ctx, value: Tensor, log_variances: Tensor, families: tuple[int, ...], *means: Tensor
+    ) -> Tensor:
+        precisions = torch.exp(-log_variances)
+        constants = log_variances.sum(1).add_(value.shape[1] * math.log(2 * math.pi))
+        errors = [value[: len(mean)] - mean for mean in means]
+        scaled = torch.zeros_like(precisions)
+        for family, error in zip(families, errors, strict=True):
+            torch.mean(error.square(), 0, out=scaled[family])
+        scaled *= precisions
+        ctx.save_for_backward(scaled, precisions, *errors)
+        ctx.families = families
+        return constants.add_(scaled.sum(1)).mul_(-0.5)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        scaled, precisions, *errors = ctx.saved_tensors
+        # d/dv of -0.5 (error^2 exp(-v) + v)
+        of_log_variances = (scaled - 1).mul_(0.5 * gradient[:, None])
+        factors = (precisions * gradient[:, None]).unbind()
+        of_means = [
+            error * factors[family].div(len(error))
+            for family, error in zip(ctx.families, errors, strict=True)
+        ]
+        return None, of_log_variances, None, *of_means
+
+
+def mean_log_likelihoods(
+    value: Tensor, log_variances: Tensor, means: Mapping[int, Tensor]
+) -> Tensor:
+    """(F,) log densities of values (B, G) under F families of Normals, summed over genes and
+    averaged over samples. Values have no gradient.
+
+    Log variances (F, G). `means` by family: (B_f, G) of the first B_f samples; what a family
+    without means gets has no meaning.
+    """
+    return _MeanLogLikelihoods.apply(value, log_variances, tuple(means), *means.values())
 
 
 def normal_log_mass(centre: Tensor, width: Tensor) -> Tensor:

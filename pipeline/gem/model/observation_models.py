@@ -5,7 +5,7 @@ B samples, G genes. Shapes and units as in the interface (observation.py).
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from pipeline.gem.data.expression import CPM, log_cpm, round_to_totals
 from pipeline.gem.model.normal import (
     LOG_VARIANCE_RANGE,
     NARROW,
+    mean_log_likelihoods,
     normal_log_likelihood,
     normal_log_mass,
     normal_log_mass_between,
@@ -45,8 +46,9 @@ class Normal(Observation):
         self.min_log_variance = math.log(min_variance)
         self.log_variances = nn.Parameter(torch.zeros(len(LatentSource), genes))
 
-    def log_variance(self, source: Source) -> Tensor:
-        """(G,) or (B, G). The floor is added: a clamped parameter would have no gradient."""
+    def log_variance(self, source: Source | slice) -> Tensor:
+        """(G,), (B, G) or, of a slice of sources, (S, G). The floor is added: a clamped parameter
+        would have no gradient."""
         floor = self.log_variances.new_tensor(self.min_log_variance)
         return torch.logaddexp(self.log_variances[source], floor).clamp(max=LOG_VARIANCE_RANGE[1])
 
@@ -71,6 +73,13 @@ class Normal(Observation):
 
     def log_likelihood(self, observed: Observed, decoded: Tensor, source: Source) -> Tensor:
         return normal_log_likelihood(observed.expression, decoded, self.log_variance(source))
+
+    def mean_log_likelihoods(
+        self, observed: Observed, decoded: Mapping[LatentSource, Tensor]
+    ) -> dict[LatentSource, Tensor]:
+        log_variances = self.log_variance(slice(None))
+        means = mean_log_likelihoods(observed.expression, log_variances, decoded).unbind()
+        return {source: means[source] for source in decoded}
 
     def fractions(self, decoded: Tensor) -> Tensor:
         linear = decoded.clamp_(min=0).expm1_()

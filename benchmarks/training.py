@@ -105,7 +105,7 @@ def build_loops(size: Size) -> dict[str, Callable[[], object]]:
         cohort = Cohort(folder / "cohort")
         data = TrainingData.load(cohort, torch.device("cpu"))
         counts = cohort.counts([TRAIN])
-    params = data.resolve_latent_sizes(params)
+    params = data.resolve(params)
     index = {group: rows.numpy() for group, rows in data.train.index.items()}
     torch.manual_seed(0)
     loops = {LOOPS[0]: PlainLoop(counts, index, size.hidden, size.batch).train_epoch}

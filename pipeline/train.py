@@ -19,7 +19,7 @@ from pipeline.gem.tracking import mlflow_client
 from pipeline.gem.tracking.runs import COHORT, Run, log_settings
 from pipeline.gem.tracking.training_run import TrainingJob
 from pipeline.gem.training import distributed
-from pipeline.gem.training.dataset import TrainingData
+from pipeline.gem.training.dataset import TrainingData, resolve_observation
 from pipeline.gem.training.expression import memory_for_counts
 from pipeline.gem.training.multi_seed import copies_of_data
 
@@ -63,8 +63,9 @@ def prepare(params: Params) -> TrainingJob:
     require(training_needs(cohort.manifest), params)
     sharing = copies_of_data(params.train) if device.type == "cpu" else 1
     memory = memory_for_counts(params.train.memory_share, device, sharing)
+    params = resolve_observation(params, cohort)
     data = TrainingData.load(cohort, device, params.model.uses_counts, memory)
-    params = data.resolve_latent_sizes(params)
+    params = data.resolve(params)
     samples, genes = len(data.train), len(data.genes)
     sizes = params.model.latent.model_dump().items()
     latents = ", ".join(f"{size} {group}" for group, size in sizes)

@@ -13,6 +13,7 @@ from pipeline.gem.model.observation import LatentSource
 from pipeline.gem.model.query import decode
 from pipeline.gem.training import blend
 from pipeline.gem.training.blend import blend_with_mixed_model, mixed_samples, network_weight
+from pipeline.gem.training.dataset import TrainingData
 from pipeline.gem.training.trainer import fit
 
 
@@ -23,7 +24,7 @@ def fitted(data, params):
 
 @pytest.fixture(scope="module")
 def mixed(data, cohort) -> MixedModel:
-    samples = mixed_samples(data.train, data.encoder)
+    (samples,) = mixed_samples([data.train], data.encoder, pooled=False)
     return MixedModel.fit(data.encoder, cohort.declared, samples, len(data.genes))
 
 
@@ -41,7 +42,7 @@ def test_weight_minimises_the_error_on_the_selection_split_but_for_its_shrinkage
     observed = cohort.expression([data.selection_split])
     network = mean_prediction(fitted.gem, samples)
     linear = mean_prediction(replace(fitted.gem, mixed=mixed, network_weight=0.0), samples)
-    grid = np.linspace(0, 1, 1001)
+    grid = np.linspace(0, 1, blend.WEIGHTS)
     errors = [((w * network + (1 - w) * linear - observed) ** 2).mean() for w in grid]
     best = grid[int(np.argmin(errors))]
     groups = ["tissue", "cell_type", "disease", "sex", "age_years"]
@@ -103,7 +104,62 @@ def test_without_a_selection_split_the_prediction_is_the_mixed_model_with_its_va
     np.testing.assert_allclose(variance, expected, rtol=1e-3)
 
 
-def test_models_of_counts_stay_as_they_are(fitted, data, cohort):
-    params = fitted.gem.params.model_copy(update={"observation": "negative_binomial"})
-    counts = replace(fitted, gem=replace(fitted.gem, params=params))
-    assert blend_with_mixed_model([counts], data, cohort.declared) == [counts]
+@pytest.fixture(scope="module")
+def count_data(cohort):
+    return TrainingData.load(cohort, torch.device("cpu"), with_counts=True)
+
+
+@pytest.fixture(scope="module")
+def counted(count_data, params):
+    changes = {"model.observation": "negative_binomial", "train.epochs": 2, "train.min_steps": 0}
+    return fit(count_data, params.override(changes), seed=1)
+
+
+def test_models_of_counts_average_logits_and_choose_by_the_expected_log_cpm(
+    counted, count_data, cohort
+):
+    (blended,) = blend_with_mixed_model([counted], count_data, cohort.declared)
+    gem, samples = blended.gem, cohort.rows(["test_combination"])
+    network = mean_prediction(replace(gem, mixed=None), samples)
+    linear = mean_prediction(replace(gem, network_weight=0.0), samples)
+    weight = gem.network_weight
+    expected = weight * network + (1 - weight) * linear
+    np.testing.assert_allclose(mean_prediction(gem, samples), expected, atol=1e-4)
+    selection = cohort.rows([count_data.selection_split])
+    observed = cohort.expression([count_data.selection_split])
+    totals = torch.from_numpy(selection["total"].to_numpy())
+
+    def error(one: float) -> float:
+        decoded = torch.from_numpy(mean_prediction(replace(gem, network_weight=one), selection))
+        expected = gem.network.observation.expected_log_cpm(decoded, totals, LatentSource.PRIOR)
+        return float(((expected.detach().numpy() - observed) ** 2).mean())
+
+    # The mixed model of `gem` is fitted on the selection split too, so it is only better.
+    assert error(weight) < min(error(1.0), 1.1 * error(0.0))
+
+
+def test_pooled_counts_are_the_logarithm_of_all_counts_of_a_row(count_data, cohort):
+    (pooled,) = mixed_samples([count_data.train], count_data.encoder, pooled=True)
+    counts = cohort.counts([TRAIN]).astype(float)
+    ((_, values),) = pooled.blocks()
+    index = pooled_index(count_data)
+    fractions = counts.sum(axis=0) / counts.sum()
+    for row in (0, len(values) - 1):
+        of_row = counts[index == row].sum(axis=0)
+        prior = blend.PRIOR_COUNTS * len(fractions) * fractions
+        expected = np.log((of_row + prior) / (of_row + prior).sum() * 1e6)
+        np.testing.assert_allclose(values[row], expected, rtol=1e-6)
+        size = of_row.sum() / counts.sum(axis=1).mean()
+        assert pooled.numbers[row] == pytest.approx(size)
+
+
+def pooled_index(data) -> np.ndarray:
+    (samples,) = mixed_samples([data.train], data.encoder, pooled=False)
+    return samples.index
+
+
+def test_counts_that_do_not_fit_into_memory_leave_the_network_alone(
+    counted, count_data, cohort, monkeypatch
+):
+    monkeypatch.setattr(blend, "_POOLED", 100)
+    assert blend_with_mixed_model([counted], count_data, cohort.declared) == [counted]

@@ -71,10 +71,10 @@ def test_unset_technical_latents_become_the_number_of_technical_columns_within_b
 ):
     encoder = SimpleNamespace(inputs={"technical": columns, "biological": 900, "perturbation": 900})
     other = replace(data, encoder=encoder)
-    resolved = other.resolve_latent_sizes(params.override({"model.latent.technical": None}))
+    resolved = other.resolve(params.override({"model.latent.technical": None}))
     assert resolved.model.latent.technical == size
     assert resolved.model.latent.biological == params.model.latent.biological
-    assert other.resolve_latent_sizes(params) is params, "a set number stays"
+    assert other.resolve(params) is params, "a set number stays"
 
 
 def test_a_combination_with_a_label_below_min_count_is_extrapolated(cohort):

@@ -213,7 +213,7 @@ class Model(Frozen):
     linear_decoder: bool
     additive_technical: bool
     interactions: integer(0, 2**16)
-    observation: Literal["normal", "negative_binomial", "multinomial"]
+    observation: Literal["auto", "normal", "negative_binomial", "multinomial"]
     min_variance: number(1e-6, 1000)
 
     @property

@@ -115,6 +115,10 @@ class Observation(nn.Module, ABC):
             for source, part in decoded.items()
         }
 
+    def blend_variance(self, variance: Tensor, network_weight: float) -> None:
+        """Averages the variances (G,) around predictions from metadata with those of a mixed
+        model, as the predictions are averaged. Models of counts keep their dispersion."""
+
     @abstractmethod
     def fractions(self, decoded: Tensor) -> Tensor:
         """(B, G) expected fraction of each gene in the library; may overwrite `decoded`."""

@@ -29,7 +29,7 @@ from pipeline.gem.tracking import mlflow_client, runs
 from pipeline.gem.tracking.runs import COHORT, FIT_SECTIONS, Run, log_settings
 from pipeline.gem.tracking.training_run import TrainingJob
 from pipeline.gem.training.checkpoint import FOLDER as CHECKPOINTS
-from pipeline.gem.training.dataset import TrainingData
+from pipeline.gem.training.dataset import TrainingData, resolve_observation
 from pipeline.gem.training.distributed import choose_device
 from pipeline.gem.training.expression import memory_for_counts
 
@@ -56,13 +56,14 @@ class SearchSession:
         self.cohort = Cohort(COHORT)
         if problems := size_problems(name, config, params, self.cohort.manifest):
             raise InputError(*problems)
+        params = resolve_observation(params, self.cohort)
         self.workers = workers or self._default_workers(device, params)
         if self.workers > 1:
             prepare_to_fork()
         # Forked workers share the counts of this process.
         memory = memory_for_counts(params.train.memory_share, device)
         self.data = TrainingData.load(self.cohort, device, _uses_counts(config, params), memory)
-        self.params = self.data.resolve_latent_sizes(params)
+        self.params = self.data.resolve(params)
         self.data_sha256 = self.cohort.train_validation_sha256
         provenance.code_tags()  # before the workers are forked: one warning if git refuses
         self.digest = provenance.data_digest(str(COHORT), self.data_sha256)

@@ -5,12 +5,17 @@
 The network learns what is not additive, and needs many samples for it. The mixed model shrinks the
 effects of few samples as far as their variances demand. The weight is that with the least squared
 error on the selection split. Its conditions are a sample of those to come: with C of them the
-weight shrinks towards the mixed model by C / (C + PRIOR_CONDITIONS). Without a selection split
-there is no evidence for the network, and the weight is 0.
+weight shrinks towards the mixed model by C / (C + PRIOR_CONDITIONS). Samples at random, whose
+conditions training has, are weak evidence for new conditions and halve the weight. Without a
+selection split there is no evidence for the network, and the weight is 0.
 
 Afterwards the effects of the mixed model are fitted again, on the training and the selection split.
 
-N samples, G genes.
+A Normal averages log-CPM. A model of counts averages logits of gene fractions: its mixed model is
+fitted to the counts of all samples with equal metadata together, because the mean log-CPM of cells
+depends on their depth.
+
+N samples of U distinct metadata rows, G genes.
 """
 
 import logging
@@ -19,38 +24,55 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from pipeline.gem.common.config import GROUPS, Data
 from pipeline.gem.data.encoder import EncodedGroup, MetadataEncoder, joined_rows
+from pipeline.gem.data.expression import CPM
+from pipeline.gem.data.splits import SELECTION_SPLITS
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.mixed.mixed_model import MixedModel, MixedSamples
+from pipeline.gem.model.observation import LatentSource
 from pipeline.gem.training.dataset import EncodedRows, EncodedSplit, TrainingData
 from pipeline.gem.training.trainer import FitResult
 
 log = logging.getLogger(__name__)
 
 PRIOR_CONDITIONS = 2.0
+RANDOM_EVIDENCE = 0.5
+WEIGHTS, WEIGHT_SAMPLES = 21, 1024  # candidates, and samples that decide
+PRIOR_COUNTS = 0.5
+MEASURED_COUNTS = 10.0  # of a row: a gene with so many has half of the weight of one with many
+_POOLED = 2**27  # values
 
 
 def blend_with_mixed_model(
     fits: list[FitResult], data: TrainingData, declared: Data
 ) -> list[FitResult]:
-    """The fits with their models blended. Models of counts stay as they are: their decoded values
-    are no log-CPM."""
-    if any(fit.gem.params.uses_counts for fit in fits):
+    """The fits of one data set with their models blended."""
+    # On one thread: the bits do not depend on the cores of the machine.
+    with threadpool_limits(1):
+        return _blend(fits, data, declared)
+
+
+def _blend(fits: list[FitResult], data: TrainingData, declared: Data) -> list[FitResult]:
+    splits = [data.train] if data.validation is None else [data.train, data.validation]
+    samples = mixed_samples(splits, data.encoder, fits[0].gem.params.uses_counts)
+    if samples is None:
+        log.info("train: too many distinct metadata to pool their counts: the network alone")
         return fits
-    train = mixed_samples(data.train, data.encoder)
-    mixed = MixedModel.fit(data.encoder, declared, train, len(data.genes))
-    splits, weights = [train], [0.0] * len(fits)
+    mixed = MixedModel.fit(data.encoder, declared, samples[0], len(data.genes))
+    weights = [0.0] * len(fits)
     if data.validation is not None:
-        splits.append(mixed_samples(data.validation, data.encoder))
-        weights = [network_weight(fit.gem, mixed, data.validation) for fit in fits]
+        evidence = 1.0 if data.selection_split == SELECTION_SPLITS[0] else RANDOM_EVIDENCE
+        weights = [evidence * network_weight(fit.gem, mixed, data.validation) for fit in fits]
     log.info(
         "train: weight of the network beside the mixed model: %s",
         ", ".join(f"{weight:.2f}" for weight in weights),
     )
-    final = mixed.refit(data.encoder, splits)
+    final = mixed.refit(data.encoder, samples)
     for fit, weight in zip(fits, weights, strict=True):
         fit.gem.network.observation.blend_variance(mixed.variance, weight)
     return [
@@ -59,14 +81,62 @@ def blend_with_mixed_model(
     ]
 
 
-def mixed_samples(split: EncodedSplit, encoder: MetadataEncoder) -> MixedSamples:
-    """The samples of a split as the mixed model reads them."""
+def mixed_samples(
+    splits: list[EncodedSplit], encoder: MetadataEncoder, pooled: bool
+) -> list[MixedSamples] | None:
+    """The samples of each split as the mixed model reads them. `pooled`: the counts of a metadata
+    row together; None if they do not fit into memory."""
+    if not pooled:
+        return [_samples(split, encoder) for split in splits]
+    rows = [joined_rows(_encoded(split, encoder)) for split in splits]
+    if sum(len(distinct.indptr) for distinct, _ in rows) * splits[0].expression.genes > _POOLED:
+        return None
+    counts = [
+        _pooled_counts(split, index, distinct.shape[0])
+        for split, (distinct, index) in zip(splits, rows, strict=True)
+    ]
+    fractions = counts[0].sum(axis=0) / counts[0].sum()
+    return [
+        _pooled(distinct, of_rows, fractions, counts[0].sum() / len(splits[0]))
+        for (distinct, _), of_rows in zip(rows, counts, strict=True)
+    ]
 
+
+def _samples(split: EncodedSplit, encoder: MetadataEncoder) -> MixedSamples:
     def blocks() -> Iterator[tuple[np.ndarray, Tensor]]:
         for rows, observed in split.expression.blocks():
             yield rows.cpu().numpy(), observed.expression.cpu()
 
-    return MixedSamples(*joined_rows(_encoded(split, encoder)), blocks)
+    distinct, index = joined_rows(_encoded(split, encoder))
+    numbers = np.bincount(index, minlength=distinct.shape[0])
+    return MixedSamples(distinct, index, blocks, numbers, np.ones(split.expression.genes))
+
+
+def _pooled_counts(split: EncodedSplit, index: np.ndarray, rows: int) -> np.ndarray:
+    """(rows, G) sums of counts"""
+    sums = np.zeros((rows, split.expression.genes))
+    for chosen, observed in split.expression.blocks():
+        np.add.at(sums, index[chosen.cpu().numpy()], observed.counts.double().cpu().numpy())
+    return sums
+
+
+def _pooled(
+    rows: csr_array, counts: np.ndarray, fractions: np.ndarray, library: float
+) -> MixedSamples:
+    """One entry per row: the logarithm of its fractions of counts (U, G) per million. They shrink
+    towards the `fractions` (G,) of all, as if a mean gene had PRIOR_COUNTS more. A row counts as
+    many samples as there are libraries of the mean size in it."""
+    genes, totals = len(fractions), counts.sum(axis=1)
+    prior = PRIOR_COUNTS * genes * fractions.clip(1e-9)
+    values = np.log((counts + prior) / (totals + prior.sum())[:, None] * CPM)
+    means = counts.mean(axis=0)
+    weights = means / (means + MEASURED_COUNTS) + 1e-6
+
+    def blocks() -> Iterator[tuple[np.ndarray, Tensor]]:
+        yield np.arange(len(values)), torch.from_numpy(values)
+
+    numbers = (totals / library).clip(1e-3)
+    return MixedSamples(rows, np.arange(len(values)), blocks, numbers, weights)
 
 
 def _encoded(
@@ -84,20 +154,24 @@ def _encoded(
 @torch.no_grad()
 def network_weight(gem: TrainedGEM, mixed: MixedModel, split: EncodedSplit) -> float:
     """In [0, 1]: of the network's mean prediction, shrunk by the number of conditions."""
-    numerator = denominator = 0.0
+    observation, grid = gem.network.observation, np.linspace(0, 1, WEIGHTS)
+    errors, number = np.zeros(WEIGHTS), 0
     for samples in split.blocks():
         rows, index = joined_rows(_encoded(samples, gem.metadata))
         linear = mixed.predict(mixed.rows(gem.metadata, rows))[torch.from_numpy(index)]
         linear = linear.to(gem.device)
-        difference = _network_mean(gem, samples) - linear
-        numerator += float((difference * (samples.observed.expression - linear)).double().sum())
-        denominator += float(difference.double().square().sum())
-    if denominator == 0:
-        return 0.0
+        network = _network_mean(gem, samples)
+        for place, weight in enumerate(grid):
+            decoded = torch.lerp(linear, network, float(weight))
+            mean = observation.expected_log_cpm(decoded, samples.totals, LatentSource.PRIOR)
+            error = (mean - samples.observed.expression).double().square().sum()
+            errors[place] += float(error)
+        number += len(samples.totals)
+        if number >= WEIGHT_SAMPLES:  # the samples of a cohort lie in random order
+            break
     pairs = torch.stack([split.index[group] for group in GROUPS[1:]], dim=1)
     conditions = len(torch.unique(pairs, dim=0))
-    best = min(1.0, max(0.0, numerator / denominator))
-    return best * conditions / (conditions + PRIOR_CONDITIONS)
+    return float(grid[errors.argmin()] * conditions / (conditions + PRIOR_CONDITIONS))
 
 
 def _network_mean(gem: TrainedGEM, samples: EncodedRows) -> Tensor:

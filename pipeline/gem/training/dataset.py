@@ -25,6 +25,7 @@ from pipeline.gem.model.training_support import TrainingSupport
 from pipeline.gem.training.expression import Expression, open_expression
 
 _SPREAD_VALUES = 2**22  # in float64, three times
+_ZERO_SAMPLES, _ZERO_SHARE = 4096, 0.5  # above this share of zeros, counts are sparse
 _TECHNICAL_LATENTS = (64, 512)  # bounds of their number where params.yaml leaves it open
 
 
@@ -107,6 +108,7 @@ class TrainingData:
     study_column: str | None
     validation: EncodedSplit | None  # the selection split
     selection_split: str | None  # for early stopping and model selection
+    sparse_counts: bool = False
 
     @classmethod
     def load(
@@ -143,14 +145,16 @@ class TrainingData:
             study_column=declared.study_column,
             validation=validation,
             selection_split=selection_split,
+            sparse_counts=has_sparse_counts(cohort),
         )
 
-    def resolve_latent_sizes(self, params: Params) -> Params:
-        """Sets the number of technical latents, where `params` leaves it open, to the number of
-        inputs of the technical prior.
+    def resolve(self, params: Params) -> Params:
+        """Sets the observation model, and the number of technical latents to that of the inputs of
+        the technical prior, where `params` leaves them open.
 
         Effects of studies are dense and unrelated: fewer latents than studies cannot hold them all.
         """
+        params = _with_observation(params, self.sparse_counts)
         if params.model.latent.technical is not None:
             return params
         lower, upper = _TECHNICAL_LATENTS
@@ -222,3 +226,20 @@ class References:
             return samples
         listed = self.rows[self.start[samples] + position.clamp_min(0)]
         return torch.where(size > 0, listed, samples)
+
+
+def resolve_observation(params: Params, cohort: Cohort) -> Params:
+    """Sets the observation model where `params` leaves it open."""
+    return _with_observation(params, has_sparse_counts(cohort))
+
+
+def _with_observation(params: Params, sparse: bool) -> Params:
+    if params.model.observation != "auto":
+        return params
+    return params.override({"model.observation": "negative_binomial" if sparse else "normal"})
+
+
+def has_sparse_counts(cohort: Cohort) -> bool:
+    """Whether most counts of the first training samples, which are in random order, are zero."""
+    counts = next(cohort.blocks([TRAIN]))[:_ZERO_SAMPLES]
+    return bool((counts == 0).mean() > _ZERO_SHARE)

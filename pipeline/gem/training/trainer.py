@@ -91,9 +91,9 @@ def fit(
     Several ranks (distributed.py) call this together and receive equal metrics, on which exceptions
     of `on_epoch` may depend. Rank 0 saves the checkpoints. StoppedError if another rank ends.
     """
+    params = data.resolve(params)
     if params.model.uses_counts and not data.train.expression.with_counts:
         raise ValueError(f"model.observation {params.model.observation} needs data with counts")
-    params = data.resolve_latent_sizes(params)
     torch.set_num_threads(distributed.threads(params.train.threads))
     device = data.train.expression.device
     with torch.random.fork_rng(), distributed.lost_ranks():

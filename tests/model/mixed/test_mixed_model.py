@@ -1,5 +1,7 @@
 """The mixed model against its dual form with dense kernels, and against refits without a row."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -64,7 +66,9 @@ def samples_of(encoder, table, expression, size: int = 17) -> MixedSamples:
             values = torch.from_numpy(expression[start : start + size]).float()
             yield np.arange(start, start + len(values)), values
 
-    return MixedSamples(*joined_rows(encoder.encode(table, unknown="missing")), blocks)
+    rows, index = joined_rows(encoder.encode(table, unknown="missing"))
+    numbers = np.bincount(index, minlength=rows.shape[0])
+    return MixedSamples(rows, index, blocks, numbers, np.ones(GENES))
 
 
 @pytest.fixture
@@ -229,3 +233,21 @@ def test_without_covariates_the_prediction_is_the_mean(declared, expression):
     fitted = MixedModel.fit(encoder, bare, samples_of(encoder, table, expression), GENES)
     expected = expression.mean(axis=0)
     np.testing.assert_allclose(predictions(fitted, encoder, table)[0], expected, rtol=1e-5)
+
+
+def test_entries_that_are_means_of_samples_give_the_effects_of_the_samples(
+    encoder, declared, table, expression
+):
+    """Pooled rows, with the number of samples of each, have the same mixed model equations."""
+    samples = samples_of(encoder, table, expression)
+    mixed = MixedModel.fit(encoder, declared, samples, GENES)
+    rows = samples.rows.shape[0]
+    means = np.stack([expression[samples.index == row].mean(axis=0) for row in range(rows)])
+    pooled = replace(
+        samples,
+        index=np.arange(rows),
+        blocks=lambda: [(np.arange(rows), torch.from_numpy(means))],
+    )
+    again = mixed.refit(encoder, [pooled])
+    np.testing.assert_allclose(again.coefficients, mixed.coefficients, atol=1e-5)
+    np.testing.assert_allclose(again.intercept, mixed.intercept, atol=1e-5)

@@ -34,14 +34,16 @@ _LEAST_NOISE = 1e-4  # share of the variance of expression
 
 @dataclass(frozen=True)
 class MixedSamples:
-    """N samples as the mixed model reads them."""
+    """N samples as the mixed model reads them; or one entry per row, pooled from its samples."""
 
     rows: csr_array  # (U, C) distinct metadata of all groups side by side
-    index: np.ndarray  # (N,) row of each sample
-    blocks: Callable[[], Iterable[tuple[np.ndarray, Tensor]]]  # (samples (B,), log-CPM (B, G))
+    index: np.ndarray  # (N,) row of each entry
+    blocks: Callable[[], Iterable[tuple[np.ndarray, Tensor]]]  # (entries (B,), log-CPM (B, G))
+    numbers: np.ndarray  # (U,) samples of each row
+    gene_weights: np.ndarray  # (G,) of the genes, when variances are fitted
 
-    def numbers(self) -> np.ndarray:
-        """(U,) samples of each row."""
+    def entries(self) -> np.ndarray:
+        """(U,) entries of each row."""
         return np.bincount(self.index, minlength=self.rows.shape[0])
 
 
@@ -52,7 +54,8 @@ class RowMeans:
     rows: csr_array  # (R, C)
     numbers: np.ndarray  # (R,) samples
     means: np.ndarray  # (R, G)
-    within: np.ndarray  # (G,) variance within rows; zero without a row of two samples
+    within: np.ndarray  # (G,) variance within rows; zero without a row of two entries
+    gene_weights: np.ndarray  # (G,)
 
     @classmethod
     def of(cls, samples: MixedSamples, genes: int) -> "RowMeans":
@@ -71,12 +74,12 @@ class RowMeans:
             values = expression[torch.from_numpy(inside)].double().numpy()
             np.add.at(sums, places[inside], values)
             squares += (values**2).sum(axis=0)
-        numbers = samples.numbers()[rows]
-        means = sums / numbers[:, None]
-        freedom = numbers.sum() - len(rows)
-        squares -= (numbers[:, None] * means**2).sum(axis=0)
+        entries = samples.entries()[rows]
+        means = sums / entries[:, None]
+        freedom = entries.sum() - len(rows)
+        squares -= (entries[:, None] * means**2).sum(axis=0)
         within = squares.clip(0) / freedom if freedom else np.zeros(genes)
-        return cls(samples.rows[rows], numbers, means, within)
+        return cls(samples.rows[rows], samples.numbers[rows], means, within, samples.gene_weights)
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def _fit_variances(
     if (observed.numbers > 1).any():
         kernels.append(np.eye(len(observed.numbers)))
     centred = observed.means - observed.means.mean(axis=0)
-    moment = centred @ centred.T / centred.shape[1]
+    moment = (centred * observed.gene_weights) @ centred.T / observed.gene_weights.sum()
     variances = fit_variances(kernels, moment)
     total = moment.trace() / len(moment) or float(observed.within.mean())
     terms, noise = variances[: len(design.terms)], variances[len(design.terms)]
@@ -169,8 +172,9 @@ def _solve(
         matrix = design.matrix(encoder, samples.rows).astype(np.float64)
         matrix.data *= deviations[matrix.indices]
         # The mean of n samples of a row has variance row_variance + noise / n.
-        weights = 1 / (samples.numbers() * row_variance + noise)
-        gram += _bordered(matrix, weights * samples.numbers())
+        precision = 1 / (row_variance + noise / samples.numbers)
+        weights = precision / samples.entries()
+        gram += _bordered(matrix, precision)
         for chosen, expression in samples.blocks():
             index = samples.index[chosen]
             values = expression.double().numpy() * weights[index][:, None]
@@ -210,6 +214,6 @@ def _prediction_variance(
     leverage = np.diag(projection)[:, None].clip(np.finfo(float).tiny)
     left_out = (projection @ observed.means / leverage) ** 2
     # Of row means; a single sample has the whole noise.
-    of_sample = left_out + observed.within * (1 - 1 / observed.numbers)[:, None]
+    of_sample = left_out + observed.within * (1 - 1 / observed.numbers).clip(0)[:, None]
     variance = np.average(of_sample, axis=0, weights=observed.numbers)
     return torch.from_numpy(variance).float()

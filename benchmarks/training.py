@@ -121,6 +121,7 @@ def build_loops(size: Size) -> dict[str, Callable[[], object]]:
 def benchmark_params(size: Size, source: Path) -> Params:
     """The default settings at this size. All samples are for training, all genes are kept."""
     shares = ("validation", "test_random", "test_control", "combination", "validation_combination")
+    shares += ("condition", "perturbation", "study")
     embedding = source / "embeddings" / "perturbation.parquet"
     changes = {
         "synthesize.samples": size.samples,
@@ -133,7 +134,7 @@ def benchmark_params(size: Size, source: Path) -> Params:
         "train.batch_size": size.batch,
         "train.min_steps": 0,
     }
-    changes |= {f"splits.{share}": 0.0 for share in (*shares, "perturbation", "study")}
+    changes |= {f"splits.{share}": 0.0 for share in shares}
     return read_params(ROOT / "params.yaml").override(changes)
 
 

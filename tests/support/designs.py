@@ -1,5 +1,7 @@
 """Hand-made cohorts for the tests of splits."""
 
+from collections.abc import Iterable
+
 import pandas as pd
 
 from pipeline.gem.common.config import Data, Splits
@@ -20,7 +22,7 @@ def declare_data(data: Data, **changes) -> Data:
 def no_splits(**changes) -> Splits:
     """All shares zero, with changes."""
     names = ("validation", "test_random", "test_control", "perturbation", "study", "combination")
-    values = dict.fromkeys((*names, "validation_combination"), 0.0) | {"seed": 7}
+    values = dict.fromkeys((*names, "validation_combination", "condition"), 0.0) | {"seed": 7}
     return Splits.model_validate(values | changes)
 
 
@@ -49,6 +51,22 @@ def design(
         for _ in range(repeats)
     ]
     samples = pd.DataFrame(rows, columns=["study", "tissue", "perturbation", "study_date"])
+    samples.insert(0, "sample_id", [f"s{number:05d}" for number in range(len(samples))])
+    return samples
+
+
+def timed_design(
+    tissues: int = 3, drugs: int = 4, times: Iterable[object] = (6, 24, 72), repeats: int = 2
+) -> pd.DataFrame:
+    """Every tissue has `repeats` samples of every drug at every time, and of the control."""
+    rows = [
+        (f"tissue{tissue}", name, time)
+        for tissue in range(tissues)
+        for name in ("control", *(f"drug{number}" for number in range(drugs)))
+        for time in times
+        for _ in range(repeats)
+    ]
+    samples = pd.DataFrame(rows, columns=["tissue", "perturbation", "time"])
     samples.insert(0, "sample_id", [f"s{number:05d}" for number in range(len(samples))])
     return samples
 

@@ -27,7 +27,13 @@ VALIDATIONS = (
 )
 # Early stopping and searches use the first of these that the cohort has.
 SELECTION_SPLITS = ("validation_combination", "validation")
-TESTS = ("test_random", "test_combination", "test_perturbation", "test_study")
+TESTS = (
+    "test_random",
+    "test_combination",
+    "test_condition",
+    "test_perturbation",
+    "test_study",
+)
 TEST_CONTROL = "test_control"  # controls held out of training, the observed side of effects
 SPLIT_ROLES = {TRAIN: (TRAIN,), "validation": VALIDATIONS, "test": (*TESTS, TEST_CONTROL)}
 
@@ -80,11 +86,14 @@ def date_problems(column: pd.Series, where: str) -> list[str]:
 class Entities:
     """The entities of each sample as text, None for a sample without one.
 
-    The samples are those of a cohort: a set of labels has one text.
+    The samples are those of a cohort: a set of labels, or a quantity, has one text.
     """
 
+    samples: pd.DataFrame
+    data: Data
     study: pd.Series
     context: pd.Series
+    context_known: pd.Series  # bool, no part of the context is missing
     perturbation: pd.Series  # None for controls
     pair: pd.Series  # context and perturbation; None if a part of it is missing
     control: pd.Series  # bool
@@ -101,17 +110,35 @@ class Entities:
             perturbation = label_texts(samples[data.control.column]).where(~control, None)
             pair = join_keys([context, label_key(perturbation)])
             covariate = data.covariates.all().get(data.control.column)
-        complete = perturbation.notna()
+        context_known = pd.Series(True, index=samples.index)
         for name in data.context_columns:
-            complete &= label_texts(samples[name]).notna()
+            context_known &= label_texts(samples[name]).notna()
         return cls(
+            samples=samples,
+            data=data,
             study=study,
             context=context,
             perturbation=perturbation,
-            pair=pair.where(complete, None),
+            context_known=context_known,
+            pair=pair.where(context_known & perturbation.notna(), None),
             control=control,
             multilabel=covariate is not None and covariate.kind in ("multilabel", "embedding"),
         )
+
+    @cached_property
+    def condition(self) -> pd.Series:
+        """The pair, and dose, time and all else that the perturbation's covariates say; None for
+        controls. A part that is missing is a part of its own."""
+        if self.data.control is None:
+            return self.perturbation
+        columns = dict.fromkeys([*self.data.covariates.perturbation, self.data.control.column])
+        keys = [self.context, *(label_key(self.samples[name]) for name in columns)]
+        return join_keys(keys).where(self.perturbation.notna(), None)
+
+    @property
+    def known_context(self) -> pd.Series:
+        """None for a context with a missing part."""
+        return self.context.where(self.context_known, None)
 
     def has_perturbation(self, names: Iterable[str]) -> pd.Series:
         """Whether each sample has one of the perturbations; "a|b" has "a" if multilabel."""

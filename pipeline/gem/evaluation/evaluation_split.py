@@ -21,7 +21,12 @@ from pipeline.gem.evaluation.training_split import TrainingSplit
 from pipeline.gem.model.query import TargetGenes
 
 # The entities that a split holds out as a whole: errors within one are not independent.
-HELD_OUT = {"test_combination": "pair", "test_perturbation": "perturbation", "test_study": "study"}
+HELD_OUT = {
+    "test_combination": "pair",
+    "test_condition": "condition",
+    "test_perturbation": "perturbation",
+    "test_study": "study",
+}
 NO_REFERENCE = "a sample has no control of its context to start from"
 
 
@@ -57,7 +62,7 @@ class EvaluationSplit:
     perturbed_centroid: np.ndarray | None  # (N, G) mean of the centroids of training perturbations
     target: np.ndarray  # (N,) position of the perturbation's target gene, -1 without
     condition: np.ndarray  # (N,) index
-    entity: np.ndarray  # (N,) index of the held-out pair, perturbation or study; else the condition
+    entity: np.ndarray  # (N,) index of what the split holds out, as in HELD_OUT; else the condition
     entity_kind: str
     treated: np.ndarray  # (N,) bool, not a control
 

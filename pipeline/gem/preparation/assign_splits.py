@@ -1,8 +1,8 @@
 """Assigns every sample of a cohort to a named split.
 
-First whole entities (the latest studies, perturbations, pairs of context and perturbation), the
-test splits before the validation splits; then controls and samples at random. A split that a cohort
-cannot have is absent, and a note gives the reason.
+First whole entities (the latest studies, perturbations, conditions, pairs of context and
+perturbation), the test splits before the validation splits; then controls and samples at random. A
+split that a cohort cannot have is absent, and a note gives the reason.
 """
 
 import numpy as np
@@ -10,17 +10,19 @@ import pandas as pd
 
 from pipeline.gem.common.config import Data, Splits
 from pipeline.gem.data.splits import TEST_CONTROL, TRAIN, Entities, date_order
-from pipeline.gem.preparation.combinations import (
+from pipeline.gem.preparation.drawn_entities import draw_conditions, select_pairs
+from pipeline.gem.preparation.listed_entities import (
+    KINDS,
+    Lists,
     check_parts_in_training,
-    listed_pairs,
-    select_pairs,
+    read_lists,
 )
 
 
 def assign_splits(samples: pd.DataFrame, data: Data, params: Splits) -> tuple[pd.Series, list[str]]:
     """(split of each sample, notes on absent splits), independent of the order of the rows.
 
-    InputError if listed pairs are invalid.
+    InputError if a list of entities is invalid.
     """
     order = np.argsort(samples["sample_id"].to_numpy(dtype=str), kind="stable")
     assignment = _Assignment(samples.iloc[order].reset_index(drop=True), data, params)
@@ -43,35 +45,48 @@ class _Assignment:
         self.notes: list[str] = []
 
     def hold_out_entities(self) -> None:
-        """Assigns whole studies, perturbations and pairs."""
+        """Assigns whole studies, perturbations, conditions and pairs."""
         entities, params = self.entities, self.params
         studies = self._studies_by_date()
-        listed = listed_pairs(self.samples, entities, self.data, params)
-        perturbations = self._shuffled_perturbations([*listed.test, *listed.validation])
+        lists = read_lists(self.samples, entities, self.data, params)
+        perturbations = self._shuffled_perturbations(lists)
         test_studies, validation_studies = _test_and_validation(studies[::-1], params.study)
         test_perturbations, validation_perturbations = _test_and_validation(
             perturbations, params.perturbation
         )
         held_out = entities.study.isin(test_studies + validation_studies)
         held_out |= entities.has_perturbation(test_perturbations + validation_perturbations)
-        check_parts_in_training(entities, ~held_out, listed, self.data.source)
-        pairs = select_pairs(entities, ~held_out, listed, params, self.rng)
+        check_parts_in_training(entities, ~held_out, lists, self.data.source)
+        conditions = lists.condition.names
+        held_out |= entities.condition.isin(conditions)
+        pairs = select_pairs(entities, ~held_out, lists, params, self.rng)
+        if not isinstance(params.condition, tuple):
+            is_free = ~held_out & ~entities.pair.isin([*pairs.test, *pairs.validation])
+            conditions = draw_conditions(entities, is_free, params.condition, self.rng)
+        # A condition of a perturbation that training lacks is no test of a known perturbation.
+        in_conditions = entities.condition.isin(conditions)
+        in_conditions &= ~entities.has_perturbation(validation_perturbations)
         for name, rows in (
             ("test_study", entities.study.isin(test_studies)),
             ("test_perturbation", entities.has_perturbation(test_perturbations)),
+            ("test_condition", in_conditions),
             ("test_combination", entities.pair.isin(pairs.test)),
             ("validation_study", entities.study.isin(validation_studies)),
             ("validation_perturbation", entities.has_perturbation(validation_perturbations)),
             ("validation_combination", entities.pair.isin(pairs.validation)),
         ):
             self._assign(name, rows, self._why_absent(name))
-        for name, names in (
-            ("test_combination", listed.test),
-            ("validation_combination", listed.validation),
-        ):
-            elsewhere = self.split[entities.pair.isin(names) & (self.split != name)]
+        self._note_listed_elsewhere(lists)
+
+    def _note_listed_elsewhere(self, lists: Lists) -> None:
+        """Notes the samples of listed entities that another held-out entity contains."""
+        for parameter, kind in KINDS.items():
+            name = parameter if parameter.startswith("validation") else f"test_{parameter}"
+            names = getattr(lists, parameter).names
+            rows = getattr(self.entities, kind.attribute).isin(names)
+            elsewhere = self.split[rows & (self.split != name)]
             self.notes += [
-                f"{number} samples of the pairs listed for {name} are in {other}"
+                f"{number} samples of the {kind.plural} listed for {name} are in {other}"
                 for other, number in elsewhere.value_counts().items()
             ]
 
@@ -134,11 +149,17 @@ class _Assignment:
                 f"a share of {params.perturbation} of {number} perturbations besides the control "
                 "selects none"
             )
-        share = params.combination if role == "test" else params.validation_combination
+        parameter = kind if role == "test" else name
+        share, plural = getattr(params, parameter), KINDS[parameter].plural
         if share == ():
-            return "the list of pairs is empty"
+            return f"the list of {plural} is empty"
         if isinstance(share, tuple):
-            return "every sample of the listed pairs is in a held-out study"
+            return f"every sample of the listed {plural} is in another held-out split"
+        if kind == "condition":
+            return (
+                f"a share of {share} of {entities.condition.nunique()} conditions selects none, or "
+                "no pair of context and perturbation has another one in training"
+            )
         return (
             f"a share of {share} of {entities.pair.nunique()} pairs of context and perturbation "
             "selects none, or none has both parts elsewhere in training"
@@ -154,12 +175,15 @@ class _Assignment:
         latest = dates.groupby(studies).max().fillna(-np.inf)
         return sorted(names, key=lambda name: (latest[name], name))
 
-    def _shuffled_perturbations(self, listed_pairs: list[str]) -> list:
-        """Perturbation names in random order, without those of listed pairs: these must stay in
-        training elsewhere."""
+    def _shuffled_perturbations(self, lists: Lists) -> list:
+        """Perturbation names in random order, without those of listed pairs and those that a list
+        of conditions names: these must stay in training elsewhere."""
         names = np.array(sorted(self.entities.perturbation.dropna().unique()), dtype=object)
         shuffled = list(self.rng.permutation(names))
-        in_listed = self.entities.pair.isin(listed_pairs)
+        in_listed = self.entities.pair.isin(lists.pairs)
+        if self.data.control is not None:
+            named = lists.condition.named_by([self.data.control.column])
+            in_listed |= self.entities.condition.isin(named)
         if not in_listed.any():
             return shuffled
         has_perturbation = self.entities.has_perturbation

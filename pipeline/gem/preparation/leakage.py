@@ -11,11 +11,11 @@ from pipeline.gem.data.splits import TRAIN, Entities, role_of
 def check_split_leakage(samples: pd.DataFrame, split: pd.Series, data: Data) -> None:
     """IntegrityError, with all problems, in three cases: training or validation contains an entity
     that the test holds out, or training one that validation does; training lacks the context or the
-    perturbation of a held-out pair; training is empty."""
+    perturbation of a held-out pair or condition; training is empty."""
     entities = Entities.of(samples, data)
     training, visible = split == TRAIN, split.map(role_of) != "test"
     problems = []
-    for kind in ("study", "perturbation", "combination"):
+    for kind in ("study", "perturbation", "combination", "condition"):
         names = entities.pair if kind == "combination" else getattr(entities, kind)
         for role, scope, scope_name in (
             ("test", visible, "training or validation"),
@@ -28,12 +28,18 @@ def check_split_leakage(samples: pd.DataFrame, split: pd.Series, data: Data) -> 
             if leaked := set(names[present & scope]):
                 leaked = examples(sorted(leaked))
                 problems.append(f"{role}_{kind} leaks: {leaked} also in {scope_name}")
-    for name in ("test_combination", "validation_combination"):
-        for part in ("perturbation", "context"):
-            names = getattr(entities, part)
+    for name, plural in (
+        ("test_combination", "pairs"),
+        ("validation_combination", "pairs"),
+        ("test_condition", "conditions"),
+    ):
+        for part, names in (
+            ("perturbation", entities.perturbation),
+            ("context", entities.known_context),
+        ):
             if missing := set(names[split == name].dropna()) - set(names[training].dropna()):
                 problems.append(
-                    f"{name} holds out pairs of the {part} {examples(sorted(missing))}, "
+                    f"{name} holds out {plural} of the {part} {examples(sorted(missing))}, "
                     "which is absent from training"
                 )
     if not training.any():

@@ -6,11 +6,13 @@ from pydantic import Discriminator, Field, Tag
 
 from pipeline.gem.common.schema.types import Frozen, Seed, Share, Text
 
-# Held-out pairs of context and perturbation: a share of them, or mappings of column to value.
-Pairs = Annotated[tuple[Annotated[dict[Text, Text], Field(min_length=1)], ...], Field(strict=False)]
-Combination = Annotated[
-    Annotated[Share, Tag("share")] | Annotated[Pairs, Tag("pairs")],
-    Discriminator(lambda value: "pairs" if isinstance(value, (list, tuple)) else "share"),
+# Held-out entities: a share of them, or mappings of column to value that name them.
+Mappings = Annotated[
+    tuple[Annotated[dict[Text, Text], Field(min_length=1)], ...], Field(strict=False)
+]
+ShareOrMappings = Annotated[
+    Annotated[Share, Tag("share")] | Annotated[Mappings, Tag("mappings")],
+    Discriminator(lambda value: "mappings" if isinstance(value, (list, tuple)) else "share"),
 ]
 
 
@@ -19,7 +21,8 @@ class Splits(Frozen):
     validation: Share
     test_random: Share
     test_control: Share
-    combination: Combination
-    validation_combination: Combination
+    combination: ShareOrMappings
+    validation_combination: ShareOrMappings
+    condition: ShareOrMappings
     perturbation: Share
     study: Share

@@ -22,6 +22,7 @@ MAIN_METRICS = ("mse", "skill", "delta_pearson", "discrimination", "calibration"
 SPLIT_MEANING = {
     "test_random": "New samples of conditions in training",
     "test_combination": "Combinations of context and perturbation that are not in training",
+    "test_condition": "Known perturbations at a new dose or time, in a context in training",
     "test_perturbation": "Perturbations that are not in training",
     "test_study": "Studies that are not in training",
 }

@@ -1,0 +1,79 @@
+"""Held-out entities that are drawn at random, where params.yaml has a share.
+
+Training keeps what a test of the entity takes for granted: of a pair the context, in its controls
+or in another pair, and the perturbation, in another context; of a condition its pair, in another
+condition.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from pipeline.gem.common.config import Splits
+from pipeline.gem.data.splits import Entities
+from pipeline.gem.preparation.listed_entities import Lists
+
+
+class HeldOutPairs(NamedTuple):
+    """Names of pairs, as in `Entities.pair`."""
+
+    test: list[str]
+    validation: list[str]
+
+
+def select_pairs(
+    entities: Entities,
+    is_free: pd.Series,
+    lists: Lists,
+    params: Splits,
+    rng: np.random.Generator,
+) -> HeldOutPairs:
+    """The listed pairs, and where params has a share, pairs drawn from the `is_free` samples (N,).
+
+    A share is one of all free pairs. If fewer pairs can be held out, the test and validation splits
+    divide them in proportion to their shares.
+    """
+    stays = is_free & ~entities.pair.isin(lists.pairs)
+    parts = {"context": entities.context, "perturbation": entities.perturbation}
+    table = pd.DataFrame({"pair": entities.pair} | parts)[stays & entities.pair.notna()]
+    table = table.drop_duplicates("pair").sort_values("pair", kind="stable")
+    number = entities.pair[is_free].nunique()
+    tests, validations = (
+        0 if isinstance(share, tuple) else round(share * number)
+        for share in (params.combination, params.validation_combination)
+    )
+    with_controls = entities.context[stays & entities.control].drop_duplicates()
+    in_context = table["context"].value_counts().add(with_controls.value_counts(), fill_value=0)
+    of_perturbation = table["perturbation"].value_counts()
+    drawn: list[str] = []
+    for row in table.iloc[rng.permutation(len(table))].itertuples():
+        if len(drawn) == tests + validations:
+            break
+        if in_context[row.context] > 1 and of_perturbation[row.perturbation] > 1:
+            in_context[row.context] -= 1
+            of_perturbation[row.perturbation] -= 1
+            drawn.append(row.pair)
+    tests = min(tests, -(-len(drawn) * tests // max(1, tests + validations)))
+    return HeldOutPairs(
+        [*lists.combination.names, *drawn[:tests]],
+        [*lists.validation_combination.names, *drawn[tests:]],
+    )
+
+
+def draw_conditions(
+    entities: Entities, is_free: pd.Series, share: float, rng: np.random.Generator
+) -> list[str]:
+    """A share of the conditions of the `is_free` samples (N,), each with another condition of its
+    pair among the rest; fewer if these do not suffice."""
+    table = pd.DataFrame({"condition": entities.condition, "pair": entities.pair})
+    table = table[is_free & entities.pair.notna()]
+    table = table.drop_duplicates("condition").sort_values("condition", kind="stable")
+    wanted, of_pair, drawn = round(share * len(table)), table["pair"].value_counts(), []
+    if not wanted:  # the draws of other splits stay as they are
+        return []
+    for row in table.iloc[rng.permutation(len(table))].itertuples():
+        if len(drawn) < wanted and of_pair[row.pair] > 1:
+            of_pair[row.pair] -= 1
+            drawn.append(row.condition)
+    return drawn

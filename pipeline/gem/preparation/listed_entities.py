@@ -1,0 +1,172 @@
+"""Held-out entities that params.yaml names: lists of mappings of column to value.
+
+A mapping names every entity with a treated sample that matches it. Quantities match in any unit.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from pipeline.gem.common.config import Data, Numeric, Splits
+from pipeline.gem.common.errors import InputError, did_you_mean, examples
+from pipeline.gem.data.labels import LabelForm, label_texts
+from pipeline.gem.data.splits import Entities
+
+
+class ListedKind(NamedTuple):
+    """What a mapping can name."""
+
+    attribute: str  # of Entities: the name of each sample's entity
+    plural: str
+    home: str  # where params.yaml declares the columns that define it
+    advice: str
+
+
+_PAIRS = ListedKind(
+    "pair",
+    "pairs",
+    "data.context_columns and data.control",
+    "list a measured pair of context and perturbation",
+)
+# Parameter of splits to what it lists. Each is a share, or a list of mappings.
+KINDS = {
+    "combination": _PAIRS,
+    "validation_combination": _PAIRS,
+    "condition": ListedKind(
+        "condition",
+        "conditions",
+        "data.context_columns, data.control and data.covariates.perturbation",
+        "list values that were measured together",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The entities that the mappings of one parameter name."""
+
+    by_mapping: tuple[tuple[frozenset[str], frozenset[str]], ...] = ()  # (columns, entities)
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(set().union(*(names for _, names in self.by_mapping)))
+
+    def named_by(self, columns: Iterable[str]) -> list[str]:
+        """Those of the mappings with any of the columns."""
+        wanted = set(columns)
+        return sorted(set().union(*(names for own, names in self.by_mapping if own & wanted)))
+
+
+@dataclass(frozen=True)
+class Lists:
+    """The listed entities by parameter of splits; none where it is a share."""
+
+    combination: Listed
+    validation_combination: Listed
+    condition: Listed
+
+    @property
+    def pairs(self) -> list[str]:
+        """For the test and for validation."""
+        return [*self.combination.names, *self.validation_combination.names]
+
+
+def read_lists(samples: pd.DataFrame, entities: Entities, data: Data, params: Splits) -> Lists:
+    """The entities of treated samples that match the lists. InputError has every problem."""
+    lists: dict[str, Listed] = {}
+    problems: list[str] = []
+    covariates = data.covariates.all().items()
+    units = {name: item.plain_unit for name, item in covariates if isinstance(item, Numeric)}
+    form = replace(LabelForm.of(data), units=units)
+    for parameter, kind in KINDS.items():
+        value, named = getattr(params, parameter), []
+        for number, mapping in enumerate(value if isinstance(value, tuple) else ()):
+            where = f"{data.source}: splits.{parameter}.{number}"
+            mapping = {column: form.text(column, text) or text for column, text in mapping.items()}
+            if invalid := _mapping_problems(mapping, samples, data, kind, where):
+                problems += invalid
+                continue
+            columns = [label_texts(samples[column]) == text for column, text in mapping.items()]
+            rows = np.logical_and.reduce(columns)
+            matching = getattr(entities, kind.attribute)[rows].dropna().unique()
+            if not len(matching):
+                problems.append(_no_match(mapping, kind, where, only_controls=bool(rows.any())))
+            named.append((frozenset(mapping), frozenset(matching)))
+        lists[parameter] = Listed(tuple(named))
+    result = Lists(**lists)
+    if in_both := set(result.combination.names) & set(result.validation_combination.names):
+        problems.append(
+            f"{data.source}: splits.combination and splits.validation_combination both list "
+            f"{examples(sorted(in_both))}; hold out a pair once"
+        )
+    if problems:
+        raise InputError(*problems)
+    return result
+
+
+def defining_columns(kind: ListedKind, data: Data) -> list[str]:
+    """The columns whose values define an entity."""
+    columns = [*data.context_columns, data.control.column]
+    if kind.attribute == "condition":
+        columns += data.covariates.perturbation
+    return list(dict.fromkeys(columns))
+
+
+def _mapping_problems(
+    mapping: Mapping[str, str], samples: pd.DataFrame, data: Data, kind: ListedKind, where: str
+) -> list[str]:
+    """Columns that do not define the entities, and values that no sample has."""
+    if data.control is None:
+        return [
+            f"{where}: data.control is null, so no sample counts as treated; "
+            f"declare the control, or list no {kind.plural}"
+        ]
+    columns, problems = defining_columns(kind, data), []
+    for column, value in mapping.items():
+        if column not in columns:
+            problems.append(
+                f"{where}: {column} does not define {kind.plural}; expected columns of "
+                f"{kind.home}{did_you_mean(column, columns)}"
+            )
+        elif value not in (texts := set(label_texts(samples[column]).dropna())):
+            hint = did_you_mean(value, sorted(texts))
+            problems.append(f"{where}: no sample has {column} = {value}{hint}")
+    return problems
+
+
+def _no_match(mapping: Mapping[str, str], kind: ListedKind, where: str, only_controls: bool) -> str:
+    values = " and ".join(f"{column} = {value}" for column, value in mapping.items())
+    subject = "only controls have" if only_controls else "no sample has"
+    return f"{where}: {subject} {values}; {kind.advice}"
+
+
+def check_parts_in_training(
+    entities: Entities, is_free: pd.Series, lists: Lists, source: str
+) -> None:
+    """InputError if no `is_free` sample (N,) outside the listed pairs and conditions has the
+    context, or the perturbation, of a listed one."""
+    in_pairs = entities.pair.isin(lists.pairs)
+    in_conditions = entities.condition.isin(lists.condition.names) & is_free
+    stays = is_free & ~in_pairs & ~in_conditions
+    problems = []
+    for rows, kind, noun, elsewhere in (
+        (in_pairs, _PAIRS, "combination", "context"),
+        (in_conditions, KINDS["condition"], "condition", "condition"),
+    ):
+        entity = getattr(entities, kind.attribute)
+        for part, names, missing in (
+            ("context", entities.known_context, "neither a control nor another perturbation"),
+            ("perturbation", entities.perturbation, f"no other {elsewhere}"),
+        ):
+            for name in sorted(set(names[rows].dropna()) - set(names[stays].dropna())):
+                held_out = entity[rows & (names == name)].unique()
+                problems.append(
+                    f"{source}: splits: with {examples(held_out)} held out, training has {missing} "
+                    f"of the {part} {name}; a {noun} needs both parts in training: "
+                    f"hold out fewer {kind.plural}"
+                )
+    if problems:
+        raise InputError(*problems)

@@ -20,8 +20,7 @@ from pipeline.gem.tracking.runs import COHORT, Run, log_settings
 from pipeline.gem.tracking.training_run import TrainingJob
 from pipeline.gem.training import distributed
 from pipeline.gem.training.dataset import TrainingData, resolve_observation
-from pipeline.gem.training.expression import memory_for_counts
-from pipeline.gem.training.multi_seed import copies_of_data
+from pipeline.gem.training.multi_seed import memory_of_each, processes_of
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +59,9 @@ def prepare(params: Params) -> TrainingJob:
     """Loads the data; each rank does."""
     device = distributed.choose_device(params.train)
     cohort = Cohort(COHORT)
-    require(training_needs(cohort.manifest), params)
-    sharing = copies_of_data(params.train) if device.type == "cpu" else 1
-    memory = memory_for_counts(params.train.memory_share, device, sharing)
+    processes = processes_of(params.train, device)
+    require(training_needs(cohort.manifest, processes=processes), params)
+    memory = memory_of_each(params.train, device)
     params = resolve_observation(params, cohort)
     data = TrainingData.load(cohort, device, params.model.uses_counts, memory)
     params = data.resolve(params)

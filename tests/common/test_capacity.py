@@ -76,6 +76,16 @@ def test_a_value_that_cannot_fit_is_refused_with_the_estimate_and_its_line(defau
     assert line.split(":")[0].strip() in problem
 
 
+def test_each_rank_of_a_machine_needs_memory_of_its_own(defaults):
+    """Data, model and the state of the optimiser."""
+    one, three = (
+        training_needs(COHORT, processes=number)[0].amount(defaults.flat()) for number in (1, 3)
+    )
+    assert three == 3 * one
+    values = defaults.override({"train.seeds": [1, 2]}).flat()
+    assert training_needs(COHORT, processes=1)[0].amount(values) == one
+
+
 def test_several_values_that_fit_alone_are_refused_together(defaults):
     changes = {"model.hidden": 1024, "model.blocks": 50}
     for key, value in changes.items():

@@ -178,6 +178,36 @@ def test_ranks_with_different_checkpoints_are_refused(data, params, tmp_path):
     assert all(isinstance(error, InputError) for error in errors)
 
 
+def test_metrics_that_end_a_fit_end_it_in_the_same_epoch_on_each_rank(data, params, tmp_path):
+    """As pruning does: `on_epoch` sees equal metrics."""
+
+    def work(rank):
+        losses = []
+
+        def on_epoch(epoch):
+            losses.append(epoch.loss)
+            if len(losses) > 1 and losses[-1] < losses[0]:
+                raise InputError(f"pruned after {losses}")
+
+        fit(data, params.override({"train.epochs": 4}), 1, on_epoch)
+
+    first, second = run_ranks(tmp_path, work)
+    assert isinstance(first, InputError) and str(first) == str(second)
+
+
+def test_an_error_of_on_epoch_in_one_rank_ends_the_others(data, params, tmp_path):
+    def work(rank):
+        def on_epoch(epoch):
+            if rank == 0:
+                raise InputError("tracking")
+
+        fit(data, params, 1, on_epoch)
+
+    first, second = run_ranks(tmp_path, work)
+    assert isinstance(first, InputError)
+    assert isinstance(second, StoppedError)
+
+
 def test_a_rank_whose_peer_is_killed_stops_within_seconds(data, params, tmp_path):
     def work(rank):
         def on_epoch(epoch):

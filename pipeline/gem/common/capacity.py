@@ -115,8 +115,12 @@ def network_parameters(values: Values, genes: int) -> int:
     return sum(priors) + encoder + decoder + linear + interaction + 6 * genes
 
 
-def training_needs(cohort: Size, search: bool = False) -> list[Need]:
-    """Of one training, or of all trials of a search."""
+def training_needs(cohort: Size, search: bool = False, processes: int | None = None) -> list[Need]:
+    """Of one training, or of all trials of a search.
+
+    `processes`: ranks or fits on this machine; None: as many seeds as its cores fit side by side.
+    Each holds the data, a model and the state of its optimiser.
+    """
     samples, genes = cohort["samples"], cohort["genes"]
     sizes = ("hidden", "blocks", "prior_blocks", "expansion", "interactions")
     model = (*(f"model.latent.{group}" for group in GROUPS), *(f"model.{name}" for name in sizes))
@@ -125,12 +129,12 @@ def training_needs(cohort: Size, search: bool = False) -> list[Need]:
         # The seeds of a trial, or of one GPU, are fitted one after the other.
         alone = search or values["train.device"] == "cuda"
         parallel = max(1, cores() // values["train.threads"])
-        processes = 1 if alone else min(len(values["train.seeds"]), parallel)
+        number = processes or (1 if alone else min(len(values["train.seeds"]), parallel))
         rows = min(values["train.batch_size"], samples)
         hidden, blocks = values["model.hidden"], values["model.blocks"]
         width = genes + hidden * (1 + blocks * (1 + values["model.expansion"]))
         counts = min(min(samples, _BUFFERED_ROWS) * genes, _BUFFERED_COUNTS)
-        return processes * (
+        return number * (
             _PROGRAM
             + _PER_PARAMETER * network_parameters(values, genes)
             + _PER_COUNT * counts

@@ -30,7 +30,7 @@ from pipeline.gem.tracking.runs import COHORT, FIT_SECTIONS, Run, log_settings
 from pipeline.gem.tracking.training_run import TrainingJob
 from pipeline.gem.training.checkpoint import FOLDER as CHECKPOINTS
 from pipeline.gem.training.dataset import TrainingData, resolve_observation
-from pipeline.gem.training.distributed import choose_device
+from pipeline.gem.training.distributed import choose_device, take_gpu
 from pipeline.gem.training.expression import memory_for_counts
 
 logger = logging.getLogger(__name__)
@@ -40,40 +40,50 @@ class SearchSession:
     """Loads the cohort once, for this process and the workers that it forks."""
 
     def __init__(self, name: str, config: SearchConfig, params: Params, workers: int | None):
-        """`workers`: None for one per core, as far as the memory allows; on a GPU one."""
+        """`workers`: None for one per core or GPU, as far as the memory allows."""
         self.name, self.config = name, config
         self.folder = EXPERIMENTS / name
         self.trials = config.trials or params.tune.trials
         StudyStorage().close()  # before the cohort is read: it may be unusable
         # The searched keys have the values of the baseline, so a promotion starts no new search.
         params = params.override(config.baseline_values)
-        device = choose_device(params.train)
-        if workers and workers > 1 and device.type != "cpu":
+        self.device = choose_device(params.train)
+        gpus = torch.cuda.device_count() if self.device.type == "cuda" else 0
+        if workers and workers > gpus > 0:
             raise InputError(
-                "params.yaml: train.device: several workers share the processor cores of one "
-                "machine; set cpu, or run without WORKERS"
+                f"params.yaml: train.device: {workers} workers for {gpus} GPUs on this machine; a "
+                "worker has a GPU of its own: set cpu, or fewer WORKERS"
             )
         self.cohort = Cohort(COHORT)
         if problems := size_problems(name, config, params, self.cohort.manifest):
             raise InputError(*problems)
         params = resolve_observation(params, self.cohort)
-        self.workers = workers or self._default_workers(device, params)
+        self.workers = workers or self._default_workers(gpus or cores(), params)
         if self.workers > 1:
             prepare_to_fork()
-        # Forked workers share the counts of this process.
-        memory = memory_for_counts(params.train.memory_share, device)
-        self.data = TrainingData.load(self.cohort, device, _uses_counts(config, params), memory)
+        # Workers are forked: they share the counts of this process, but cannot share a GPU, which
+        # it must not use before. What it needs itself until then, it reads from the disk.
+        self.own_data = gpus > 0 and self.workers > 1  # of each worker
+        self._uses_counts = _uses_counts(config, params)
+        self._memory_share = params.train.memory_share
+        if self.own_data:
+            cpu = torch.device("cpu")
+            self.data = TrainingData.load(self.cohort, cpu, self._uses_counts, memory=0)
+        else:
+            self.data = self._load(self.device)
         self.params = self.data.resolve(params)
         self.data_sha256 = self.cohort.train_validation_sha256
         provenance.code_tags()  # before the workers are forked: one warning if git refuses
         self.digest = provenance.data_digest(str(COHORT), self.data_sha256)
 
-    def _default_workers(self, device: torch.device, params: Params) -> int:
-        if device.type != "cpu":
-            return 1
+    def _load(self, device: torch.device) -> TrainingData:
+        memory = memory_for_counts(self._memory_share, device)
+        return TrainingData.load(self.cohort, device, self._uses_counts, memory)
+
+    def _default_workers(self, places: int, params: Params) -> int:
         memory, _ = training_needs(self.cohort.manifest, search=True)
         largest = memory.amount(params.override(self.config.largest_values).flat())
-        return max(1, min(cores(), self.trials, int(available_memory() / largest)))
+        return max(1, min(places, self.trials, int(available_memory() / largest)))
 
     def run(self, stop: StopSignal) -> None:
         """Runs the search to its budget and writes the results.
@@ -92,12 +102,16 @@ class SearchSession:
                 with Run.resume(parent, killed_by=(StoppedError,)) as run:
                     if workers:
                         workers.wait(stop)
+                        if self.own_data:
+                            self.data = self._load(self.device)
                     else:
                         self._run_trials(search, parent, stop)
                     self._finish(search, run, stop)
 
-    def _work(self, stop: StopSignal) -> None:
+    def _work(self, number: int, stop: StopSignal) -> None:
         """The search in a worker process."""
+        if self.own_data:
+            self.data = self._load(take_gpu(number))
         search = self._open()
         with search.storage.errors():
             self._run_trials(search, self._parent_run(search), stop)

@@ -32,11 +32,14 @@ def prepare_to_fork() -> None:
 class Workers:
     """A context that starts `number` processes. No worker outlives its parent."""
 
-    def __init__(self, number: int, work: Callable[[StopSignal], None]):
+    def __init__(self, number: int, work: Callable[[int, StopSignal], None]):
+        """`work` receives the number of its process, from 0."""
         # A garbage collection would write to, and so copy, the pages of all inherited objects.
         gc.freeze()
         context = multiprocessing.get_context("fork")
-        self._processes = [context.Process(target=_run, args=(work,)) for _ in range(number)]
+        self._processes = [
+            context.Process(target=_run, args=(work, position)) for position in range(number)
+        ]
 
     def __enter__(self) -> "Workers":
         sys.stdout.flush()
@@ -75,10 +78,10 @@ class Workers:
             sys.exit(code)  # the worker has printed the reason
 
 
-def _run(work: Callable[[StopSignal], None]) -> None:
+def _run(work: Callable[[int, StopSignal], None], position: int) -> None:
     with StopSignal() as stop, threadpool_limits(1):
         end_with_parent()
         try:
-            exit_with(lambda: work(stop), quiet=(StoppedError,))
+            exit_with(lambda: work(position, stop), quiet=(StoppedError,))
         finally:
             sys.stdout.flush()

@@ -67,8 +67,15 @@ def choose_device(params: Train) -> torch.device:
                 f"{local_size()} processes for {gpus} GPUs on this machine; start one process a "
                 "GPU, or set train.device to cpu"
             )
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        return take_gpu(int(os.environ["LOCAL_RANK"]))
     return torch.device("cuda")
+
+
+def take_gpu(number: int) -> torch.device:
+    """The GPU of the process with this number among those of the machine: they take turns."""
+    device = torch.device("cuda", number % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 # Start and end.

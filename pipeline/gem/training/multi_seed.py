@@ -1,5 +1,5 @@
-"""One fit per training seed, in parallel processes where there are cores for them; of several ranks
-one after the other, each by all of them.
+"""One fit per training seed, in parallel processes where there are cores for them, or several GPUs;
+of several ranks one after the other, each by all of them.
 
 Each fit has `train.threads` threads either way, so the bits do not depend on where it ran.
 """
@@ -46,10 +46,10 @@ def fit_seeds(
     by seed. `on_epoch` receives the epochs of all seeds in the order in which they end. `on_step`
     is called before every step, or often while other processes train; its exceptions end the fits.
     """
-    seeds = params.train.seeds
-    limit = _parallel_fits(params.train)
-    if limit > 1 and data.train.expression.device.type == "cpu":
-        jobs = [_Job(folder, params, seed, checkpoints.get(seed)) for seed in seeds]
+    seeds, device = params.train.seeds, data.train.expression.device
+    limit = parallel_fits(params.train, device)
+    if limit > 1:
+        jobs = [_Job(folder, params, seed, checkpoints.get(seed), device.type) for seed in seeds]
         return _fit_in_processes(jobs, limit, on_epoch, on_step)
     return [
         fit(
@@ -64,18 +64,26 @@ def fit_seeds(
     ]
 
 
-def _parallel_fits(params: Train) -> int:
+def parallel_fits(params: Train, device: torch.device) -> int:
+    """How many seeds are fitted side by side: as many as cores allow, or one on each GPU."""
     if distributed.size() > 1:
         return 1
-    return min(len(params.seeds), max(1, cores() // params.threads))
+    places = cores() // params.threads if device.type == "cpu" else torch.cuda.device_count()
+    return min(len(params.seeds), max(1, places))
 
 
-def copies_of_data(params: Train) -> int:
-    """How many processes hold the data of a training on processors, this one included."""
+def processes_of(params: Train, device: torch.device) -> int:
+    """The processes of a training on this machine: ranks, or parallel fits and this one."""
     if distributed.size() > 1:
         return distributed.local_size()
-    fits = _parallel_fits(params)
+    fits = parallel_fits(params, device)
     return fits + (fits > 1)
+
+
+def memory_of_each(params: Train, device: torch.device) -> float:
+    """Bytes for the counts of each process: they share the memory of the machine, not a GPU."""
+    sharing = processes_of(params, device) if device.type == "cpu" else 1
+    return memory_for_counts(params.memory_share, device, sharing)
 
 
 @dataclass(frozen=True)
@@ -84,34 +92,36 @@ class _Job:
     params: Params
     seed: int
     checkpoint: Checkpoint | None
+    device: str  # its type
 
 
 def _fit_in_processes(
     jobs: list[_Job], limit: int, on_epoch: OnEpoch, on_step: Callable[[], None]
 ) -> list[FitResult]:
-    """Runs at most `limit` fits at a time. All end with the first error here; StoppedError if a
-    signal ended one of them."""
+    """Runs at most `limit` fits at a time, each in a place (GPU) of its own. All end with the first
+    error here; StoppedError if a signal ended one of them."""
     context = multiprocessing.get_context("spawn")
-    queue, running, processes = list(jobs), {}, []
+    queue, running, processes, places = list(jobs), {}, [], list(range(limit))
     results: dict[int, FitResult] = {}
     try:
         while queue or running:
-            while queue and len(running) < limit:
-                job = queue.pop(0)
+            while queue and places:
+                job, place = queue.pop(0), places.pop(0)
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_run_job, args=(job, sender), daemon=True)
+                process = context.Process(target=_run_job, args=(job, place, sender), daemon=True)
                 process.start()
                 sender.close()  # so that the end of the process ends the connection
                 processes.append(process)
-                running[receiver] = job.seed, process
+                running[receiver] = job.seed, process, place
             on_step()
             for receiver in wait(list(running), _POLL_INTERVAL_S):
-                seed, process = running[receiver]
+                seed, process, place = running[receiver]
                 message = _receive(receiver, seed, process)
                 if isinstance(message, EpochMetrics):
                     on_epoch(seed, message)
                 elif isinstance(message, FitResult):
                     del running[receiver]
+                    places.append(place)
                     results[seed] = message
                 else:
                     raise message
@@ -137,7 +147,7 @@ def _receive(
     raise RuntimeError(f"the process that fits seed {seed} ended without a result")
 
 
-def _run_job(job: _Job, sender: Connection) -> None:
+def _run_job(job: _Job, place: int, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
     end_with_parent()
 
@@ -146,8 +156,9 @@ def _run_job(job: _Job, sender: Connection) -> None:
         sender.send_bytes(pickle.dumps(message))
 
     try:
-        params, device = job.params, torch.device("cpu")
-        memory = memory_for_counts(params.train.memory_share, device, copies_of_data(params.train))
+        params = job.params
+        device = distributed.take_gpu(place) if job.device == "cuda" else torch.device("cpu")
+        memory = memory_of_each(params.train, device)
         data = TrainingData.load(Cohort(job.folder), device, params.model.uses_counts, memory)
         send(fit(data, job.params, job.seed, send, job.checkpoint))
     except GemError as error:

@@ -215,7 +215,7 @@ class Trainer:
         """All tensors that the next epochs depend on."""
         random_states = [self.generator.get_state(), torch.get_rng_state()]  # the last: of dropout
         if self.generator.device.type == "cuda":
-            random_states += torch.cuda.get_rng_state_all()
+            random_states.append(torch.cuda.get_rng_state(self.generator.device))
         return {
             **{f"weights.{name}": value for name, value in self.network.state_dict().items()},
             **{f"best.{name}": value for name, value in best_weights.items()},
@@ -246,7 +246,7 @@ class Trainer:
         self.generator.set_state(generator)
         torch.set_rng_state(dropout)
         if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+            torch.cuda.set_rng_state(*cuda, self.generator.device)
         return TrainingState([EpochMetrics(**epoch) for epoch in epochs], parts["best"])
 
     def _run_epoch(self, number: int) -> EpochMetrics:

@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 SEARCH ?= latent_kl
+COHORTS ?=
 TRIALS ?=
 WORKERS ?=
 PROCESSES ?= 1
@@ -30,16 +31,16 @@ export GEM_WORKERS = $(WORKERS)
 # And the number of processes that train one model.
 export GEM_PROCESSES = $(PROCESSES)
 
-.PHONY: all help environment check repro results test test-fast faults lint format benchmark realism train tune \
-	dashboard promote ui clean lock
+.PHONY: all help environment check repro results test test-fast faults lint format benchmark \
+	benchmark-cohorts realism train tune dashboard promote ui clean lock
 .DEFAULT_GOAL := all
 
 all: repro results  ## set up, run every stage that is out of date, show the results
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 19
 	@echo "variables: SEARCH=$(SEARCH) TRIALS=$(TRIALS) WORKERS=$(WORKERS) PROCESSES=$(PROCESSES) TESTERS=$(TESTERS)" \
-		"TIMES=$(TIMES)" \
+		"TIMES=$(TIMES)" "COHORTS=$(COHORTS)" \
 		"PORT=$(PORT) TORCH=$(TORCH) PIP_ARGS=$(PIP_ARGS)"
 
 environment: .venv/installed  ## create .venv: torch on its own line, everything else pinned with hashes
@@ -96,6 +97,11 @@ benchmark: environment  ## speed of training, prediction and reading, and their 
 	python -m benchmarks.training
 	python -m benchmarks.prediction
 	python -m benchmarks.reading
+
+benchmark-cohorts: environment  ## GEM and simple predictors on real cohorts: make benchmark-cohorts COHORTS=folder
+	@[ -n "$(COHORTS)" ] || { echo "error: COHORTS is not set; make benchmark-cohorts" \
+		"COHORTS=folder, with .h5ad files (docs/real_cohorts.md)" >&2; exit 2; }
+	python -m benchmarks.cohorts "$(COHORTS)"
 
 realism: environment  ## compare the simulated cohort with real ones: statistics and a figure
 	python -m benchmarks.realism

@@ -28,11 +28,12 @@ SERVERS = {
     "make dashboard": (8080, "DASHBOARD_PORT={port}"),
     "mlflow models serve": (5001, "--port {port}"),
 }
-# Blocks of plain text that hold commands: they need machines that a test does not have.
+# Blocks of plain text that hold commands: they need machines or files that a test does not have.
 TEXT_COMMANDS = {
     "OPTUNA_STORAGE=postgresql": "tests/faults/test_killed_workers.py",
     "MLFLOW_TRACKING_URI=http": "tests/integration/test_outage.py",
     "torchrun": "tests/integration/test_ranks.py",
+    "benchmarks.cohorts": "tests/benchmarks/cohorts/test_run.py",
 }
 # Larger budgets than a test needs.
 SMALLER = {"TRIALS=40": "TRIALS=4", "TRIALS=12": "TRIALS=2", "WORKERS=8": "WORKERS=2"}

@@ -108,7 +108,8 @@ def set_handler() -> None:
         # A terminal may lack characters of the labels.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    for name in ("pipeline", "__main__"):  # a verb that runs as `python -m` is named __main__
+    # A verb that runs as `python -m` is named __main__.
+    for name in ("pipeline", "benchmarks", "__main__"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
         if not any(isinstance(handler, _Handler) for handler in logger.handlers):

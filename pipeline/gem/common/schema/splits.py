@@ -24,6 +24,5 @@ class Splits(Frozen):
     combination: ShareOrMappings
     validation_combination: ShareOrMappings
     condition: ShareOrMappings
-    context: ShareOrMappings
     perturbation: Share
     study: Share

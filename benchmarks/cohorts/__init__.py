@@ -1,0 +1,1 @@
+"""GEM and every simple predictor on real cohorts, one held-out condition at a time."""

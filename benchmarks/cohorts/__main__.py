@@ -1,0 +1,74 @@
+"""GEM and every simple predictor on real cohorts, one held-out condition at a time.
+
+Reads   FOLDER: .h5ad files, each with a YAML of the same name (docs/real_cohorts.md); params.yaml
+Writes  experiments/cohorts/NAME/: folds.csv, scores.csv, comparisons.csv, table.md, figure.png;
+        finished folds to .gem/cohorts/; runs to MLflow
+Run     python -m benchmarks.cohorts FOLDER [COHORT ...] [--set KEY=VALUE ...] [--name NAME]
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from benchmarks.cohorts.declarations import (
+    FOLDS,
+    cohort_names,
+    parse_settings,
+    read_task,
+    with_settings,
+)
+from benchmarks.cohorts.figure import draw
+from benchmarks.cohorts.run import run_cohorts
+from benchmarks.cohorts.table import Comparison, markdown
+from pipeline.gem.common.config import read_params
+from pipeline.gem.common.errors import GemError, InputError, exit_with
+from pipeline.gem.common.files import write_atomically, write_table
+from pipeline.gem.tracking import mlflow_client
+
+log = logging.getLogger(__name__)
+
+OUTPUT = Path("experiments/cohorts")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path)
+    parser.add_argument("cohorts", metavar="COHORT", nargs="*", help="default: all, and synthetic")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--name", default="default", help="of the run and its output folder")
+    parser.add_argument("--folds", type=int, help=f"of a cohort at most (its YAML, else {FOLDS})")
+    parser.add_argument("--workers", type=int, default=2, help="folds at a time (%(default)s)")
+    options = parser.parse_args()
+    for key in ("folds", "workers"):
+        if (number := getattr(options, key)) is not None and number < 1:
+            raise InputError(f"--{key} {number}: expected 1 or more")
+    if Path(options.name).name != options.name:
+        raise InputError(f"--name {options.name}: expected the name of a folder, without /")
+    params = with_settings(read_params(), parse_settings(options.set))
+    tasks, problems = [], []
+    for name in options.cohorts or cohort_names(options.folder):
+        try:
+            tasks.append(read_task(name, options.folder, params, options.folds))
+        except GemError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(*problems)
+    mlflow_client.connect(params.tracking.experiment)
+    scores = run_cohorts(tasks, options.workers, options.name)
+    scales = {task.name: task.scale for task in tasks}
+    comparison = Comparison.of(scores, scales, params.evaluate.seed)
+    folder = OUTPUT / options.name
+    write_table(folder / "folds.csv", scores)
+    write_table(folder / "scores.csv", comparison.scores)
+    write_table(folder / "comparisons.csv", comparison.differences)
+    text = markdown(comparison)
+    write_atomically(folder / "table.md", text.encode("utf-8"))
+    draw(comparison, folder / "figure.png")
+    print(text)
+    log.info("cohorts: tables and figure in %s", folder)
+
+
+if __name__ == "__main__":
+    exit_with(main)

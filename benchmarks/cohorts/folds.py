@@ -1,0 +1,125 @@
+"""The folds of a cohort: what each holds out, drawn by seed from what the cohort can hold out.
+
+A pair or condition can be held out if its perturbation and its context stay in training.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.cohorts.declarations import Declaration
+from pipeline.gem.common.config import Data, Params, Splits
+from pipeline.gem.common.errors import InputError
+from pipeline.gem.data.cleaning import clean_samples
+from pipeline.gem.data.labels import LabelForm, label_texts
+from pipeline.gem.data.references import SampleGroups
+from pipeline.gem.data.splits import Entities
+
+# The split that a fold scores, and the setting that holds it out.
+SPLITS = {
+    "pairs": ("test_combination", "splits.combination"),
+    "conditions": ("test_condition", "splits.condition"),
+    "samples": ("test_random", "splits.test_random"),
+}
+# A fold tests one question: everything else is for training and validation.
+_KEPT = ("seed", "validation", "validation_combination")
+_NOTHING = {f"splits.{name}": 0.0 for name in Splits.model_fields if name not in _KEPT}
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What one training does not see."""
+
+    name: str
+    hold_out: str
+    mappings: tuple[dict[str, str], ...] = ()  # column to value, of pairs or conditions
+    seed: int | None = None  # of the splits, for `samples`
+    share: float | None = None
+
+    @property
+    def split(self) -> str:
+        """The split that is scored."""
+        return SPLITS[self.hold_out][0]
+
+    def params(self, params: Params) -> Params:
+        """`params` with the splits of the fold."""
+        key, held_out = SPLITS[self.hold_out][1], list(self.mappings)
+        changes = _NOTHING | {key: self.share if self.hold_out == "samples" else held_out}
+        if self.seed is not None:
+            changes["splits.seed"] = self.seed
+        return params.override(changes)
+
+
+def draw_folds(samples: pd.DataFrame, declaration: Declaration, params: Params) -> list[Fold]:
+    """At most `declaration.at_most` folds of a source's samples. InputError if none is possible."""
+    seed, hold_out = params.splits.seed, declaration.hold_out
+    if hold_out == "samples":
+        seeds = range(seed, seed + declaration.at_most)
+        return [Fold(f"seed {n}", hold_out, seed=n, share=declaration.share) for n in seeds]
+    candidates = _Candidates.of(samples, params.data, hold_out)
+    order = np.random.default_rng(seed).permutation(len(candidates.names))
+    folds, left = [], list(order)
+    while left and len(folds) < declaration.at_most:
+        chosen = candidates.choose(left, declaration.at_once)
+        if not chosen:
+            break
+        left = [index for index in left if index not in chosen]
+        names = [candidates.names[index] for index in chosen]
+        mappings = tuple(candidates.mappings[index] for index in chosen)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        folds.append(Fold(names[0] + more, hold_out, mappings))
+    if not folds:
+        raise InputError(
+            f"{params.data.source}: hold_out: {hold_out}: none can be held out: the context or the "
+            "perturbation of each occurs nowhere else; hold out samples"
+        )
+    return folds
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """The pairs or conditions of treated samples, ordered by name."""
+
+    names: list[str]
+    mappings: list[dict[str, str]]
+    context: list[str]
+    perturbation: list[str]
+    with_controls: set[str]  # contexts
+
+    @classmethod
+    def of(cls, samples: pd.DataFrame, data: Data, hold_out: str) -> "_Candidates":
+        samples = LabelForm.of(data).table(samples)
+        samples = clean_samples(samples, data.covariates, data.source)
+        entities, groups = Entities.of(samples, data), SampleGroups(samples, data)
+        key = entities.pair if hold_out == "pairs" else groups.condition
+        columns = [*data.context_columns, data.control.column]
+        if hold_out == "conditions":
+            columns += [name for name in data.covariates.perturbation if name not in columns]
+        texts = {name: label_texts(samples[name]) for name in columns}
+        first = key[entities.pair.notna()].drop_duplicates().sort_values()
+        mappings = [
+            {name: texts[name][row] for name in columns if texts[name][row] is not None}
+            for row in first.index
+        ]
+        return cls(
+            list(first),
+            mappings,
+            list(entities.context[first.index]),
+            list(entities.perturbation[first.index]),
+            set(entities.context[entities.control]),
+        )
+
+    def choose(self, order: list[int], number: int) -> list[int]:
+        """The first of `order`, at most `number`, that leave both parts of each in training."""
+        contexts = pd.Series(self.context).value_counts()
+        perturbations = pd.Series(self.perturbation).value_counts()
+        chosen: list[int] = []
+        for index in order:
+            context, perturbation = self.context[index], self.perturbation[index]
+            stays = context in self.with_controls or contexts[context] > 1
+            if stays and perturbations[perturbation] > 1 and len(chosen) < number:
+                contexts[context] -= 1
+                perturbations[perturbation] -= 1
+                chosen.append(index)
+        return chosen

@@ -1,0 +1,194 @@
+"""Runs the folds of cohorts: several at a time, resumable, tracked in MLflow.
+
+A finished fold is a JSON file named by a hash of settings, data and code; an equal fold is not run
+again. In MLflow a cohort is a run, and each of its folds a child.
+"""
+
+import json
+import logging
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+from threadpoolctl import threadpool_limits
+
+from benchmarks.cohorts.declarations import CohortTask, at_source
+from benchmarks.cohorts.fold_run import run_fold
+from benchmarks.cohorts.folds import Fold, draw_folds
+from pipeline.gem.common.code_version import ROOT, import_closure
+from pipeline.gem.common.errors import StoppedError
+from pipeline.gem.common.files import sha256, sha256_of, write_json
+from pipeline.gem.common.processes import StopSignal, end_with_parent
+from pipeline.gem.common.progress import duration
+from pipeline.gem.data.sources import open_source
+from pipeline.gem.evaluation.predictors import BASELINES, GEM
+from pipeline.gem.simulation.write import write_source
+from pipeline.gem.tracking.runs import Run
+
+log = logging.getLogger(__name__)
+
+WORK = Path(".gem/cohorts")
+STAGE = "cohorts"  # tag of the runs in MLflow
+# What decides the result of a fold; tables and figures do not.
+STAGES = (
+    "pipeline.gem.simulation.write",
+    "pipeline.gem.preparation.prepare",
+    "pipeline.gem.training.trainer",
+    "pipeline.gem.training.blend",
+    "pipeline.gem.evaluation.predictors",
+)
+OWN = ("folds", "fold_run", "scores", "sums")
+_POLL_INTERVAL_S = 0.5
+
+
+@dataclass(frozen=True)
+class FoldJob:
+    """A fold, and the file of its result."""
+
+    task: CohortTask
+    fold: Fold
+    result: Path
+
+    @property
+    def label(self) -> str:
+        return f"{self.task.name}, {self.fold.name}"
+
+    def read(self) -> dict:
+        """The finished fold: `seconds` and `rows` of scores."""
+        return json.loads(self.result.read_text(encoding="utf-8"))
+
+
+@cache
+def code_sha256() -> str:
+    """Of the code that decides the result of a fold."""
+    files = {file for module in STAGES for file in import_closure(module)}
+    files |= {f"benchmarks/cohorts/{name}.py" for name in OWN}
+    return sha256_of({file: sha256(ROOT / file) for file in sorted(files)})
+
+
+def run_cohorts(tasks: list[CohortTask], workers: int, name: str) -> pd.DataFrame:
+    """A row per cohort, fold, scale and predictor, with its scores. `name` is that of the run.
+
+    StoppedError after a signal: finished folds are kept.
+    """
+    with StopSignal() as stop, tempfile.TemporaryDirectory() as folder, _pool(workers) as pool:
+        tables = [_run_cohort(task, Path(folder), pool, stop, name) for task in tasks]
+    return pd.concat(tables, ignore_index=True)
+
+
+def _run_cohort(
+    task: CohortTask, folder: Path, pool: ProcessPoolExecutor, stop: StopSignal, name: str
+) -> pd.DataFrame:
+    identity = sha256_of(task.identity(), code_sha256())
+    if task.declaration.synthesize is not None:
+        write_source(task.params.synthesize, folder / task.name)
+        task = replace(task, params=at_source(task.params, folder / task.name))
+    folds = draw_folds(open_source(task.params.data).samples, task.declaration, task.params)
+    jobs = [
+        FoldJob(task, fold, WORK / task.name / f"{sha256_of(identity, repr(fold))[:24]}.json")
+        for fold in folds
+    ]
+    missing = [job for job in jobs if not job.result.exists()]
+    finished = len(jobs) - len(missing)
+    log.info("%s: %d folds, of which %d were finished before", task.name, len(jobs), finished)
+    of_cohort = sha256_of(identity, name)
+    with Run.open(
+        f"{name}/{task.name}", STAGE, identity=of_cohort, killed_by=(StoppedError,)
+    ) as run:
+        run.log_params(task.params.flat("model", "train"))
+        run.set_tags({"cohort": task.name, "benchmark": name})
+        run.log_dataset(task.name, sha256_of(task.identity()), "evaluation")
+        for job in _finished(missing, pool, stop):
+            log.info("%s: %s", job.label, _summary(job.read(), task.scale))
+        rows = []
+        for job in jobs:
+            result = job.read()
+            metrics = _by_name(result["rows"]) | {"seconds": result["seconds"]}
+            child = sha256_of(of_cohort, job.fold.name)
+            with Run.open(job.fold.name, STAGE, parent=run.id, identity=child) as of_fold:
+                of_fold.set_tags({"cohort": task.name, "benchmark": name})
+                of_fold.log_metrics(metrics)
+            rows += [{"cohort": task.name, "fold": job.fold.name} | row for row in result["rows"]]
+        table = pd.DataFrame(rows)
+        means = table.groupby(["scale", "predictor"], sort=False).mean(numeric_only=True)
+        run.log_metrics(_by_name(means.reset_index().to_dict("records")))
+    return table
+
+
+def _by_name(rows: list[dict]) -> dict[str, float | None]:
+    """`means/gem/mse`: the metrics of a run."""
+    return {
+        f"{row['scale']}/{row['predictor']}/{score}": value
+        for row in rows
+        for score, value in row.items()
+        if score not in ("scale", "predictor")
+    }
+
+
+def _summary(result: dict, scale: str) -> str:
+    mse = {row["predictor"]: row["mse"] for row in result["rows"] if row["scale"] == scale}
+    simple = min((name for name in mse if name in BASELINES), key=mse.get)
+    took = duration(result["seconds"])
+    return f"mse {mse[GEM]:.4f}, best simple {mse[simple]:.4f} ({simple}), in {took}"
+
+
+# processes
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes of one thread each, which end with this one."""
+    # Not forked: the parent has threads, and connections to the tracking store.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process)
+    try:
+        yield pool
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()  # its fold ends at the next step
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_stop = StopSignal()  # of a process of the pool
+
+
+def _start_process() -> None:
+    end_with_parent()
+    _stop.__enter__()
+
+
+def _finished(
+    jobs: list[FoldJob], pool: ProcessPoolExecutor, stop: StopSignal
+) -> Iterator[FoldJob]:
+    """The jobs in the order in which they end. The exception of a fold ends all."""
+    running = {pool.submit(_run_job, job): job for job in jobs}
+    while running:
+        stop.check()
+        done, _ = wait(running, _POLL_INTERVAL_S, FIRST_COMPLETED)
+        for future in done:
+            job = running.pop(future)
+            try:
+                future.result()
+            except BrokenProcessPool:
+                raise StoppedError(
+                    f"{job.label}: its process was killed; is there enough memory?"
+                ) from None
+            yield job
+
+
+def _run_job(job: FoldJob) -> None:
+    started, cells = time.monotonic(), job.task.declaration.cells is not None
+    with threadpool_limits(1), tempfile.TemporaryDirectory() as folder:
+        rows = run_fold(job.fold, job.task.params, cells, Path(folder), _stop.check)
+    seconds = time.monotonic() - started
+    write_json(job.result, {"fold": job.label, "seconds": seconds, "rows": rows})

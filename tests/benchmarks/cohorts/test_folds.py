@@ -1,0 +1,72 @@
+"""What a fold holds out, and that the rest stays in training."""
+
+import pandas as pd
+import pytest
+from support.settings import ROOT
+
+from benchmarks.cohorts.declarations import Declaration, read_task
+from benchmarks.cohorts.folds import draw_folds
+from pipeline.gem.common.config import read_params
+from pipeline.gem.common.errors import InputError
+
+DEFAULTS = read_params(ROOT / "params.yaml")
+
+
+@pytest.fixture
+def params(cohorts):
+    return read_task("tiny", cohorts, DEFAULTS).params
+
+
+def folds_of(samples: pd.DataFrame, params, **changes) -> list:
+    declaration = Declaration.model_validate({"data": {}, "hold_out": "pairs"} | changes)
+    return draw_folds(samples, declaration, params)
+
+
+def test_each_pair_is_a_fold_and_two_draws_are_equal(samples, params):
+    folds = folds_of(samples, params)
+    assert {fold.name for fold in folds} == {
+        f"donor {donor} / drug {drug}" for donor in range(3) for drug in "AB"
+    }
+    assert folds == folds_of(samples.iloc[::-1], params)
+    assert folds_of(samples, params, at_most=2) == folds[:2]
+
+
+def test_each_condition_is_a_fold_that_names_its_time(samples, params):
+    folds = folds_of(samples, params, hold_out="conditions", at_most=20)
+    assert len(folds) == 12
+    mapping = {"donor": "donor 1", "perturbation": "drug A", "perturbation_time": "3 hours"}
+    assert (mapping,) in [fold.mappings for fold in folds]
+
+
+def test_a_perturbation_of_one_context_is_not_held_out(samples, params):
+    only = samples[(samples["perturbation"] != "drug B") | (samples["donor"] == "donor 1")]
+    assert {fold.name for fold in folds_of(only, params)} == {
+        f"donor {donor} / drug A" for donor in range(3)
+    }
+    alone = samples[samples["donor"] == "donor 0"]
+    with pytest.raises(InputError, match="none can be held out"):
+        folds_of(alone, params)
+
+
+def test_a_fold_of_several_pairs_leaves_each_part_in_training(samples, params):
+    (first, *_) = folds_of(samples, params, at_once=6)
+    assert len(first.mappings) == 4  # of each drug one donor stays
+    drugs = pd.Series([mapping["perturbation"] for mapping in first.mappings])
+    assert drugs.value_counts().max() == 2
+    assert first.name.endswith("and 3 more")
+
+
+def test_a_fold_holds_out_nothing_else(samples, params):
+    splits = folds_of(samples, params)[0].params(params).splits
+    assert (splits.test_random, splits.test_control, splits.perturbation, splits.study) == (0,) * 4
+    assert splits.validation == params.splits.validation
+    assert splits.validation_combination == params.splits.validation_combination
+    assert len(splits.combination) == 1
+
+
+def test_samples_are_drawn_anew_in_each_fold(samples, params):
+    folds = folds_of(samples, params, hold_out="samples", at_most=3, share=0.25)
+    splits = [fold.params(params).splits for fold in folds]
+    assert [each.test_random for each in splits] == [0.25] * 3
+    assert len({each.seed for each in splits}) == 3
+    assert all(each.combination == 0 for each in splits)

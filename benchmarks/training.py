@@ -121,7 +121,7 @@ def build_loops(size: Size) -> dict[str, Callable[[], object]]:
 def benchmark_params(size: Size, source: Path) -> Params:
     """The default settings at this size. All samples are for training, all genes are kept."""
     shares = ("validation", "test_random", "test_control", "combination", "validation_combination")
-    shares += ("condition", "perturbation", "study")
+    shares += ("condition", "context", "perturbation", "study")
     embedding = source / "embeddings" / "perturbation.parquet"
     changes = {
         "synthesize.samples": size.samples,

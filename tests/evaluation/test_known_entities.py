@@ -1,5 +1,6 @@
-"""Test splits of new conditions, from splits to page."""
+"""Test splits of new conditions, and of new contexts with known controls, to the page."""
 
+import numpy as np
 import pandas as pd
 import pytest
 from support.comparison import SEEDS
@@ -17,7 +18,7 @@ from pipeline.gem.preparation.prepare import write_cohort
 
 CONTEXT = ["tissue", "cell_type"]
 CONDITION = [*CONTEXT, "perturbation", "perturbation_dose", "perturbation_time"]
-SHARES = {"splits.condition": 0.15}
+SHARES = {"splits.condition": 0.15, "splits.context": 0.25}
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,17 @@ def test_entities_of_new_conditions_are_conditions(splits):
     assert set(keys(split.samples, pair)) <= set(keys(train, pair))
 
 
+def test_references_and_controls_of_a_new_context_are_its_own(splits, known_cohort):
+    split, train = splits.split("test_context"), splits.train.samples
+    names = keys(split.samples, CONTEXT)
+    assert split.entity_kind == "context" and len(set(split.entity)) == len(set(names)) == 1
+    assert keys(split.reference_samples, CONTEXT) == names
+    for side in (split.observed_control, split.predicted_control, split.reference_control):
+        assert np.isfinite(side.mean).all()
+    own = train[[key == names[0] for key in keys(train, CONTEXT)]]
+    assert len(own) and set(own["perturbation"]) == {"control"}
+
+
 def test_the_page_asks_the_question_of_each_split(known_cohort, params, model_directory, tmp_path):
     models = {"gem": TrainedGEM.load_seeds(model_directory)[0][:1]}
     seeds = {"gem": SEEDS["gem"][:1]}
@@ -55,7 +67,10 @@ def test_the_page_asks_the_question_of_each_split(known_cohort, params, model_di
     scores = evaluation.tables["scores"]
     assert list(scores["split"].unique()) == [name for name in TESTS if known_cohort.has(name)]
     text = page.render(report_data(evaluation, known_cohort, params, tmp_path))
-    for name, question in (("test_condition", "Known perturbations at a new dose or time"),):
+    for name, question in (
+        ("test_condition", "Known perturbations at a new dose or time"),
+        ("test_context", "New contexts (a donor, a cell type) of which only controls are in"),
+    ):
         section = text.split(f'<section id="{name}">')[1].split("</section>")[0]
         assert question in section
         rows = scores[(scores["split"] == name) & (scores["predictor"] == "gem")]

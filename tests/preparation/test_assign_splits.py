@@ -21,7 +21,7 @@ KINDS = ("study", "perturbation", "combination")
 HELD_OUT = {
     kind: {f"test_{kind}", f"validation_{kind}"} for kind in KINDS
 }  # the splits of each kind
-OFF = {"test_condition"}  # by default; tests are in test_conditions.py
+OFF = {"test_condition", "test_context"}  # tested in files of their own
 
 
 def assign(samples, data, **changes) -> pd.Series:
@@ -102,7 +102,7 @@ def test_missing_studies_and_perturbations_are_never_held_out(declare):
 
 @pytest.mark.parametrize(("seed", "digest"), [(1, "5a7939efdb07ea8f"), (7, "5f20b40d4f109e18")])
 def test_kinds_that_are_off_leave_the_draws_of_the_others_as_they_were(declare, seed, digest):
-    """The digests are older than test_condition: another order of draws would make earlier results
+    """The digests are older than these kinds: another order of draws would make earlier results
     incomparable."""
     split = assign(design(), declare(), seed=seed)
     assert hashlib.sha256("\n".join(split).encode()).hexdigest().startswith(digest)

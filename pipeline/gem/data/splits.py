@@ -31,6 +31,7 @@ TESTS = (
     "test_random",
     "test_combination",
     "test_condition",
+    "test_context",
     "test_perturbation",
     "test_study",
 )
@@ -139,6 +140,11 @@ class Entities:
     def known_context(self) -> pd.Series:
         """None for a context with a missing part."""
         return self.context.where(self.context_known, None)
+
+    @property
+    def treated_context(self) -> pd.Series:
+        """None for controls."""
+        return self.context.where(~self.control, None)
 
     def has_perturbation(self, names: Iterable[str]) -> pd.Series:
         """Whether each sample has one of the perturbations; "a|b" has "a" if multilabel."""

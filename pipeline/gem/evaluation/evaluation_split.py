@@ -24,6 +24,7 @@ from pipeline.gem.model.query import TargetGenes
 HELD_OUT = {
     "test_combination": "pair",
     "test_condition": "condition",
+    "test_context": "context",
     "test_perturbation": "perturbation",
     "test_study": "study",
 }

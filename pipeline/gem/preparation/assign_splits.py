@@ -1,6 +1,6 @@
 """Assigns every sample of a cohort to a named split.
 
-First whole entities (the latest studies, perturbations, conditions, pairs of context and
+First whole entities (the latest studies, perturbations, contexts, conditions, pairs of context and
 perturbation), the test splits before the validation splits; then controls and samples at random. A
 split that a cohort cannot have is absent, and a note gives the reason.
 """
@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 
 from pipeline.gem.common.config import Data, Splits
+from pipeline.gem.common.errors import examples
 from pipeline.gem.data.splits import TEST_CONTROL, TRAIN, Entities, date_order
-from pipeline.gem.preparation.drawn_entities import draw_conditions, select_pairs
+from pipeline.gem.preparation.drawn_entities import draw_conditions, draw_contexts, select_pairs
 from pipeline.gem.preparation.listed_entities import (
     KINDS,
     Lists,
@@ -45,7 +46,7 @@ class _Assignment:
         self.notes: list[str] = []
 
     def hold_out_entities(self) -> None:
-        """Assigns whole studies, perturbations, conditions and pairs."""
+        """Assigns whole studies, perturbations, contexts, conditions and pairs."""
         entities, params = self.entities, self.params
         studies = self._studies_by_date()
         lists = read_lists(self.samples, entities, self.data, params)
@@ -56,7 +57,8 @@ class _Assignment:
         )
         held_out = entities.study.isin(test_studies + validation_studies)
         held_out |= entities.has_perturbation(test_perturbations + validation_perturbations)
-        check_parts_in_training(entities, ~held_out, lists, self.data.source)
+        contexts = self._contexts(~held_out, lists)
+        held_out |= entities.treated_context.isin(contexts)
         conditions = lists.condition.names
         held_out |= entities.condition.isin(conditions)
         pairs = select_pairs(entities, ~held_out, lists, params, self.rng)
@@ -69,6 +71,7 @@ class _Assignment:
         for name, rows in (
             ("test_study", entities.study.isin(test_studies)),
             ("test_perturbation", entities.has_perturbation(test_perturbations)),
+            ("test_context", entities.treated_context.isin(contexts)),
             ("test_condition", in_conditions),
             ("test_combination", entities.pair.isin(pairs.test)),
             ("validation_study", entities.study.isin(validation_studies)),
@@ -77,6 +80,37 @@ class _Assignment:
         ):
             self._assign(name, rows, self._why_absent(name))
         self._note_listed_elsewhere(lists)
+        self._note_new_perturbations()
+
+    def _contexts(self, is_free: pd.Series, lists: Lists) -> list[str]:
+        """The held-out contexts, listed or drawn from the `is_free` samples (N,).
+
+        InputError if the lists leave too little for training.
+        """
+        entities, share, listed = self.entities, self.params.context, lists.context.names
+        stays = is_free & ~entities.treated_context.isin(listed)
+        check_parts_in_training(entities, stays, lists, self.data.source)
+        if isinstance(share, tuple):
+            return listed
+        if not share or self.data.control is None:
+            return []
+        treated = is_free & ~entities.control & entities.context_known
+        without = set(entities.context[treated]) - set(entities.context[is_free & entities.control])
+        if without:
+            names = examples(sorted(without))
+            self.notes.append(f"no control in training, so not in test_context: contexts {names}")
+        columns = self.data.context_columns
+        return draw_contexts(entities, is_free, lists, share, columns, self.rng)
+
+    def _note_new_perturbations(self) -> None:
+        """Notes the samples of held-out contexts whose perturbation is new as well."""
+        perturbation, held_out = self.entities.perturbation, self.split == "test_context"
+        new = perturbation[held_out & ~perturbation.isin(perturbation[self.split == ""].dropna())]
+        if len(new := new.dropna()):
+            self.notes.append(
+                f"{len(new)} of {int(held_out.sum())} samples of test_context have perturbations "
+                f"that training lacks: {examples(sorted(new.unique()))}"
+            )
 
     def _note_listed_elsewhere(self, lists: Lists) -> None:
         """Notes the samples of listed entities that another held-out entity contains."""
@@ -155,6 +189,13 @@ class _Assignment:
             return f"the list of {plural} is empty"
         if isinstance(share, tuple):
             return f"every sample of the listed {plural} is in another held-out split"
+        if kind == "context" and not data.context_columns:
+            return "data.context_columns is empty"
+        if kind == "context":
+            return (
+                f"a share of {share} of {entities.treated_context.nunique()} contexts selects "
+                "none, or each lacks controls or has a perturbation that no other context has"
+            )
         if kind == "condition":
             return (
                 f"a share of {share} of {entities.condition.nunique()} conditions selects none, or "

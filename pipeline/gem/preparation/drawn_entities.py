@@ -2,7 +2,7 @@
 
 Training keeps what a test of the entity takes for granted: of a pair the context, in its controls
 or in another pair, and the perturbation, in another context; of a condition its pair, in another
-condition.
+condition; of a context its controls, and its perturbations, in other contexts.
 """
 
 from typing import NamedTuple
@@ -20,6 +20,41 @@ class HeldOutPairs(NamedTuple):
 
     test: list[str]
     validation: list[str]
+
+
+def draw_contexts(
+    entities: Entities,
+    is_free: pd.Series,
+    lists: Lists,
+    share: float,
+    columns: tuple[str, ...],
+    rng: np.random.Generator,
+) -> list[str]:
+    """A share of the contexts of the treated `is_free` samples (N,); fewer if these do not suffice.
+
+    None that the lists of pairs and conditions name by one of the context's `columns`.
+    """
+    treated = is_free & ~entities.control & entities.context_known
+    names = np.array(sorted(entities.context[treated].unique()), dtype=object)
+    wanted = round(share * len(names))
+    if not wanted:  # the draws of other splits stay as they are
+        return []
+    listed = entities.pair.isin(lists.pairs)
+    listed_by_context = listed | entities.condition.isin(lists.condition.named_by(columns))
+    listed |= entities.condition.isin(lists.condition.names)
+    possible = set(entities.context[is_free & entities.control])
+    possible -= set(entities.context[listed_by_context])
+    parts = {"context": entities.context, "perturbation": entities.perturbation}
+    table = pd.DataFrame(parts)[is_free & ~listed & entities.perturbation.notna()]
+    table = table.drop_duplicates()
+    of_perturbation = table["perturbation"].value_counts()
+    drawn: list[str] = []
+    for name in rng.permutation(names):
+        own = table["perturbation"][table["context"] == name]
+        if len(drawn) < wanted and name in possible and (of_perturbation[own] > 1).all():
+            of_perturbation[own] -= 1
+            drawn.append(name)
+    return drawn
 
 
 def select_pairs(

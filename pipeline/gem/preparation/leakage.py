@@ -7,16 +7,20 @@ from pipeline.gem.common.config import Data
 from pipeline.gem.common.errors import IntegrityError, examples
 from pipeline.gem.data.splits import TRAIN, Entities, role_of
 
+# Of Entities, where its name differs from that of the splits.
+_ATTRIBUTE = {"combination": "pair", "context": "treated_context"}
+
 
 def check_split_leakage(samples: pd.DataFrame, split: pd.Series, data: Data) -> None:
-    """IntegrityError, with all problems, in three cases: training or validation contains an entity
+    """IntegrityError, with all problems, in four cases: training or validation contains an entity
     that the test holds out, or training one that validation does; training lacks the context or the
-    perturbation of a held-out pair or condition; training is empty."""
+    perturbation of a held-out pair or condition; it lacks the controls of a held-out context; it is
+    empty."""
     entities = Entities.of(samples, data)
     training, visible = split == TRAIN, split.map(role_of) != "test"
     problems = []
-    for kind in ("study", "perturbation", "combination", "condition"):
-        names = entities.pair if kind == "combination" else getattr(entities, kind)
+    for kind in ("study", "perturbation", "combination", "condition", "context"):
+        names = getattr(entities, _ATTRIBUTE.get(kind, kind))
         for role, scope, scope_name in (
             ("test", visible, "training or validation"),
             ("validation", training, "training"),
@@ -42,6 +46,12 @@ def check_split_leakage(samples: pd.DataFrame, split: pd.Series, data: Data) -> 
                     f"{name} holds out {plural} of the {part} {examples(sorted(missing))}, "
                     "which is absent from training"
                 )
+    held_out = set(entities.context[split == "test_context"])
+    if missing := held_out - set(entities.context[training & entities.control]):
+        problems.append(
+            f"test_context holds out the context {examples(sorted(missing))}, of which training "
+            "has no control"
+        )
     if not training.any():
         problems.append("no sample is left for training; lower the shares in splits")
     if problems:

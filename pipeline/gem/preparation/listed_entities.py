@@ -41,6 +41,12 @@ KINDS = {
         "data.context_columns, data.control and data.covariates.perturbation",
         "list values that were measured together",
     ),
+    "context": ListedKind(
+        "treated_context",
+        "contexts",
+        "data.context_columns",
+        "list a context with treated samples",
+    ),
 }
 
 
@@ -67,6 +73,7 @@ class Lists:
     combination: Listed
     validation_combination: Listed
     condition: Listed
+    context: Listed
 
     @property
     def pairs(self) -> list[str]:
@@ -109,7 +116,9 @@ def read_lists(samples: pd.DataFrame, entities: Entities, data: Data, params: Sp
 
 def defining_columns(kind: ListedKind, data: Data) -> list[str]:
     """The columns whose values define an entity."""
-    columns = [*data.context_columns, data.control.column]
+    columns = [*data.context_columns]
+    if kind.attribute != "treated_context":
+        columns.append(data.control.column)
     if kind.attribute == "condition":
         columns += data.covariates.perturbation
     return list(dict.fromkeys(columns))
@@ -143,15 +152,35 @@ def _no_match(mapping: Mapping[str, str], kind: ListedKind, where: str, only_con
     return f"{where}: {subject} {values}; {kind.advice}"
 
 
+def _context_problems(
+    entities: Entities, stays: pd.Series, names: list[str], source: str
+) -> list[str]:
+    """Listed contexts without a control in training; contexts that leave no treated sample."""
+    with_controls = set(entities.context[stays & entities.control])
+    problems = [
+        f"{source}: splits.context: training has no control of the context {name}, and a new "
+        "context is known by its controls alone; leave it out, or hold out some of its pairs by "
+        "splits.combination"
+        for name in names
+        if name not in with_controls
+    ]
+    if names and not entities.perturbation[stays].notna().any():
+        problems.append(
+            f"{source}: splits.context: no treated sample is left for training; "
+            "hold out fewer contexts"
+        )
+    return problems
+
+
 def check_parts_in_training(
     entities: Entities, is_free: pd.Series, lists: Lists, source: str
 ) -> None:
     """InputError if no `is_free` sample (N,) outside the listed pairs and conditions has the
-    context, or the perturbation, of a listed one."""
+    context, or the perturbation, of a listed one; or none is a control of a listed context."""
     in_pairs = entities.pair.isin(lists.pairs)
     in_conditions = entities.condition.isin(lists.condition.names) & is_free
     stays = is_free & ~in_pairs & ~in_conditions
-    problems = []
+    problems = _context_problems(entities, stays, lists.context.names, source)
     for rows, kind, noun, elsewhere in (
         (in_pairs, _PAIRS, "combination", "context"),
         (in_conditions, KINDS["condition"], "condition", "condition"),

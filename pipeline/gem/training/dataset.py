@@ -25,7 +25,7 @@ from pipeline.gem.model.training_support import TrainingSupport
 from pipeline.gem.training.expression import Expression, open_expression
 
 _SPREAD_VALUES = 2**22  # in float64, three times
-_ZERO_SAMPLES, _ZERO_SHARE = 4096, 0.5  # above this share of zeros, counts are sparse
+_SPARSE_SAMPLES, _SPARSE_COUNT = 4096, 5  # below this median, counts are sparse
 _TECHNICAL_LATENTS = (64, 512)  # bounds of their number where params.yaml leaves it open
 
 
@@ -240,6 +240,7 @@ def _with_observation(params: Params, sparse: bool) -> Params:
 
 
 def has_sparse_counts(cohort: Cohort) -> bool:
-    """Whether most counts of the first training samples, which are in random order, are zero."""
-    counts = next(cohort.blocks([TRAIN]))[:_ZERO_SAMPLES]
-    return bool((counts == 0).mean() > _ZERO_SHARE)
+    """Whether the median count of the first training samples, which are in random order, is
+    small. Then the mean log-CPM of a gene depends on the depth of its samples."""
+    counts = next(cohort.blocks([TRAIN]))[:_SPARSE_SAMPLES]
+    return bool(np.median(counts) < _SPARSE_COUNT)

@@ -24,5 +24,6 @@ class Splits(Frozen):
     combination: ShareOrMappings
     validation_combination: ShareOrMappings
     condition: ShareOrMappings
+    context: ShareOrMappings
     perturbation: Share
     study: Share

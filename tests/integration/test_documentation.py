@@ -39,7 +39,8 @@ TEXT_COMMANDS = {
 SMALLER = {"TRIALS=40": "TRIALS=4", "TRIALS=12": "TRIALS=2", "WORKERS=8": "WORKERS=2"}
 
 
-# Commands of make and dvc that an earlier page has run.
+# Commands that one page runs for all: what starts so, and those that a page has run.
+REPEATED = ("make", "dvc", "python -m pipeline")
 PASSED: set[str] = set()
 
 
@@ -128,7 +129,7 @@ def script(block: Block) -> str:
         text = text.replace(words, smaller)
     for line in text.splitlines():
         command = line.split(" #")[0].strip()
-        if command in NOT_RUN or command in PASSED or command.startswith("python -m pytest"):
+        if command in (*NOT_RUN, *PASSED) or command.startswith("python -m pytest"):
             continue
         server = next((name for name in SERVERS if command.startswith(name)), None)
         if server:
@@ -171,7 +172,7 @@ def run(block: Block, folder: Path) -> tuple[int, str]:
             # Servers that the block started share its session.
             subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
     commands = {line.split(" #")[0].strip() for line in block.text.splitlines()}
-    PASSED.update(command for command in commands if command.startswith(("make", "dvc")))
+    PASSED.update(command for command in commands if command.startswith(REPEATED))
     return process.returncode, output
 
 

@@ -269,8 +269,11 @@ def test_evaluate_opens_runs_for_models_that_the_store_does_not_know(repository)
     assert {"test_random/mse", "test_random/reference_mse"} <= set(default.metrics)
 
 
-def test_two_independent_stages_run_side_by_side(repository):
+def test_two_stages_run_side_by_side_and_a_raised_budget_continues_the_search(repository, client):
     """`--single-item` keeps DVC from locking the stages before them."""
+    table = repository.folder / "experiments/latent_kl/trials.csv"
+    before = pd.read_csv(table)
+    repository.stage("pipeline.configure", "--set", "tune.trials=5")
     environment = repository.environment(f"sqlite:///{repository.folder}/mlflow.db")
     command = [sys.executable, "-m", "dvc", "repro", "--force", "--single-item"]
     processes = [
@@ -281,15 +284,7 @@ def test_two_independent_stages_run_side_by_side(repository):
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert repository.dvc("status", "train", "tune").stdout.strip().endswith("up to date.")
-
-
-def test_a_raised_budget_continues_the_search_and_a_promotion_trains_no_trial(repository, client):
-    """The last test of the module: it changes the repository."""
-    folder = repository.folder
-    before = pd.read_csv(folder / "experiments/latent_kl/trials.csv")
-    repository.stage("pipeline.configure", "--set", "tune.trials=5")
-    repository.dvc("repro", "tune")
-    after = pd.read_csv(folder / "experiments/latent_kl/trials.csv")
+    after = pd.read_csv(table)
     same = [table.drop(columns="win_rate") for table in (after.iloc[:3], before)]
     pd.testing.assert_frame_equal(*same)
     points = after[[name for name in after if "." in name]]
@@ -297,6 +292,10 @@ def test_a_raised_budget_continues_the_search_and_a_promotion_trains_no_trial(re
     metrics = by_name(runs_of(client), "latent_kl").data.metrics
     assert metrics["trials/complete"] + metrics["trials/pruned"] == 5
 
+
+def test_a_promotion_writes_the_winner_and_trains_no_trial(repository, client):
+    """The last test of the module: it changes the settings of the model."""
+    folder = repository.folder
     text = (folder / "params.yaml").read_text()
     output = repository.stage("pipeline.configure", "--promote", "latent_kl")
     best = yaml_file.read(folder / "experiments/latent_kl/best.yaml").values
@@ -312,7 +311,7 @@ def test_a_raised_budget_continues_the_search_and_a_promotion_trains_no_trial(re
         name: (folder / "experiments/latent_kl" / name).read_bytes() for name in SEARCH_FILES
     }
     number = len(runs_of(client))
-    repository.dvc("repro", "tune")
+    repository.stage("pipeline.tune", "--search", "latent_kl")
     assert len(runs_of(client)) == number
     for name, content in results.items():
         assert (folder / "experiments/latent_kl" / name).read_bytes() == content, name

@@ -13,6 +13,7 @@ import torch
 from support.processes import TrackingServer
 from support.repository import Repository
 from support.settings import ROOT, TINY, at_source
+from threadpoolctl import threadpool_limits
 
 from pipeline.gem.common.config import Covariates, Data, Latent, Model, Params, read_params
 from pipeline.gem.data.cohort import Cohort
@@ -89,9 +90,11 @@ def shared_folder(tmp_path_factory) -> Callable[[str, Callable[[Path], object]],
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread():
+def _one_thread() -> Iterator[None]:
     """Small shapes are fastest on one thread, and two test processes do not fight."""
     torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
 
 
 @pytest.fixture(scope="session")

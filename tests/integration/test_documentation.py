@@ -35,6 +35,8 @@ TEXT_COMMANDS = {
     "torchrun": "tests/integration/test_ranks.py",
     "benchmarks.cohorts": "tests/benchmarks/cohorts/test_run.py",
 }
+# Commands that another test runs, and checks.
+COVERED = {"dvc repro --single-item": "tests/integration/test_pipeline.py"}
 # Larger budgets than a test needs.
 SMALLER = {"TRIALS=40": "TRIALS=4", "TRIALS=12": "TRIALS=2", "WORKERS=8": "WORKERS=2"}
 
@@ -78,6 +80,11 @@ def test_a_block_has_a_language_that_a_test_runs(block):
         covered = [test for words, test in TEXT_COMMANDS.items() if words in block.text]
         assert covered, f"{block}: mark commands as bash, so that they run"
         assert all((ROOT / test).exists() for test in covered)
+
+
+def test_another_test_runs_the_commands_that_no_page_runs_here():
+    for command, test in COVERED.items():
+        assert set(command.split()) <= set(re.findall(r"[\w-]+", (ROOT / test).read_text()))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -129,7 +136,7 @@ def script(block: Block) -> str:
         text = text.replace(words, smaller)
     for line in text.splitlines():
         command = line.split(" #")[0].strip()
-        if command in (*NOT_RUN, *PASSED) or command.startswith("python -m pytest"):
+        if command in (*NOT_RUN, *PASSED) or command.startswith(("python -m pytest", *COVERED)):
             continue
         server = next((name for name in SERVERS if command.startswith(name)), None)
         if server:

@@ -83,8 +83,10 @@ def test_after_its_time_limit_a_search_uses_the_finished_trials_and_a_second_cal
 
 def test_after_a_promotion_the_stage_trains_nothing_and_writes_the_same_results(repository):
     """DVC deletes the outputs before the run. They are written again from the storage."""
-    # The winner is fitted with two threads; a worker has one.
-    repository.stage("pipeline.configure", "--set=train.threads=2", "--set=train.epochs=2")
+    # The winner is fitted with two threads; a worker has one. Two are slow beside other tests: few
+    # steps.
+    changes = ("train.threads=2", "train.epochs=2", "train.batch_size=256")
+    repository.stage("pipeline.configure", *(f"--set={change}" for change in changes))
     define(repository, trials=2, minutes=10)
     tune(repository, "--workers", "2")
     folder = repository.folder / "experiments" / "short"

@@ -6,6 +6,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Before torch, as in a stage: the threads of a forked stage do not spin either.
+import pipeline  # noqa: F401
+
+# isort: split
 import filelock
 import numpy as np
 import pytest
@@ -143,10 +147,13 @@ def cohort(params, source_folder, shared_folder) -> Cohort:
 
 @pytest.fixture(scope="module")
 def no_figures() -> Iterator[None]:
-    """Stages forked by these tests draw no figures of a search: they are slow."""
+    """Stages forked by these tests draw no figures of a training or a search: they are slow."""
+    from pipeline.gem.common.files import write_json
     from pipeline.gem.search import figures
+    from pipeline.gem.training import model_directory
 
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(model_directory, "learning_curves", lambda _, path: write_json(path, {}))
         patched.setattr(figures, "draw", lambda *_: None)
         yield
 

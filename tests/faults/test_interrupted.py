@@ -18,8 +18,7 @@ from support.processes import descendants, is_alive, until
 from support.repository import Repository, Stage
 from support.settings import TINY
 
-from pipeline.gem.common.files import sha256, write_json
-from pipeline.gem.training import model_directory
+from pipeline.gem.common.files import sha256
 
 STOPPED = 75
 EPOCHS = 6
@@ -40,10 +39,8 @@ confirm: {top: 1, seeds: [2], epochs: 1}
 
 
 @pytest.fixture
-def repository(no_figures, monkeypatch, cohort, migrated_store, tmp_path) -> Repository:
+def repository(no_figures, cohort, migrated_store, tmp_path) -> Repository:
     """A repository with a cohort, a search and an empty store."""
-    # The figure takes seconds.
-    monkeypatch.setattr(model_directory, "learning_curves", lambda _, path: write_json(path, {}))
     changes = {"train.epochs": EPOCHS, "train.patience": 99, "train.batch_size": 128}
     repository = Repository(tmp_path / "repository", TINY | changes)
     (repository.folder / "experiments" / "searches" / "short.yaml").write_text(SEARCH)

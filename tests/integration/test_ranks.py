@@ -18,7 +18,7 @@ MODEL = Path("experiments/default/model.safetensors")
 
 
 @pytest.fixture
-def repository(cohort, migrated_store, tmp_path) -> Repository:
+def repository(no_figures, cohort, migrated_store, tmp_path) -> Repository:
     repository = Repository(tmp_path / "repository", TINY | {"train.epochs": 8})
     shutil.copytree(cohort.folder, repository.folder / "data" / "cohort")
     shutil.copy(migrated_store, repository.folder / "mlflow.db")

@@ -24,7 +24,7 @@ def prepare(folder: Path, cohort, migrated_store, changes: dict) -> Repository:
 
 
 @pytest.fixture
-def repository(cohort, migrated_store, tmp_path) -> Repository:
+def repository(no_figures, cohort, migrated_store, tmp_path) -> Repository:
     return prepare(tmp_path / "repository", cohort, migrated_store, LONG)
 
 

@@ -62,6 +62,7 @@ def renamed(params, source_folder, tmp_path) -> Cohort:
     return Cohort(tmp_path / "cohort")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_columns_of_any_name_train_predict_and_are_registered(
     renamed, cohort, params, store, monkeypatch
 ):

@@ -34,7 +34,7 @@ _ABSENT = {
 }
 _TABLES = ("target_gene", "gene_list")  # paths; relative ones start at the folder of the YAML
 
-HoldOut = Literal["pairs", "conditions", "samples"]
+HoldOut = Literal["pairs", "conditions", "contexts", "samples"]
 
 
 class Declaration(Frozen):
@@ -44,7 +44,7 @@ class Declaration(Frozen):
     synthesize: dict[Text, object] | None = None  # instead of data: a simulated cohort
     hold_out: HoldOut
     at_most: Count = FOLDS  # folds, drawn by seed
-    at_once: Count = 1  # pairs or conditions that a fold holds out
+    at_once: Count = 1  # pairs, conditions or contexts that a fold holds out
     share: float = Field(default=0.2, gt=0, le=0.5)  # of the samples of a fold, for `samples`
     cells: Literal["means", "sums"] | None = None  # single cells, and what ranks and wins compare
 
@@ -208,8 +208,8 @@ def _check_hold_out(declaration: Declaration, params: Params, path: Path) -> Non
         )
     if declaration.hold_out == "samples" and declaration.cells:
         raise InputError(
-            f"{path}: cells: sums of cells need whole conditions held out; hold out pairs or "
-            "conditions, or remove cells"
+            f"{path}: cells: sums of cells need whole conditions held out; hold out pairs, "
+            "conditions or contexts, or remove cells"
         )
 
 

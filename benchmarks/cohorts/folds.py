@@ -1,8 +1,10 @@
 """The folds of a cohort: what each holds out, drawn by seed from what the cohort can hold out.
 
-A pair or condition can be held out if its perturbation and its context stay in training.
+A pair or condition can be held out if its perturbation and its context stay in training, a context
+if its perturbations and its controls do.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +22,7 @@ from pipeline.gem.data.splits import Entities
 SPLITS = {
     "pairs": ("test_combination", "splits.combination"),
     "conditions": ("test_condition", "splits.condition"),
+    "contexts": ("test_context", "splits.context"),
     "samples": ("test_random", "splits.test_random"),
 }
 # A fold tests one question: everything else is for training and validation.
@@ -33,7 +36,7 @@ class Fold:
 
     name: str
     hold_out: str
-    mappings: tuple[dict[str, str], ...] = ()  # column to value, of pairs or conditions
+    mappings: tuple[dict[str, str], ...] = ()  # column to value, of each pair, condition or context
     seed: int | None = None  # of the splits, for `samples`
     share: float | None = None
 
@@ -79,47 +82,58 @@ def draw_folds(samples: pd.DataFrame, declaration: Declaration, params: Params) 
 
 @dataclass(frozen=True)
 class _Candidates:
-    """The pairs or conditions of treated samples, ordered by name."""
+    """The pairs, conditions or contexts of treated samples, ordered by name."""
 
     names: list[str]
     mappings: list[dict[str, str]]
-    context: list[str]
-    perturbation: list[str]
+    contexts: list[str]
+    perturbations: list[frozenset[str]]
     with_controls: set[str]  # contexts
+    needs_controls: bool
 
     @classmethod
     def of(cls, samples: pd.DataFrame, data: Data, hold_out: str) -> "_Candidates":
         samples = LabelForm.of(data).table(samples)
         samples = clean_samples(samples, data.covariates, data.source)
-        entities, groups = Entities.of(samples, data), SampleGroups(samples, data)
-        key = entities.pair if hold_out == "pairs" else groups.condition
-        columns = [*data.context_columns, data.control.column]
+        entities = Entities.of(samples, data)
+        treated = entities.pair.notna()  # and of a known context
+        columns = list(data.context_columns)
+        if hold_out != "contexts":
+            columns.append(data.control.column)
         if hold_out == "conditions":
             columns += [name for name in data.covariates.perturbation if name not in columns]
+        key = {
+            "contexts": entities.context,
+            "pairs": entities.pair,
+            "conditions": SampleGroups(samples, data).condition,
+        }[hold_out][treated]
         texts = {name: label_texts(samples[name]) for name in columns}
-        first = key[entities.pair.notna()].drop_duplicates().sort_values()
-        mappings = [
-            {name: texts[name][row] for name in columns if texts[name][row] is not None}
-            for row in first.index
-        ]
+        first = key.drop_duplicates().sort_values()
+        of_key = entities.perturbation[treated].groupby(key).agg(frozenset)
         return cls(
-            list(first),
-            mappings,
-            list(entities.context[first.index]),
-            list(entities.perturbation[first.index]),
-            set(entities.context[entities.control]),
+            names=list(first),
+            mappings=[
+                {name: texts[name][row] for name in columns if texts[name][row] is not None}
+                for row in first.index
+            ],
+            contexts=list(entities.context[first.index]),
+            perturbations=list(of_key[first]),
+            with_controls=set(entities.context[entities.control]),
+            needs_controls=hold_out == "contexts",
         )
 
     def choose(self, order: list[int], number: int) -> list[int]:
-        """The first of `order`, at most `number`, that leave both parts of each in training."""
-        contexts = pd.Series(self.context).value_counts()
-        perturbations = pd.Series(self.perturbation).value_counts()
+        """The first of `order`, at most `number`, that leave the parts of each in training."""
+        contexts = Counter(self.contexts)
+        perturbations = Counter(name for names in self.perturbations for name in names)
         chosen: list[int] = []
         for index in order:
-            context, perturbation = self.context[index], self.perturbation[index]
-            stays = context in self.with_controls or contexts[context] > 1
-            if stays and perturbations[perturbation] > 1 and len(chosen) < number:
+            context, names = self.contexts[index], self.perturbations[index]
+            stays = context in self.with_controls
+            stays |= not self.needs_controls and contexts[context] > 1
+            stays &= all(perturbations[name] > 1 for name in names)
+            if stays and len(chosen) < number:
                 contexts[context] -= 1
-                perturbations[perturbation] -= 1
+                perturbations.subtract(names)
                 chosen.append(index)
         return chosen

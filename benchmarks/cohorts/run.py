@@ -88,39 +88,44 @@ def _run_cohort(
     task: CohortTask, folder: Path, pool: ProcessPoolExecutor, stop: StopSignal, name: str
 ) -> pd.DataFrame:
     identity = sha256_of(task.identity(), code_sha256())
-    if task.declaration.synthesize is not None:
-        write_source(task.params.synthesize, folder / task.name)
-        task = replace(task, params=at_source(task.params, folder / task.name))
-    folds = draw_folds(open_source(task.params.data).samples, task.declaration, task.params)
-    jobs = [
-        FoldJob(task, fold, WORK / task.name / f"{sha256_of(identity, repr(fold))[:24]}.json")
-        for fold in folds
-    ]
+    jobs = _jobs(task, identity, folder)
     missing = [job for job in jobs if not job.result.exists()]
     finished = len(jobs) - len(missing)
     log.info("%s: %d folds, of which %d were finished before", task.name, len(jobs), finished)
-    of_cohort = sha256_of(identity, name)
-    with Run.open(
-        f"{name}/{task.name}", STAGE, identity=of_cohort, killed_by=(StoppedError,)
-    ) as run:
+    identity, killed_by = sha256_of(identity, name), (StoppedError,)
+    with Run.open(f"{name}/{task.name}", STAGE, identity=identity, killed_by=killed_by) as run:
         run.log_params(task.params.flat("model", "train"))
         run.set_tags({"cohort": task.name, "benchmark": name})
         run.log_dataset(task.name, sha256_of(task.identity()), "evaluation")
         for job in _finished(missing, pool, stop):
             log.info("%s: %s", job.label, _summary(job.read(), task.scale))
-        rows = []
         for job in jobs:
-            result = job.read()
-            metrics = _by_name(result["rows"]) | {"seconds": result["seconds"]}
-            child = sha256_of(of_cohort, job.fold.name)
-            with Run.open(job.fold.name, STAGE, parent=run.id, identity=child) as of_fold:
-                of_fold.set_tags({"cohort": task.name, "benchmark": name})
-                of_fold.log_metrics(metrics)
-            rows += [{"cohort": task.name, "fold": job.fold.name} | row for row in result["rows"]]
-        table = pd.DataFrame(rows)
+            _log_fold(job, run, sha256_of(identity, job.fold.name), name)
+        table = pd.DataFrame(
+            {"cohort": task.name, "fold": job.fold.name} | row
+            for job in jobs
+            for row in job.read()["rows"]
+        )
         means = table.groupby(["scale", "predictor"], sort=False).mean(numeric_only=True)
         run.log_metrics(_by_name(means.reset_index().to_dict("records")))
     return table
+
+
+def _jobs(task: CohortTask, identity: str, folder: Path) -> list[FoldJob]:
+    """The folds of a cohort. Writes the source of a simulated one below `folder`."""
+    if task.declaration.synthesize is not None:
+        write_source(task.params.synthesize, folder / task.name)
+        task = replace(task, params=at_source(task.params, folder / task.name))
+    folds = draw_folds(open_source(task.params.data).samples, task.declaration, task.params)
+    results = [WORK / task.name / f"{sha256_of(identity, repr(fold))[:24]}.json" for fold in folds]
+    return [FoldJob(task, fold, path) for fold, path in zip(folds, results, strict=True)]
+
+
+def _log_fold(job: FoldJob, parent: Run, identity: str, name: str) -> None:
+    result = job.read()
+    with Run.open(job.fold.name, STAGE, parent=parent.id, identity=identity) as run:
+        run.set_tags({"cohort": job.task.name, "benchmark": name})
+        run.log_metrics(_by_name(result["rows"]) | {"seconds": result["seconds"]})
 
 
 def _by_name(rows: list[dict]) -> dict[str, float | None]:

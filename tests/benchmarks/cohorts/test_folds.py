@@ -8,6 +8,9 @@ from benchmarks.cohorts.declarations import Declaration, read_task
 from benchmarks.cohorts.folds import draw_folds
 from pipeline.gem.common.config import read_params
 from pipeline.gem.common.errors import InputError
+from pipeline.gem.data.cleaning import clean_samples
+from pipeline.gem.data.labels import LabelForm
+from pipeline.gem.preparation.assign_splits import assign_splits
 
 DEFAULTS = read_params(ROOT / "params.yaml")
 
@@ -46,6 +49,36 @@ def test_a_perturbation_of_one_context_is_not_held_out(samples, params):
     alone = samples[samples["donor"] == "donor 0"]
     with pytest.raises(InputError, match="none can be held out"):
         folds_of(alone, params)
+
+
+def test_a_context_is_held_out_with_all_its_perturbations_if_it_has_controls(samples, params):
+    folds = folds_of(samples, params, hold_out="contexts")
+    assert sorted(fold.name for fold in folds) == ["donor 0", "donor 1", "donor 2"]
+    assert {fold.split for fold in folds} == {"test_context"}
+    assert ({"donor": "donor 0"},) in [fold.mappings for fold in folds]
+    control = samples["perturbation"] == "control"
+    without = samples[(samples["donor"] != "donor 0") | ~control]
+    assert len(folds_of(without, params, hold_out="contexts")) == 2
+    own = samples.assign(
+        perturbation=samples["perturbation"].where(samples["donor"] != "donor 1", "drug C")
+    )
+    own.loc[control, "perturbation"] = "control"
+    names = [fold.name for fold in folds_of(own, params, hold_out="contexts")]
+    assert "donor 1" not in names and names
+
+
+@pytest.mark.parametrize("hold_out", ["pairs", "conditions", "contexts", "samples"])
+def test_prepare_holds_out_what_the_fold_names(samples, params, hold_out):
+    fold = folds_of(samples, params, hold_out=hold_out)[0]
+    table = samples.rename_axis("sample_id").reset_index()
+    table = clean_samples(LabelForm.of(params.data).table(table), params.data.covariates, "here")
+    split, _ = assign_splits(table, params.data, fold.params(params).splits)
+    held_out = table[split == fold.split]
+    sizes = {"pairs": 4, "conditions": 2, "contexts": 8, "samples": round(0.2 * len(samples))}
+    assert len(held_out) == sizes[hold_out]
+    if hold_out == "contexts":
+        assert set(held_out["donor"]) == {fold.name}
+    assert not set(split) & {"test_control", "test_perturbation", "test_study"}
 
 
 def test_a_fold_of_several_pairs_leaves_each_part_in_training(samples, params):

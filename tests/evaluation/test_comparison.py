@@ -18,7 +18,7 @@ from pipeline.gem.evaluation.comparison import (
     nested_scores,
     sample_errors,
 )
-from pipeline.gem.evaluation.evaluation_split import EvaluationSplits
+from pipeline.gem.evaluation.evaluation_split import SHARED_CONTROLS, EvaluationSplits
 from pipeline.gem.evaluation.metrics import METRICS
 from pipeline.gem.evaluation.predictors import MODELS, PREDICTORS, Predictors
 
@@ -211,10 +211,13 @@ def test_scores_that_a_cohort_cannot_have_are_null_with_a_reason(
             assert result.error_decomposition.empty
         delta = scores.loc["delta_pearson"]
         if missing in ("truth", "study"):
-            assert np.isfinite(delta["value"])
+            assert np.isfinite(delta["value"]) and not delta["reason"]
+            continue
+        if missing == "hidden controls":
+            assert np.isfinite(delta["value"]) and delta["reason"] == SHARED_CONTROLS
         else:
-            assert delta["reason"] == "no two disjoint sets of controls of the same context"
-            assert set(result.comparisons["metric"]) == {"mse"}
+            assert delta["reason"] == "no control of the same context"
+        assert set(result.comparisons["metric"]) == {"mse"}
 
 
 @pytest.mark.parametrize("subset", ["one condition", "one sample", "controls only"])

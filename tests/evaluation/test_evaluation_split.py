@@ -218,6 +218,22 @@ def test_a_context_without_hidden_controls_has_none_and_the_others_keep_theirs(
     assert without.any() and not without.all()
     expected = np.where(without[:, None], np.nan, complete.observed_control.mean)
     np.testing.assert_array_equal(split.observed_control.mean, expected)
+    assert not split.shared_control
+
+
+@pytest.mark.parametrize("hidden", ["none", "of other contexts"])
+def test_without_hidden_controls_of_its_contexts_a_split_takes_those_of_training(
+    evaluation, monkeypatch, hidden
+):
+    splits, profiles = EvaluationSplits(evaluation.cohort, evaluation.params.evaluate), None
+    if hidden == "of other contexts":
+        pool, values = table_of(evaluation.cohort, "test_control")
+        profiles = Profiles.of(splits.data, pool.assign(tissue="another"), [values])
+    monkeypatch.setattr(splits, "_hidden_controls", lambda _: profiles)
+    split, complete = splits.split("test_combination"), evaluation.by_split["test_combination"][0]
+    assert split.shared_control and not complete.shared_control
+    assert split.observed_control is split.predicted_control
+    np.testing.assert_array_equal(split.predicted_control.mean, complete.predicted_control.mean)
 
 
 def test_a_large_split_is_scored_on_whole_conditions_drawn_by_seed(evaluation):

@@ -15,10 +15,15 @@ from support.comparison import (
     split_context,
 )
 
-from pipeline.gem.evaluation.bootstrap import Bootstrap
-from pipeline.gem.evaluation.evaluation_split import Controls, EvaluationSplit, PredictedSplit
+from pipeline.gem.evaluation.bootstrap import Bootstrap, MetricDraws
+from pipeline.gem.evaluation.evaluation_split import (
+    SHARED_CONTROLS,
+    Controls,
+    EvaluationSplit,
+    PredictedSplit,
+)
 from pipeline.gem.evaluation.metrics import METRICS
-from pipeline.gem.evaluation.scoring import MIN_TEST_SAMPLES, MetricDraws, measure, score
+from pipeline.gem.evaluation.scoring import MIN_TEST_SAMPLES, measure, score
 
 PREDICTORS = (
     "no_change",
@@ -364,6 +369,31 @@ def test_a_prediction_of_no_change_has_no_direction_and_ties(simulated):
     result = scores(split, no_change, true_change=lambda _: true_change)
     assert result["delta_pearson"].reason == "no change is predicted in any condition"
     assert result["discrimination"].value == result["de_direction"].value == 0.5
+
+
+def test_a_prediction_of_no_effect_is_rewarded_by_shared_controls_alone_and_this_is_said(rng):
+    """Its change is minus the noise of its control; so is that of the observed side, if shared."""
+    level, condition = rng.normal(5, 2, 400), np.arange(CONDITIONS)
+    noise = rng.normal(0, 0.2, (CONDITIONS + 4, 400))
+    split = simple_split(level + noise[4:], condition, level + noise[:4])  # two on each side
+    shared = replace(split, observed_control=split.predicted_control, shared_control=True)
+    predicted = PredictedSplit(np.tile(level, (CONDITIONS, 1)))
+    own, biased = (scores(each, predicted)["delta_pearson"] for each in (split, shared))
+    assert own.value == pytest.approx(0, abs=0.15) and not own.reason
+    assert biased.value == pytest.approx(np.sqrt(1 / 3), abs=0.1)
+    assert biased.reason == SHARED_CONTROLS
+
+
+@pytest.mark.parametrize("truth", [True, False])
+def test_scores_of_genes_are_marked_for_shared_controls_unless_the_truth_is_known(simulated, truth):
+    split, expected, true_change = simulated
+    split = replace(split, observed_control=split.predicted_control, shared_control=True)
+    change = (lambda _: true_change) if truth else None
+    result = scores(split, PredictedSplit(expected), true_change=change)
+    assert np.isfinite(result["de_direction"].value)
+    assert (result["de_direction"].reason == SHARED_CONTROLS) == (not truth)
+    assert result["discrimination"].reason == SHARED_CONTROLS
+    assert not result["mse"].reason and not result["delta_pearson_systema"].reason
 
 
 def test_a_predictor_with_shuffled_conditions_scores_as_by_chance(simulated, rng):

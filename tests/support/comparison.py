@@ -7,7 +7,7 @@ import pandas as pd
 
 from pipeline.gem.common.config import Params
 from pipeline.gem.data.cohort import Cohort
-from pipeline.gem.evaluation.bootstrap import Bootstrap, Score
+from pipeline.gem.evaluation.bootstrap import Bootstrap, MetricDraws, Score
 from pipeline.gem.evaluation.comparison import (
     SplitResult,
     evaluate_split,
@@ -21,7 +21,7 @@ from pipeline.gem.evaluation.evaluation_split import (
     PredictedSplit,
 )
 from pipeline.gem.evaluation.predictors import Predictors
-from pipeline.gem.evaluation.scoring import MetricDraws, SplitContext, TrueChange, measure, score
+from pipeline.gem.evaluation.scoring import SplitContext, TrueChange, measure, score
 from pipeline.gem.model.gem import TrainedGEM
 
 SPLITS = ("test_random", "test_combination", "test_perturbation", "test_study")
@@ -118,6 +118,7 @@ def simple_split(
         reference_samples=None,
         observed_control=sides[0],
         predicted_control=sides[1],
+        shared_control=False,
         reference_control=sides[1],
         context=np.full(number, "x", dtype=object),
         study=np.full(number, "", dtype=object),

@@ -84,6 +84,19 @@ class Bootstrap:
         return Score(value, float(low), float(high), number)
 
 
+@dataclass(frozen=True)
+class MetricDraws:
+    """A metric as (R + 1,) values, the first on the samples themselves; or None with a reason."""
+
+    values: np.ndarray | None
+    conditions: int = 0
+    reason: str = ""
+
+    @classmethod
+    def null(cls, reason: str) -> "MetricDraws":
+        return cls(None, reason=reason)
+
+
 def condition_sums(values: np.ndarray, condition: np.ndarray, number: int) -> np.ndarray:
     """(C, ...) float64 sums of per-sample values (N, ...) by condition (N,); `number` is C."""
     samples = len(condition)

@@ -157,6 +157,8 @@ def _comparison_table(
     holds for other pairs, perturbations or studies."""
     split, errors = context.split, context.errors
     deltas, delta_entity = _entity_deltas(predictions, context)
+    if split.shared_control:  # the bias differs between predictors that do and do not use controls
+        deltas = {}
     rows = []
     for model, other in COMPARISONS:
         if model in errors and other in errors:

@@ -28,6 +28,10 @@ HELD_OUT = {
     "test_perturbation": "perturbation",
     "test_study": "study",
 }
+SHARED_CONTROLS = (
+    "the same controls stand on both sides of a change: biased upwards, delta_pearson of a "
+    "perturbation without effect is above 0"
+)
 NO_REFERENCE = "a sample has no control of its context to start from"
 
 
@@ -54,6 +58,7 @@ class EvaluationSplit:
     reference_samples: pd.DataFrame | None  # (N, ...) metadata of the references
     observed_control: Controls | None  # hidden from predictors; None if no sample has any
     predicted_control: Controls | None  # of training, disjoint from the observed ones
+    shared_control: bool  # no control is hidden: those of training are on the observed side too
     reference_control: Controls | None  # of training, and those of a new study that predictors see
     context: np.ndarray  # (N,) names; "" for none
     study: np.ndarray
@@ -145,8 +150,10 @@ class EvaluationSplits:
         samples = plan.samples[plan.scored]
         counts = self.cohort.counts([name], plan.scored)
         groups, entities = SampleGroups(samples, self.data), Entities.of(samples, self.data)
-        hidden, pool = self._hidden_controls(plan), [self.train.profiles]
+        pool = [self.train.profiles]
         predicted = reference = self._controls(groups, pool)
+        observed = self._observed_controls(plan, groups)
+        shared = observed is None and predicted is not None
         if plan.visible.any():
             reference = self._controls(groups, [*pool, self._profiles(name, plan.visible)])
         centroid = None
@@ -166,8 +173,9 @@ class EvaluationSplits:
             observed=log_cpm(counts, samples["total"].to_numpy()),
             reference=None if plan.references is None else self._reference_expression(plan),
             reference_samples=plan.reference_samples,
-            observed_control=None if hidden is None else self._controls(groups, [hidden]),
+            observed_control=predicted if shared else observed,
             predicted_control=predicted,
+            shared_control=shared,
             reference_control=reference,
             context=_names(entities.context),
             study=_names(entities.study),
@@ -225,6 +233,14 @@ class EvaluationSplits:
         second = np.empty(len(controls), dtype=bool)
         second[shuffled] = pd.Series(key).groupby(key).cumcount() % 2 == 1
         return second
+
+    def _observed_controls(self, plan: _SplitRows, groups: SampleGroups) -> Controls | None:
+        """The hidden controls that match each sample; None if no treated sample has any."""
+        hidden, treated = self._hidden_controls(plan), ~groups.control.to_numpy()
+        controls = None if hidden is None else self._controls(groups, [hidden])
+        if controls is None or np.isnan(controls.mean[treated, 0]).all():
+            return None
+        return controls
 
     def _hidden_controls(self, plan: _SplitRows) -> Profiles | None:
         """Controls that no predictor sees: of a new study its own, else the reserved."""

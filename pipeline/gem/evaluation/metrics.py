@@ -128,7 +128,8 @@ def delta_pearson(observed_change: np.ndarray, predicted_change: np.ndarray) -> 
 
     Changes are from the control, or from the mean of the centroids of training perturbations
     (Systema, Nature Biotechnology 2025). The controls of the two sides must be disjoint samples: a
-    shared control correlates with itself (0.7 for the perfect prediction of no effect).
+    shared control correlates with itself (0.7 for the perfect prediction of no effect). Scores from
+    shared controls are marked (`EvaluationSplit.shared_control`).
     NaN where a change is constant over genes.
     """
     return _row_correlation(observed_change, predicted_change)

@@ -10,9 +10,14 @@ from functools import cached_property
 import numpy as np
 
 from pipeline.gem.evaluation import metrics
-from pipeline.gem.evaluation.bootstrap import Bootstrap, Score, condition_sums
+from pipeline.gem.evaluation.bootstrap import Bootstrap, MetricDraws, Score, condition_sums
 from pipeline.gem.evaluation.differential_expression import changed_genes, de_direction, de_jaccard
-from pipeline.gem.evaluation.evaluation_split import Controls, EvaluationSplit, PredictedSplit
+from pipeline.gem.evaluation.evaluation_split import (
+    SHARED_CONTROLS,
+    Controls,
+    EvaluationSplit,
+    PredictedSplit,
+)
 from pipeline.gem.evaluation.predictors import REPLICATE, SKILL_BASELINE, SKILL_CEILING
 
 # At least on either side: with two or three samples, Welch's test against many controls selects
@@ -22,26 +27,16 @@ MIN_TEST_SAMPLES = 4
 # ((N, G) bool which genes each sample's perturbation changes, (N, G) log fold change)
 TrueChange = Callable[[EvaluationSplit], tuple[np.ndarray, np.ndarray]]
 
+# Metrics of two changes from a control; of observed and predicted genes, if the truth is unknown.
+_CHANGES, _GENE_SETS = ("delta_pearson", "discrimination"), ("de_direction", "de_jaccard")
+
 # Reasons of a metric without a value.
 NO_DISTRIBUTION = "predicts a mean, not a distribution"
 NO_PROBABILITY = "has no probability of whole samples"
 BEYOND_METADATA = "1 is the ideal predictor from metadata; a sample of the same study can tell more"
-NO_CONTROLS = "no two disjoint sets of controls of the same context"
+NO_CONTROLS = "no control of the same context"
 NO_REPLICATES = "no treated condition has two samples that are predicted"
 NOT_TESTED = f"no condition and its controls have the {MIN_TEST_SAMPLES} samples each of a test"
-
-
-@dataclass(frozen=True)
-class MetricDraws:
-    """A metric as (R + 1,) values, the first on the samples themselves; or None with a reason."""
-
-    values: np.ndarray | None
-    conditions: int = 0
-    reason: str = ""
-
-    @classmethod
-    def null(cls, reason: str) -> "MetricDraws":
-        return cls(None, reason=reason)
 
 
 @dataclass(frozen=True)
@@ -130,6 +125,10 @@ def measure(predicted: PredictedSplit, context: SplitContext) -> dict[str, Metri
             draws[name] = getattr(measurement, name)()
         except _Undefined as reason:
             draws[name] = MetricDraws.null(str(reason))
+    if context.split.shared_control:
+        for name in _CHANGES if context.true_change else (*_CHANGES, *_GENE_SETS):
+            if draws[name].values is not None:
+                draws[name] = replace(draws[name], reason=SHARED_CONTROLS)
     return draws
 
 
@@ -142,7 +141,7 @@ def score(seeds: list[MetricDraws], resamples: Bootstrap) -> Score:
         return Score.null(f"of {len(missing)} of {len(seeds)} training seeds: {missing[0]}")
     mean = np.mean([draws.values for draws in seeds], axis=0)
     result = resamples.score(mean, min(draws.conditions for draws in seeds))
-    return replace(result, reason=result.reason or seeds[0].reason)
+    return replace(result, reason="; ".join(filter(None, (result.reason, seeds[0].reason))))
 
 
 def changes(

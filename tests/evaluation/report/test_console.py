@@ -4,8 +4,10 @@ import pandas as pd
 import pytest
 
 from pipeline.gem.evaluation.comparison import BETTER, COMPARISON_COLUMNS
+from pipeline.gem.evaluation.evaluation_split import SHARED_CONTROLS
 from pipeline.gem.evaluation.metrics import METRICS
 from pipeline.gem.evaluation.report.console import show_results
+from pipeline.gem.evaluation.report.summary import SHARED_MARK, SHARED_NOTE
 
 COMPARISONS = pd.DataFrame(
     [["test_random", "gem", "ridge", "mse", 0.2, 0.1, 0.3, 9, "condition", BETTER]],
@@ -15,11 +17,13 @@ COMPARISONS = pd.DataFrame(
 
 def score_table(*predictors: str, **values: float) -> pd.DataFrame:
     rows = [
-        ("test_random", name, metric, values.get(metric, 0.5), 0.4, 0.6)
+        ("test_random", name, metric, values.get(metric, 0.5), 0.4, 0.6, "")
         for name in predictors
         for metric in METRICS
     ]
-    return pd.DataFrame(rows, columns=["split", "predictor", "metric", "value", "low", "high"])
+    return pd.DataFrame(
+        rows, columns=["split", "predictor", "metric", "value", "low", "high", "reason"]
+    )
 
 
 @pytest.fixture
@@ -49,6 +53,15 @@ def test_main_metrics_are_listed_with_their_direction(printed):
     assert "lower is better" in text and "higher is better" in text
     assert "skill_replicate" not in text
     assert "skill_replicate" in printed(score_table("ridge", "gem", "replicate"))
+
+
+def test_scores_from_shared_controls_are_marked_and_explained_once_for_each_split(printed):
+    scores = score_table("gem", "oracle_metadata")
+    assert SHARED_MARK not in printed(scores)
+    scores.loc[scores["metric"] == "delta_pearson", "reason"] = SHARED_CONTROLS
+    text = printed(scores)
+    assert text.count(f"(0.40 to 0.60) {SHARED_MARK}") == 2
+    assert text.count(f"{SHARED_NOTE}\n") == 1 and "biased upwards" in SHARED_NOTE
 
 
 def test_missing_values_are_dashes(printed):

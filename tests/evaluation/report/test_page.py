@@ -15,9 +15,11 @@ import pytest
 
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.evaluation.error_decomposition import PARTS
+from pipeline.gem.evaluation.evaluation_split import SHARED_CONTROLS
 from pipeline.gem.evaluation.report import page
 from pipeline.gem.evaluation.report.contents import ReportData, report_data
 from pipeline.gem.evaluation.report.landscape import FILES, Landscape, positions
+from pipeline.gem.evaluation.report.summary import SHARED_NOTE
 from pipeline.gem.evaluation.run import TABLE_FILES, Evaluation, evaluate_models, write_tables
 from pipeline.gem.model.gem import TrainedGEM
 
@@ -238,6 +240,21 @@ def test_the_code_for_recomputing_prints_the_scores(synthetic):
     rows = synthetic.table("scores").query("split == 'test_combination' and metric == 'mse'")
     scores = rows.set_index("predictor")["value"]
     assert printed == pytest.approx(scores[["ridge", "gem", "gem_tuned"]].to_dict(), rel=1e-5)
+
+
+def test_scores_from_shared_controls_are_marked_with_one_line_below_their_table(synthetic):
+    assert SHARED_NOTE not in synthetic.text
+    scores = synthetic.table("scores").copy()
+    rows = (scores["split"] == "test_random") & (scores["metric"] == "delta_pearson")
+    scores.loc[rows, "reason"] = SHARED_CONTROLS
+    tables = synthetic.data.evaluation.tables | {"scores": scores}
+    evaluation = replace(synthetic.data.evaluation, tables=tables)
+    text = page.render(replace(synthetic.data, evaluation=evaluation))
+    cells = re.findall(r'data-metric="(\w+)">(.*?)</td>', text, flags=re.DOTALL)
+    marks = [metric for metric, cell in cells if f'<abbr title="{SHARED_NOTE}">' in cell]
+    assert set(marks) == {"delta_pearson"}
+    assert len(marks) == 2 * scores["value"][rows].notna().sum()
+    assert text.count(f'<p class="note">{SHARED_NOTE}.</p>') == 1
 
 
 def test_parameters_are_listed(synthetic, params):

@@ -8,6 +8,9 @@ from pipeline.gem.evaluation.metrics import METRICS
 from pipeline.gem.evaluation.predictors import MODELS, PREDICTORS
 from pipeline.gem.evaluation.report.summary import (
     DIRECTION,
+    SHARED_MARK,
+    SHARED_NOTE,
+    is_shared,
     main_metrics,
     ordered,
     summary_line,
@@ -24,7 +27,10 @@ def show_results(scores: pd.DataFrame, comparisons: pd.DataFrame) -> None:
     splits = list(scores["split"].unique())
     metrics = main_metrics(scores)
     for split in splits:
-        console.print(_table(split, scores[scores["split"] == split], metrics))
+        rows = scores[scores["split"] == split]
+        console.print(_table(split, rows, metrics))
+        if any(map(is_shared, rows.itertuples())):
+            console.print(SHARED_NOTE, highlight=False, soft_wrap=True)
     for split in splits:
         for model in ordered(set(scores["predictor"]) & set(MODELS)):
             line = summary_line(split, model, comparisons)
@@ -58,4 +64,4 @@ def _cell(row: pd.Series, metric: str) -> str:
     text = f"{row['value']:.{digits}f}"
     if metric in _WITH_INTERVAL and pd.notna(row["low"]):
         text += f" [dim]({row['low']:.{digits}f} to {row['high']:.{digits}f})[/dim]"
-    return text
+    return f"{text} {SHARED_MARK}" if is_shared(row) else text

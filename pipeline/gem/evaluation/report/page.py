@@ -88,6 +88,8 @@ def render(data: ReportData) -> str:
         info=PREDICTORS,
         metrics=METRICS,
         directions=summary.DIRECTION,
+        shared_mark=summary.SHARED_MARK,
+        shared_note=summary.SHARED_NOTE,
         groups=GROUPS,
         seeds=seed_rows(tables["seeds"]),
         heads=head_rows(tables["latents"]),
@@ -128,6 +130,13 @@ class SplitView:
 
     def skill(self, predictor: str) -> float | None:
         return self.scores[predictor, self.scale.metric].value
+
+    def is_shared(self, predictor: str, metric: str) -> bool:
+        return summary.is_shared(self.scores[predictor, metric])
+
+    @property
+    def has_shared(self) -> bool:
+        return any(map(summary.is_shared, self.scores.values()))
 
     def missing(self) -> dict[str, str]:
         """Each reason for missing scores, and the scores."""

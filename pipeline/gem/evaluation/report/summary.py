@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from pipeline.gem.evaluation.comparison import BETTER, UNCLEAR, WORSE
+from pipeline.gem.evaluation.evaluation_split import SHARED_CONTROLS
 from pipeline.gem.evaluation.metrics import METRICS
 from pipeline.gem.evaluation.predictors import (
     BASELINES,
@@ -33,6 +34,15 @@ DIRECTION = {
     "zero": "closest to 0 is best",
 }
 _OPPOSITE = {"lower": "higher", "higher": "lower"}
+
+
+SHARED_MARK = "*"  # of a score from SHARED_CONTROLS; every terminal can print it
+SHARED_NOTE = f"{SHARED_MARK} {SHARED_CONTROLS}"
+
+
+def is_shared(row: pd.Series) -> bool:
+    """Whether a row of the scores has a value that is biased by shared controls."""
+    return pd.notna(row.value) and SHARED_CONTROLS in row.reason
 
 
 @dataclass(frozen=True)

@@ -96,8 +96,13 @@ def mixed_samples(
         for split, (distinct, index) in zip(splits, rows, strict=True)
     ]
     fractions = counts[0].sum(axis=0) / counts[0].sum()
+    library = counts[0].sum() / len(splits[0])
+    measured = counts[0].mean(axis=0)
+    weights = measured / (measured + MEASURED_COUNTS) + 1e-6
+    # Of a Poisson count's logarithm, in classes: the genes of one share their equations.
+    noise = np.exp2(np.round(-np.log2(fractions.clip(1e-9) * library)))
     return [
-        _pooled(distinct, of_rows, fractions, counts[0].sum() / len(splits[0]))
+        _pooled(distinct, of_rows, fractions, library, weights, noise)
         for (distinct, _), of_rows in zip(rows, counts, strict=True)
     ]
 
@@ -109,7 +114,8 @@ def _samples(split: EncodedSplit, encoder: MetadataEncoder) -> MixedSamples:
 
     distinct, index = joined_rows(_encoded(split, encoder))
     numbers = np.bincount(index, minlength=distinct.shape[0])
-    return MixedSamples(distinct, index, blocks, numbers, np.ones(split.expression.genes))
+    genes = split.expression.genes
+    return MixedSamples(distinct, index, blocks, numbers, np.ones(genes), np.zeros(genes))
 
 
 def _pooled_counts(split: EncodedSplit, index: np.ndarray, rows: int) -> np.ndarray:
@@ -121,7 +127,12 @@ def _pooled_counts(split: EncodedSplit, index: np.ndarray, rows: int) -> np.ndar
 
 
 def _pooled(
-    rows: csr_array, counts: np.ndarray, fractions: np.ndarray, library: float
+    rows: csr_array,
+    counts: np.ndarray,
+    fractions: np.ndarray,
+    library: float,
+    gene_weights: np.ndarray,
+    gene_noise: np.ndarray,
 ) -> MixedSamples:
     """One entry per row: the logarithm of its fractions of counts (U, G) per million. They shrink
     towards the `fractions` (G,) of all, as if a mean gene had PRIOR_COUNTS more. A row counts as
@@ -129,14 +140,12 @@ def _pooled(
     genes, totals = len(fractions), counts.sum(axis=1)
     prior = PRIOR_COUNTS * genes * fractions.clip(1e-9)
     values = np.log((counts + prior) / (totals + prior.sum())[:, None] * CPM)
-    means = counts.mean(axis=0)
-    weights = means / (means + MEASURED_COUNTS) + 1e-6
 
     def blocks() -> Iterator[tuple[np.ndarray, Tensor]]:
         yield np.arange(len(values)), torch.from_numpy(values)
 
     numbers = (totals / library).clip(1e-3)
-    return MixedSamples(rows, np.arange(len(values)), blocks, numbers, weights)
+    return MixedSamples(rows, np.arange(len(values)), blocks, numbers, gene_weights, gene_noise)
 
 
 def _encoded(

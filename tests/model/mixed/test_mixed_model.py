@@ -68,7 +68,7 @@ def samples_of(encoder, table, expression, size: int = 17) -> MixedSamples:
 
     rows, index = joined_rows(encoder.encode(table, unknown="missing"))
     numbers = np.bincount(index, minlength=rows.shape[0])
-    return MixedSamples(rows, index, blocks, numbers, np.ones(GENES))
+    return MixedSamples(rows, index, blocks, numbers, np.ones(GENES), np.zeros(GENES))
 
 
 @pytest.fixture
@@ -251,3 +251,16 @@ def test_entries_that_are_means_of_samples_give_the_effects_of_the_samples(
     again = mixed.refit(encoder, [pooled])
     np.testing.assert_allclose(again.coefficients, mixed.coefficients, atol=1e-5)
     np.testing.assert_allclose(again.intercept, mixed.intercept, atol=1e-5)
+
+
+def test_known_noise_of_a_gene_shrinks_its_effects_as_that_variance_does(
+    encoder, declared, table, expression
+):
+    samples = samples_of(encoder, table, expression)
+    mixed = MixedModel.fit(encoder, declared, samples, GENES)
+    noise = np.where(np.arange(GENES) < 10, 0.0, 3.0)
+    noisy = mixed.refit(encoder, [replace(samples, gene_noise=noise)])
+    np.testing.assert_allclose(noisy.coefficients[:, :10], mixed.coefficients[:, :10], atol=1e-6)
+    larger = replace(mixed, noise_variance=mixed.noise_variance + 3.0)
+    expected = larger.refit(encoder, [samples]).coefficients[:, 10:]
+    np.testing.assert_allclose(noisy.coefficients[:, 10:], expected, atol=1e-6)

@@ -41,6 +41,7 @@ class MixedSamples:
     blocks: Callable[[], Iterable[tuple[np.ndarray, Tensor]]]  # (entries (B,), log-CPM (B, G))
     numbers: np.ndarray  # (U,) samples of each row
     gene_weights: np.ndarray  # (G,) of the genes, when variances are fitted
+    gene_noise: np.ndarray  # (G,) variance of a sample that is known beside the fitted one
 
     def entries(self) -> np.ndarray:
         """(U,) entries of each row."""
@@ -166,21 +167,25 @@ def _solve(
     splits."""
     row_variance, noise = variances
     deviations = design.deviations()
-    size = design.width + 1
-    gram, right = np.diag([0.0, *np.ones(design.width)]), np.zeros((size, genes))
+    solution = np.zeros((design.width + 1, genes))
+    matrices = []
     for samples in splits:
-        matrix = design.matrix(encoder, samples.rows).astype(np.float64)
-        matrix.data *= deviations[matrix.indices]
-        # The mean of n samples of a row has variance row_variance + noise / n.
-        precision = 1 / (row_variance + noise / samples.numbers)
-        weights = precision / samples.entries()
-        gram += _bordered(matrix, precision)
-        for chosen, expression in samples.blocks():
-            index = samples.index[chosen]
-            values = expression.double().numpy() * weights[index][:, None]
-            right[0] += values.sum(axis=0)
-            right[1:] += matrix[index].T @ values
-    solution = cho_solve(cho_factor(gram, lower=True), right)
+        matrices.append(design.matrix(encoder, samples.rows).astype(np.float64))
+        matrices[-1].data *= deviations[matrices[-1].indices]
+    for known in np.unique(splits[0].gene_noise):
+        alike = splits[0].gene_noise == known
+        gram = np.diag([0.0, *np.ones(design.width)])
+        for samples, matrix in zip(splits, matrices, strict=True):
+            # The mean of n samples of a row has variance row_variance + noise / n.
+            precision = 1 / (row_variance + (noise + known) / samples.numbers)
+            weights = precision / samples.entries()
+            gram += _bordered(matrix, precision)
+            for chosen, expression in samples.blocks():
+                index = samples.index[chosen]
+                values = expression.double().numpy()[:, alike] * weights[index][:, None]
+                solution[0, alike] += values.sum(axis=0)
+                solution[1:, alike] += matrix[index].T @ values
+        solution[:, alike] = cho_solve(cho_factor(gram, lower=True), solution[:, alike])
     effects = solution[1:] * deviations[:, None]
     return torch.from_numpy(solution[0]).float(), torch.from_numpy(effects).float().contiguous()
 

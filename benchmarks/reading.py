@@ -131,6 +131,7 @@ def benchmark_params(folder: Path) -> Params:
         "data.date_column": None,
         "data.min_gene_samples": 0,
         "model.latent.technical": 64,
+        "model.observation": "normal",
         "train.min_steps": 0,
         "train.batch_size": BATCH,
         "train.threads": 1,

@@ -15,6 +15,7 @@ from pipeline.gem.common.files import sha256
 from pipeline.gem.data import shards
 from pipeline.gem.data.cohort import Cohort, with_checksum
 from pipeline.gem.data.expression import log_cpm
+from pipeline.gem.data.labels import label_texts
 from pipeline.gem.data.shards import ShardWriter, read_shard
 from pipeline.gem.data.sources import checked_chunks, open_source
 from pipeline.gem.data.splits import SPLIT_ROLES, TRAIN, VALIDATIONS, role_of
@@ -417,3 +418,13 @@ def test_shuffling_in_buckets_keeps_every_row_and_its_counts(write, cohort, monk
     names = names_in_shards(shuffled, "train")
     assert names == shuffled.rows([TRAIN])["sample_id"].tolist() != sorted(names)
     assert sorted(names) == sorted(cohort.rows([TRAIN])["sample_id"])
+
+
+def test_text_is_held_as_categories_with_the_values_of_the_file(cohort):
+    """At a million samples the objects of text columns would outweigh all other tables."""
+    written = pd.read_parquet(cohort.folder / "samples.parquet")
+    text = [name for name in written.select_dtypes(object) if name != "sample_id"]
+    assert {"study", "tissue", "perturbation"} <= set(text)
+    assert all(isinstance(cohort.samples[name].dtype, pd.CategoricalDtype) for name in text)
+    for name in text:
+        assert label_texts(cohort.samples[name]).tolist() == label_texts(written[name]).tolist()

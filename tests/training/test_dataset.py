@@ -33,7 +33,7 @@ def test_references_are_controls_of_the_same_study_and_context(cohort, data, gen
     references = samples.iloc[rows].reset_index(drop=True)
 
     def location(table):
-        return table["study"] + table["tissue"] + table["cell_type"]
+        return table[["study", "tissue", "cell_type"]].astype(str).sum(axis=1)
 
     controls = samples["perturbation"] == "control"
     has_control = location(samples).isin(location(samples)[controls])
@@ -48,7 +48,7 @@ def test_study_spread_is_the_deviation_of_control_means_of_studies_within_a_cont
     resident = data.train.expression
     control = (samples["perturbation"] == "control").to_numpy()
     squares, freedom = np.zeros(expression.shape[1]), 0
-    contexts = samples["tissue"] + samples["cell_type"]
+    contexts = samples[["tissue", "cell_type"]].astype(str).sum(axis=1)
     for context in set(contexts[control]):
         inside = control & (contexts == context).to_numpy()
         means = np.array(

@@ -50,7 +50,7 @@ class OracleQuery:
     def from_samples(cls, truth: Truth, samples: pd.DataFrame, totals: np.ndarray) -> "OracleQuery":
         """A query without references, from metadata rows (N) and their total counts (N,)."""
         codes = {name: index for index, name in enumerate(SEXES)}
-        sex = samples["sex"].map(codes).fillna(-1).to_numpy(dtype=np.int64)
+        sex = samples["sex"].astype(object).map(codes).fillna(-1).to_numpy(dtype=np.int64)
         age = samples["age_years"].to_numpy(dtype=float)
         no_reference = np.full(len(samples), -1)
         totals = np.asarray(totals, dtype=float)

@@ -215,7 +215,8 @@ class Truth:
 
 def index_of(column: pd.Series, names: Sequence) -> np.ndarray:
     """(N,) position of each value of a column in `names`."""
-    return column.map({name: index for index, name in enumerate(names)}).to_numpy(dtype=np.int64)
+    codes = {name: index for index, name in enumerate(names)}
+    return column.astype(object).map(codes).to_numpy(dtype=np.int64)
 
 
 def _quantities(column: pd.Series) -> np.ndarray:

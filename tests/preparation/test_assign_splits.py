@@ -50,7 +50,7 @@ def test_splits_of_the_tiny_cohort_do_not_leak(cohort, params, seed):
     samples, data = cohort.samples.drop(columns="split"), cohort.declared
     split, _ = assign_splits(samples, data, params.splits.model_copy(update={"seed": seed}))
     check_split_leakage(samples, split, data)
-    pairs = contexts(samples, data) + " + " + samples["perturbation"]
+    pairs = contexts(samples, data) + " + " + samples["perturbation"].astype(object)
     visible = split.isin(VISIBLE) & ~is_control(samples, data)
     assert not set(pairs[split == "test_combination"]) & set(pairs[visible])
 

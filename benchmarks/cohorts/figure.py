@@ -26,7 +26,11 @@ def draw(comparison: Comparison, path: Path) -> None:
     mean ranks."""
     groups = comparison.groups()
     figure, (error, effect, rank) = plt.subplots(
-        1, 3, figsize=(13, 1.6 + 0.42 * len(groups)), width_ratios=[4, 4, 2.4]
+        1,
+        3,
+        figsize=(13, 2.2 + 0.42 * len(groups)),
+        width_ratios=[4, 4, 2.4],
+        layout="constrained",
     )
     for row, (key, scores) in enumerate(groups):
         by_name = scores.set_index("predictor")
@@ -47,10 +51,8 @@ def draw(comparison: Comparison, path: Path) -> None:
     effect.set(title="Correlation of the effect", xlabel="Pearson correlation over genes")
     effect.set_xlim(right=1.02)
     _draw_ranks(rank, comparison.ranks)
-    figure.tight_layout(w_pad=1.5, rect=(0, 0.09, 1, 1))
-    figure.legend(
-        handles=_legend(), loc="lower center", ncols=5, fontsize=9, bbox_to_anchor=(0.5, -0.02)
-    )
+    figure.get_layout_engine().set(wspace=0.04)
+    figure.legend(handles=_legend(), loc="outside lower center", ncols=4)
     save_figure(figure, path)
 
 

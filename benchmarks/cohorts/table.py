@@ -31,7 +31,7 @@ _NOTE = (
     "GEM minus the best simple predictor, with its 95 % interval over folds. Top 50: correlation / "
     "share of right signs on the genes that change most. Ceiling: half of the samples predict the "
     "other half (noisy), or the ideal predictor of a simulated cohort. Rows in brackets do not "
-    "count."
+    "count. Over cohorts: geometric mean of the ratio of errors; mean difference of correlations."
 )
 
 
@@ -208,10 +208,22 @@ def _wins(comparison: Comparison) -> str:
     for (model, score), rows in found.groupby(["predictor", "score"], sort=False):
         number = rows["verdict"].value_counts()
         clear = ((rows["low"] > 0) | (rows["high"] < 0)).sum()
+        mean = f"{rows['difference'].mean():+.3f}"
+        if score == "mse":
+            mean = f"x {np.exp(np.log(rows['ratio']).mean()):.2f}"
         counts = [str(number.get(key, 0)) for key in ("win", "near", "loss")]
         lost = ", ".join(rows.loc[rows["verdict"] == "loss", "cohort"]) or "none"
-        lines.append([model, score, *counts, f"{clear} of {len(rows)}", lost])
-    header = ["model", "score", "wins", "within 2 %", "losses", "interval without 0", "lost"]
+        lines.append([model, score, mean, *counts, f"{clear} of {len(rows)}", lost])
+    header = [
+        "model",
+        "score",
+        "over cohorts",
+        "wins",
+        "within 2 %",
+        "losses",
+        "interval without 0",
+        "lost",
+    ]
     return _table(header, lines)
 
 

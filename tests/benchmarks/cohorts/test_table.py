@@ -63,7 +63,8 @@ def test_gem_is_compared_with_the_best_simple_predictor_of_the_cohort(comparison
 def test_a_scale_that_does_not_count_is_scored_but_neither_ranked_nor_counted(comparison):
     assert not row(comparison, cohort="two", scale="sums", score="mse")["counts"]
     wins = markdown(comparison).split("\n\n")[-1]
-    assert "| gem | mse | 1 | 1 | 0 |" in wins and "| gem | pearson | 1 | 0 | 1 |" in wins
+    assert f"| gem | mse | x {np.sqrt(0.75 * 1.01):.2f} | 1 | 1 | 0 |" in wins
+    assert "| gem | pearson | +0.000 | 1 | 0 | 1 |" in wins
     assert "(two, sums)" in markdown(comparison)
 
 

@@ -101,24 +101,27 @@ def evaluate_models(
     predictors, axes = Predictors(splits, models), splits.train.axes
     all_seeds = {**seeds, **{name + REFERENCE_SUFFIX: numbers for name, numbers in seeds.items()}}
     results, conditions, spreads = [], [], []
+
+    def evaluate(split: EvaluationSplit, folder: Path) -> None:
+        """A function of its own: the predictions of one split at a time are in memory."""
+        started = time.monotonic()
+        predictions = predictors(split)
+        write_predictions(split, predictions, all_seeds, folder)
+        result = evaluate_split(split, predictions, all_seeds, axes, predictors.true_change, params)
+        results.append(result)
+        conditions.extend(extreme_conditions(split, predictions, result.conditions))
+        spreads.append(spread_within_conditions(split, predictions))
+        _log.info(
+            "evaluate: %s, %s samples of %d conditions, %s",
+            split.name,
+            f"{len(split.samples):,}",
+            split.condition.max() + 1,
+            duration(time.monotonic() - started),
+        )
+
     with folder_replacement(folder / PREDICTIONS_FOLDER) as temporary:
         for split in splits:
-            started = time.monotonic()
-            predictions = predictors(split)
-            write_predictions(split, predictions, all_seeds, temporary)
-            result = evaluate_split(
-                split, predictions, all_seeds, axes, predictors.true_change, params
-            )
-            results.append(result)
-            conditions += extreme_conditions(split, predictions, result.conditions)
-            spreads.append(spread_within_conditions(split, predictions))
-            _log.info(
-                "evaluate: %s, %s samples of %d conditions, %s",
-                split.name,
-                f"{len(split.samples):,}",
-                split.condition.max() + 1,
-                duration(time.monotonic() - started),
-            )
+            evaluate(split, temporary)
         if not results:
             raise InputError(
                 f"{cohort.folder}: no test split; raise splits.test_random in params.yaml"

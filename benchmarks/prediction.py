@@ -107,6 +107,7 @@ def random_model_and_query(rows: int, genes: int, hidden: int) -> tuple[TrainedG
     samples = pd.DataFrame({name: column.astype(str) for name, column in levels.items()})
     samples["perturbation_dose"] = [f"{10**level:g} nM" for level in levels["perturbation_dose"]]
     changes = {"model.hidden": hidden, "model.latent.technical": 64}
+    changes |= {"model.observation": "normal"}
     params = read_params(ROOT / "params.yaml").override(changes).model
     combinations = zip(samples["cell_type"], samples["perturbation"], strict=True)
     support = TrainingSupport(

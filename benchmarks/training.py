@@ -131,6 +131,7 @@ def benchmark_params(size: Size, source: Path) -> Params:
         "data.covariates.perturbation.perturbation.table": str(embedding),
         "data.min_gene_samples": 0,
         "model.hidden": size.hidden,
+        "model.observation": "normal",
         "train.batch_size": size.batch,
         "train.min_steps": 0,
     }

@@ -104,7 +104,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def params() -> Params:
     """params.yaml with a tiny cohort and a tiny model."""
-    return read_params(ROOT / "params.yaml").override(TINY)
+    return read_params(ROOT / "params.yaml").override(TINY | {"model.observation": "normal"})
 
 
 @pytest.fixture(scope="session")
@@ -184,6 +184,7 @@ def generator() -> torch.Generator:
 @pytest.fixture(scope="session")
 def model_directory(cohort, params, shared_folder) -> Path:
     """A model directory with two training seeds, for whoever only reads it."""
+    from pipeline.gem.training.blend import blend_with_mixed_model
     from pipeline.gem.training.dataset import TrainingData
     from pipeline.gem.training.model_directory import write_model_directory
     from pipeline.gem.training.trainer import fit
@@ -192,6 +193,7 @@ def model_directory(cohort, params, shared_folder) -> Path:
         changed = params.override({"train.seeds": [1, 2], "train.epochs": 8})
         data = TrainingData.load(cohort, torch.device("cpu"))
         results = [fit(data, changed, seed) for seed in changed.train.seeds]
+        results = blend_with_mixed_model(results, data, cohort.declared)
         write_model_directory(folder / "default", results, changed, cohort.train_validation_sha256)
 
     return shared_folder("experiments", fill) / "default"

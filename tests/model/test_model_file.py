@@ -287,6 +287,27 @@ def with_levels(change: Callable[[list[str]], list[str]]) -> Change:
     return apply
 
 
+def without_tensor(name: str) -> Change:
+    return lambda _, tensors: tensors.pop(name)
+
+
+def with_mixed(**values: object) -> Change:
+    return lambda description, _: description["mixed"].update(values)
+
+
+def with_term(**values: object) -> Change:
+    """Changes the first factor of the first term."""
+    return lambda description, _: _first_term(description)["factors"][0].update(values)
+
+
+def with_columns(columns: list[int]) -> Change:
+    return lambda description, _: _first_term(description).update(columns=columns)
+
+
+def _first_term(description: dict) -> dict:
+    return description["mixed"]["design"]["terms"][0]
+
+
 TOO_WIDE = {"technical": 4096, "biological": 4096, "perturbation": 4096}
 SUPPORT = {"columns": ["a"]}
 DEPENDENCY = {"determinant": "tissue", "determined": "nothing", "levels": {}}
@@ -348,8 +369,18 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "interactions above memory": (with_model(interactions=2**16), "weights do not fit"),
     "latents above memory": (with_model(latent=TOO_WIDE), "weights do not fit"),
     "unknown model parameter": (with_model(hidden="many"), "model.hidden"),
-    "other version": (with_key("format_version", 4), "format_version: Input should be 8"),
+    "other version": (with_key("format_version", 4), "format_version: Input should be 9"),
     "no genes": (with_key("genes", []), "genes"),
+    "term of an unknown covariate": (with_term(covariate="nothing"), "the covariates lack"),
+    "smooth term of labels": (with_term(kind="smooth"), "the covariates lack"),
+    "columns outside the term": (with_columns([10**9]), "not those of its factors"),
+    "repeated columns": (with_columns([0, 0]), "repeated or not sorted"),
+    "no columns": (with_columns([]), "absent"),
+    "effects of other columns": (with_columns([0]), "coefficients has shape"),
+    "network weight above one": (with_mixed(network_weight=1.5), "network_weight"),
+    "negative noise": (with_mixed(noise_variance=-1.0), "noise_variance"),
+    "mixed model without effects": (without_tensor("mixed.coefficients"), "mixed: tensors"),
+    "effects without a mixed model": (with_key("mixed", None), "tensors without terms"),
     "numbers as genes": (with_key("genes", [1, 2]), "genes"),
     "text as genes": (with_key("genes", "abc"), "genes"),
     "duplicate gene": (lambda d, _: d["genes"].__setitem__(0, d["genes"][1]), "occurs twice"),

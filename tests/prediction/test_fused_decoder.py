@@ -49,6 +49,7 @@ def random_query(doses: int = 2) -> pd.DataFrame:
 def random_model(samples: pd.DataFrame, **changes: object) -> TrainedGEM:
     """A GEM of which no weight is zero or one; all perturbations but one have a target gene."""
     values = {f"model.{name}": value for name, value in (SIZES | changes).items()}
+    values = {"model.observation": "normal"} | values
     encoder = MetadataEncoder.fit(samples, Covariates.model_validate(COVARIATES))
     targets = TargetGenes("perturbation", {f"perturbation_{level}": level for level in range(1, 5)})
     params = read_params(ROOT / "params.yaml").override(values).model

@@ -8,13 +8,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.cohorts.fold_run import HALF, MEANS
-from benchmarks.cohorts.table import CEILINGS, MODELS, Comparison, best_simple, ceiling
+from benchmarks.cohorts.table import CEILINGS, MODELS, SIMPLE, Comparison, best_simple, ceiling
 from pipeline.gem.common.plotting import COLOURS, INK, STYLE, save_figure
-from pipeline.gem.evaluation.predictors import BASELINES, GEM, PREDICTORS
+from pipeline.gem.evaluation.predictors import GEM
 
 # Grey, with a marker each: what anyone could fit.
-MARKERS = dict(zip(BASELINES, ("x", "1", "2", "3", "^", "D", "s", "P"), strict=True))
-LINE_MARKERS = "x123"
+MARKERS = dict(zip(SIMPLE, (*"x123^DsP", *"+4v<*"), strict=True))
+LINE_MARKERS = "x1234+"
 GEM_COLOUR, HALF_COLOUR, SIMPLE_COLOUR = COLOURS["gem"], COLOURS["oracle"], "#52606d"
 LIMITS = (0.4, 4.0)  # of the ratio of errors; what is beyond stands at the edge
 OFFSETS = {GEM: -0.14, MODELS[1]: 0.14}  # of rows, so that intervals do not overlap
@@ -52,7 +52,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     effect.set_xlim(right=1.02)
     _draw_ranks(rank, comparison.ranks)
     figure.get_layout_engine().set(wspace=0.04)
-    figure.legend(handles=_legend(), loc="outside lower center", ncols=4)
+    figure.legend(handles=_legend(), loc="outside lower center", ncols=5)
     save_figure(figure, path)
 
 
@@ -99,7 +99,7 @@ def _draw_effects(axis: plt.Axes, row: int, by_name: pd.DataFrame) -> None:
 
 
 def _shown(by_name: pd.DataFrame) -> list[str]:
-    return [name for name in (*BASELINES, ceiling(by_name), *MODELS) if name in by_name.index]
+    return [name for name in (*SIMPLE, ceiling(by_name), *MODELS) if name in by_name.index]
 
 
 def _order(name: str) -> int:
@@ -137,7 +137,7 @@ def _legend() -> list[Line2D]:
         GEM: "GEM from metadata",
         MODELS[1]: "GEM from a reference",
         HALF: "ceiling: half of the samples, or ideal",
-    } | {name: name for name in PREDICTORS if name in MARKERS}
+    } | {name: name for name in SIMPLE}
     return [
         Line2D([], [], linestyle="", label=label, **_style(name))
         for name, label in meanings.items()

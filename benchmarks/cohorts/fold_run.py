@@ -13,7 +13,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from benchmarks.cohorts.controls import VISIBLE, matched_controls
 from benchmarks.cohorts.folds import Fold
+from benchmarks.cohorts.rivals import rival_predictions
 from benchmarks.cohorts.scores import (
     Scores,
     condition_scores,
@@ -21,13 +23,10 @@ from benchmarks.cohorts.scores import (
     log_cpm_of_sum,
     mean_scores,
 )
-from benchmarks.cohorts.sums import by_condition, summed_predictions
-from pipeline.gem.common.config import Data, Numeric, Params
+from benchmarks.cohorts.sums import by_condition, summed_predictions, summed_rivals
+from pipeline.gem.common.config import Params
 from pipeline.gem.data.cohort import Cohort
-from pipeline.gem.data.labels import label_texts
-from pipeline.gem.data.references import SampleGroups
 from pipeline.gem.data.sources import open_source
-from pipeline.gem.data.splits import TRAIN
 from pipeline.gem.evaluation import metrics
 from pipeline.gem.evaluation.evaluation_split import (
     EvaluationSplit,
@@ -68,7 +67,8 @@ def run_fold(fold: Fold, params: Params, cells: bool, folder: Path, check: Check
     if not cells:
         return rows
     summed = summed_predictions(source, cohort, params.data, params.splits, params.evaluate, folder)
-    simple = by_condition(summed[0].split(fold.split), summed[1])
+    sums = summed[0].split(fold.split)
+    simple = by_condition(sums, summed[1]) | summed_rivals(summed[0].cohort, sums)
     return rows + held_out.scores_of_sums(simple, models)
 
 
@@ -85,7 +85,7 @@ def train(cohort: Cohort, params: Params, check: Check) -> list[TrainedGEM]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out samples of a fold, and their controls in training."""
+    """The held-out samples of a fold, and the controls of their contexts."""
 
     cohort: Cohort
     split: EvaluationSplit
@@ -98,28 +98,38 @@ class HeldOut:
         return {self.split.condition_name[each[0]]: each for each in rows}
 
     @cached_property
-    def train(self) -> pd.DataFrame:
-        return self.cohort.rows([TRAIN])
+    def _visible(self) -> list[str]:
+        return [name for name in VISIBLE if self.cohort.has(name)]
+
+    @cached_property
+    def visible(self) -> pd.DataFrame:
+        """All samples but the held-out ones. That some of them validate must not move a score."""
+        return self.cohort.rows(self._visible)
+
+    @cached_property
+    def _samples(self) -> dict[str, pd.DataFrame]:
+        """Of each condition."""
+        return {name: self.split.samples.iloc[rows] for name, rows in self.conditions.items()}
 
     @cached_property
     def controls(self) -> dict[str, np.ndarray]:
-        """Condition to the rows of its controls in training; none is empty."""
+        """Condition to the rows of its controls among the visible samples; may be empty."""
         first = self.split.samples.iloc[[rows[0] for rows in self.conditions.values()]]
-        matched = matched_controls(first, self.train, self.cohort.declared)
+        matched = matched_controls(first, self.visible, self.cohort.declared)
         return dict(zip(self.conditions, matched, strict=True))
 
     @cached_property
     def _control_counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """(training row of each control, their counts (n, G))."""
+        """(visible row of each control, their counts (n, G))."""
         used = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *self.controls.values()]))
-        chosen = np.zeros(len(self.train), dtype=bool)
+        chosen = np.zeros(len(self.visible), dtype=bool)
         chosen[used] = True
-        return used, self.cohort.counts([TRAIN], chosen)
+        return used, self.cohort.counts(self._visible, chosen)
 
     def scores_of_means(self, predictions: Mapping[str, list[PredictedSplit]]) -> list[dict]:
         """Of the mean log-CPM of each condition."""
         used, counts = self._control_counts
-        totals = self.train["total"].to_numpy()
+        totals = self.visible["total"].to_numpy()
 
         def control(rows: np.ndarray) -> np.ndarray:
             inside, size = np.searchsorted(used, rows), totals[rows][:, None]
@@ -140,6 +150,12 @@ class HeldOut:
             ]
             if rows:
                 result.append({"scale": MEANS, "predictor": name} | mean_scores(rows))
+        for name, predicted in rival_predictions(self.cohort, self._samples).items():
+            rows = [
+                condition_scores(observed[rows].mean(axis=0), predicted[key], controls[key])
+                for key, rows in self.conditions.items()
+            ]
+            result.append({"scale": MEANS, "predictor": name} | mean_scores(rows))
         halves = self._halves(observed, controls, lambda part: part.mean(axis=0))
         return result + ([{"scale": MEANS, "predictor": HALF} | halves] if halves else [])
 
@@ -173,7 +189,7 @@ class HeldOut:
         """Of the log-CPM of the summed counts of each condition: `simple` predictors by condition,
         and the expected counts of the models."""
         used, control_counts = self._control_counts
-        control_totals = self.train["total"].to_numpy()
+        control_totals = self.visible["total"].to_numpy()
         controls, observed = {}, {}
         for name, rows in self.controls.items():
             inside = np.searchsorted(used, rows)
@@ -223,8 +239,8 @@ class HeldOut:
     def kept_share(self) -> float:
         """The share of the counts of training samples that the genes of the cohort have: models
         divide counts among these genes, log-CPM are relative to all genes of the source."""
-        kept = sum(int(block.sum(dtype=np.int64)) for block in self.cohort.blocks([TRAIN]))
-        return kept / int(self.train["total"].sum())
+        kept = sum(int(block.sum(dtype=np.int64)) for block in self.cohort.blocks(self._visible))
+        return kept / int(self.visible["total"].sum())
 
 
 @torch.no_grad()
@@ -235,23 +251,3 @@ def expected_fractions(
     query = gem.decoder_input(samples, reference, unknown="missing")
     decoded = decode(gem.network, query, query.latents.mean)
     return gem.network.observation.fractions(decoded).cpu().numpy().astype(np.float64)
-
-
-def matched_controls(samples: pd.DataFrame, pool: pd.DataFrame, data: Data) -> list[np.ndarray]:
-    """For each sample the rows of `pool` that are controls of its context, and among them those
-    with its time, and so for each number of the perturbation group that some of them share."""
-    if data.control is None:
-        return [np.empty(0, dtype=np.int64)] * len(samples)
-    own, groups = SampleGroups(samples, data), SampleGroups(pool, data)
-    covariates = data.covariates.perturbation.items()
-    numbers = [name for name, item in covariates if isinstance(item, Numeric)]
-    texts = {name: label_texts(pool[name]).to_numpy() for name in numbers}
-    contexts, controls = groups.context.to_numpy(), groups.control.to_numpy()
-    result = []
-    for row, context in enumerate(own.context):
-        found = controls & (contexts == context)
-        for name in numbers:
-            same = found & (texts[name] == label_texts(samples[name]).iloc[row])
-            found = same if same.any() else found
-        result.append(np.flatnonzero(found))
-    return result

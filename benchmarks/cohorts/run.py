@@ -23,13 +23,14 @@ from threadpoolctl import threadpool_limits
 from benchmarks.cohorts.declarations import CohortTask, at_source
 from benchmarks.cohorts.fold_run import run_fold
 from benchmarks.cohorts.folds import Fold, draw_folds
+from benchmarks.cohorts.table import SIMPLE
 from pipeline.gem.common.code_version import ROOT, import_closure
 from pipeline.gem.common.errors import StoppedError
 from pipeline.gem.common.files import sha256, sha256_of, write_json
 from pipeline.gem.common.processes import StopSignal, end_with_parent
 from pipeline.gem.common.progress import duration
 from pipeline.gem.data.sources import open_source
-from pipeline.gem.evaluation.predictors import BASELINES, GEM
+from pipeline.gem.evaluation.predictors import GEM
 from pipeline.gem.simulation.write import write_source
 from pipeline.gem.tracking.runs import Run
 
@@ -45,7 +46,7 @@ STAGES = (
     "pipeline.gem.training.blend",
     "pipeline.gem.evaluation.predictors",
 )
-OWN = ("folds", "fold_run", "scores", "sums")
+OWN = ("controls", "folds", "fold_run", "rivals", "scores", "sums")
 _POLL_INTERVAL_S = 0.5
 
 
@@ -140,7 +141,7 @@ def _by_name(rows: list[dict]) -> dict[str, float | None]:
 
 def _summary(result: dict, scale: str) -> str:
     mse = {row["predictor"]: row["mse"] for row in result["rows"] if row["scale"] == scale}
-    simple = min((name for name in mse if name in BASELINES), key=mse.get)
+    simple = min((name for name in mse if name in SIMPLE), key=mse.get)
     took = duration(result["seconds"])
     return f"mse {mse[GEM]:.4f}, best simple {mse[simple]:.4f} ({simple}), in {took}"
 

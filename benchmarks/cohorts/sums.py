@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from benchmarks.cohorts.rivals import rival_predictions
 from pipeline.gem.common.config import Data, Evaluate, Splits
 from pipeline.gem.common.files import write_atomically
 from pipeline.gem.data.cohort import Cohort
@@ -87,6 +88,13 @@ def by_condition(
         }
         for name, (of_seed,) in predictions.items()
     }
+
+
+def summed_rivals(cohort: Cohort, split: EvaluationSplit) -> dict[str, dict[str, np.ndarray]]:
+    """The same of the rivals, fitted on the sums of `cohort`."""
+    treated = split.samples[split.treated]
+    held_out = dict(list(treated.groupby(split.condition_name[split.treated], sort=False)))
+    return rival_predictions(cohort, held_out)
 
 
 def _mean(values: np.ndarray, rows: np.ndarray) -> np.ndarray:

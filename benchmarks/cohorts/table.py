@@ -10,16 +10,17 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.cohorts.fold_run import HALF, MEANS
+from benchmarks.cohorts.rivals import RIVALS
 from benchmarks.cohorts.scores import SCORES
 from pipeline.gem.evaluation.bootstrap import Bootstrap
 from pipeline.gem.evaluation.predictors import (
     BASELINES,
     GEM,
-    PREDICTORS,
     REFERENCE_SUFFIX,
     SKILL_CEILING,
 )
 
+SIMPLE = (*BASELINES, *RIVALS)  # what anyone could fit
 MODELS = (GEM, GEM + REFERENCE_SUFFIX)
 CEILINGS = (SKILL_CEILING, HALF)  # the first that a cohort has is shown
 RANKED = ("mse", "pearson")
@@ -80,7 +81,7 @@ def _differences(
     result = []
     for score in RANKED:
         table = rows.pivot(index="fold", columns="predictor", values=score).astype(float)
-        simple = [name for name in BASELINES if name in table and table[name].notna().any()]
+        simple = [name for name in SIMPLE if name in table and table[name].notna().any()]
         if not simple:
             continue
         means, higher = table[simple].mean(), SCORES[score][1]
@@ -129,14 +130,14 @@ def verdict(score: str, values: Mapping[str, float]) -> str:
 
 def _ranks(scores: pd.DataFrame) -> pd.DataFrame:
     """Mean rank over cohorts, 1 the best, of those that every fold of a cohort scores."""
-    counted = scores[scores["counts"] & scores["predictor"].isin([*BASELINES, *MODELS])]
+    counted = scores[scores["counts"] & scores["predictor"].isin([*SIMPLE, *MODELS])]
     ranks = {}
     for score in RANKED:
         table = counted.pivot(index="cohort", columns="predictor", values=score).astype(float)
         # What predicts no effect, or is absent, is last.
         filled = table.fillna(-np.inf if SCORES[score][1] else np.inf)
         ranks[score] = filled.rank(axis=1, ascending=not SCORES[score][1]).mean()
-    ordered = [name for name in PREDICTORS if name in ranks["mse"].index]
+    ordered = [name for name in (*SIMPLE, *MODELS) if name in ranks["mse"].index]
     return pd.DataFrame(ranks).loc[ordered].rename_axis("predictor").reset_index()
 
 
@@ -185,7 +186,7 @@ def ceiling(by_name: pd.DataFrame) -> str:
 
 def best_simple(by_name: pd.DataFrame) -> dict[str, str]:
     """The best simple predictor of a cohort by each of RANKED that one has."""
-    simple = by_name.loc[[name for name in BASELINES if name in by_name.index]]
+    simple = by_name.loc[[name for name in SIMPLE if name in by_name.index]]
     found = {}
     for score in RANKED:
         values = simple[score].astype(float).dropna()

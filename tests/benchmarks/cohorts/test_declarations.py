@@ -15,6 +15,7 @@ from benchmarks.cohorts.declarations import (
     with_settings,
 )
 from benchmarks.cohorts.folds import draw_folds
+from benchmarks.cohorts.rivals import RIVALS
 from pipeline.gem.common.config import read_params
 from pipeline.gem.common.errors import InputError
 from pipeline.gem.data.sources import open_source
@@ -155,5 +156,5 @@ def test_the_declaration_of_the_documentation_is_valid(cohorts):
     assert task.declaration.hold_out == "conditions"
     for key in type(task.declaration).model_fields:
         assert f"| `{key}` |" in text
-    for name in REAL:
+    for name in (*REAL, *RIVALS):
         assert f"`{name}`" in text

@@ -13,12 +13,15 @@ from support.settings import ROOT, TINY
 
 from benchmarks.cohorts import run
 from benchmarks.cohorts.__main__ import main
-from benchmarks.cohorts.fold_run import HeldOut, matched_controls
+from benchmarks.cohorts.controls import matched_controls
+from benchmarks.cohorts.fold_run import HeldOut
 from benchmarks.cohorts.run import code_sha256
+from benchmarks.cohorts.table import SIMPLE
 from pipeline.gem.common import yaml_file
 from pipeline.gem.common.code_version import import_closure
 from pipeline.gem.common.errors import InputError
-from pipeline.gem.evaluation.predictors import BASELINES, GEM, REFERENCE_SUFFIX
+from pipeline.gem.data.splits import role_of
+from pipeline.gem.evaluation.predictors import GEM, REFERENCE_SUFFIX
 
 SMALL = TINY | {"train.epochs": 2, "tracking.experiment": "gem"}
 
@@ -48,7 +51,7 @@ def test_two_folds_are_run_once_tracked_and_compared(project, cohorts, monkeypat
     output = project / "experiments/cohorts/try"
     folds = pd.read_csv(output / "folds.csv")
     assert folds["fold"].nunique() == 2 and set(folds["scale"]) == {"means"}
-    expected = {*BASELINES, GEM, GEM + REFERENCE_SUFFIX, "half"}
+    expected = {*SIMPLE, GEM, GEM + REFERENCE_SUFFIX, "half"}
     assert set(folds["predictor"]) == expected
     assert np.isfinite(folds["mse"]).all() and folds["pearson"].notna().sum() > len(expected)
     # Drugs have one effect in all donors, which the simple predictors find.
@@ -120,6 +123,8 @@ def test_the_hash_of_the_code_covers_every_module_that_a_fold_imports():
     for name in run.OWN:
         text = (ROOT / f"benchmarks/cohorts/{name}.py").read_text()
         for line in text.splitlines():
+            if line.startswith("from benchmarks.cohorts."):
+                assert line.split()[1].rpartition(".")[2] in run.OWN, line
             if line.startswith("from pipeline.gem."):
                 module = line.split()[1].replace(".", "/")
                 assert f"{module}.py" in closure or f"{module}/__init__.py" in closure, line
@@ -153,14 +158,15 @@ def test_controls_match_by_context_and_where_they_have_it_by_time(samples, param
     assert not len(none)
 
 
-def test_the_effect_of_a_condition_is_from_training_controls_only(cohort, params):
+def test_the_effect_of_a_condition_is_from_controls_outside_the_test(cohort, params):
     from pipeline.gem.evaluation.evaluation_split import EvaluationSplits
 
     split = EvaluationSplits(cohort, params.evaluate).split("test_combination")
     held_out = HeldOut(cohort, split)
     rows = np.concatenate(list(held_out.conditions.values()))
     assert split.treated[rows].all() and len(rows) == split.treated.sum()
-    train = held_out.train
+    visible = held_out.visible
+    assert set(visible["split"].map(role_of)) == {"train", "validation"}
     for name, controls in held_out.controls.items():
-        assert (train.iloc[controls]["perturbation"] == "control").all()
+        assert (visible.iloc[controls]["perturbation"] == "control").all()
         assert len(controls), name

@@ -210,6 +210,23 @@ def migrated_store(shared_folder) -> Path:
     return shared_folder("store", fill) / "mlflow.db"
 
 
+@pytest.fixture
+def store(tmp_path, monkeypatch, migrated_store) -> Iterator[Path]:
+    """The folder of an empty mlflow.db, which is the working directory."""
+    import mlflow
+
+    from pipeline.gem.tracking import mlflow_client
+
+    before = mlflow.get_tracking_uri()
+    shutil.copy(migrated_store, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    # Absolute: MLflow keeps stores by their address, and a relative path changes with the folder.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow_client.connect("gem")
+    yield tmp_path
+    mlflow.set_tracking_uri(before)
+
+
 @pytest.fixture(scope="session")
 def finished(shared_folder) -> Path:
     """A project after `make`: all stages have run on a tiny cohort. Copy it before a change."""

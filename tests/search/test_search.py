@@ -127,13 +127,6 @@ def test_a_search_without_a_complete_trial_ends_with_the_reasons(params):
     assert caught.value.exit_code == 3
 
 
-def test_a_shared_run_is_created_once_and_again_if_the_server_lost_it(params):
-    search = open_search(params)
-    assert search.shared_run("winner", lambda run: True, lambda: "abc") == "abc"
-    assert open_search(params).shared_run("winner", lambda run: True, lambda: "def") == "abc"
-    assert search.shared_run("winner", lambda run: False, lambda: "def") == "def"
-
-
 def test_with_several_objectives_the_first_chooses_among_the_pareto_optimal_trials(params):
     objective = [
         {"metric": "predictive_log_likelihood", "direction": "maximize"},

@@ -189,6 +189,15 @@ def test_a_run_whose_process_was_killed_is_ended_and_then_continued(server, is_u
     assert len(logged_runs()) == 2
 
 
+def test_a_run_that_another_machine_has_ended_stays_as_it_ended(server):
+    killed = Run.open("default", "train")
+    killed._buffered.release()  # as the end of the process does
+    mlflow.MlflowClient().set_terminated(killed.id, "FINISHED")
+    server.recover()
+    assert logged_runs()["default"].info.status == "FINISHED"
+    assert not list(Path(".gem/untracked").glob("*/*"))
+
+
 def test_a_child_waits_for_a_parent_that_another_machine_has_not_sent(server, monkeypatch):
     parent_key = offline_buffer.new_run_key()
     with Run.open("child", "tune", parent=parent_key) as child:

@@ -85,15 +85,9 @@ class ObjectiveFunction:
             return means if len(means) > 1 else means[0]
 
     def _open_run(self, trial: RunningTrial, name: str) -> Run:
+        key = runs.kept_key(trial.run, lambda key: trial.set_attributes(**{RUN: key}))
         killed_by = (optuna.TrialPruned, StoppedError)
-        if trial.run and runs.exists(trial.run):
-            return Run.resume(trial.run, killed_by=killed_by)
-        parent = self.parent_run
-        run = Run.open(
-            name, "tune", parent=parent, identity=f"{parent} {name}", killed_by=killed_by
-        )
-        trial.set_attributes(**{RUN: run.id})
-        return run
+        return Run.open(name, "tune", parent=self.parent_run, key=key, killed_by=killed_by)
 
     def _fit(
         self, trial: RunningTrial, run: Run, params: Params, seeds: tuple[int, ...]

@@ -25,7 +25,7 @@ from pipeline.gem.search.search_config import EXPERIMENTS, SearchConfig, size_pr
 from pipeline.gem.search.study_db import StudyStorage
 from pipeline.gem.search.trial_queue import RunningTrial, failure_reason
 from pipeline.gem.search.workers import Workers, prepare_to_fork
-from pipeline.gem.tracking import mlflow_client, runs
+from pipeline.gem.tracking import mlflow_client
 from pipeline.gem.tracking.runs import COHORT, FIT_SECTIONS, Run, log_settings
 from pipeline.gem.tracking.training_run import TrainingJob
 from pipeline.gem.training.checkpoint import FOLDER as CHECKPOINTS
@@ -121,14 +121,13 @@ class SearchSession:
         return Search(self.name, self.config, self.params, self.data_sha256)
 
     def _parent_run(self, search: Search) -> str:
-        def create() -> str:
-            with Run.open(self.name, "tune") as run:
+        def create(key: str) -> None:
+            with Run.open(self.name, "tune", key=key) as run:
                 run.log_dataset("cohort", self.digest, "training")
-                for key, space in self.config.space.items():
-                    run.log_params({f"search.{key}": space.model_dump(exclude={"type"})})
-            return run.id
+                for name, space in self.config.space.items():
+                    run.log_params({f"search.{name}": space.model_dump(exclude={"type"})})
 
-        return search.shared_run(PARENT_RUN, runs.exists, create)
+        return search.shared_run(PARENT_RUN, create)
 
     def _info(self, message: str) -> None:
         logger.info("search %s: %s", self.name, message)
@@ -214,15 +213,14 @@ class SearchSession:
         params = self.params.override(values)
         name = f"{self.name} winner"
 
-        def create() -> str:
-            with Run.open(name, "tune", parent=parent_run) as run:
+        def create(key: str) -> None:
+            with Run.open(name, "tune", parent=parent_run, key=key) as run:
                 log_settings(run, params, self.cohort)
                 run.log_params(log10_params(self.config, values))
-            return run.id
 
         # Every machine fits the winner into its own folder. MLflow has one run of it.
-        key = sha256_of(params.flat(*FIT_SECTIONS), len(search.finished))[:12]
-        shared = search.shared_run(f"winner_{key}", runs.exists, create)
+        version = sha256_of(params.flat(*FIT_SECTIONS), len(search.finished))[:12]
+        shared = search.shared_run(f"winner_{version}", create)
         label = f"search {name}"
         job = TrainingJob(self.folder, label, self.cohort, self.data, params, reuse_finished=True)
         with Run.resume(shared, killed_by=(StoppedError,)) as run:

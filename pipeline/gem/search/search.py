@@ -20,8 +20,9 @@ from pipeline.gem.search.trial_queue import (
     Evaluate,
     TrialQueue,
 )
+from pipeline.gem.tracking import runs
 
-PARENT_RUN = "mlflow_run"  # attribute of the study
+PARENT_RUN = "mlflow_run"  # attribute of the study: the key of the run
 
 _STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 
@@ -72,17 +73,18 @@ class Search:
         points = self.config.points()
         return trials if points is None else min(trials, len(points))
 
-    def shared_run(
-        self, attribute: str, exists: Callable[[str], bool], create: Callable[[], str]
-    ) -> str:
-        """An MLflow run that all workers, machines and calls share. It is created once, and again
-        if the tracking server lost it."""
+    def shared_run(self, attribute: str, create: Callable[[str], None]) -> str:
+        """The key of an MLflow run that all workers, machines and calls share. `create` makes it
+        once, and again if it was killed meanwhile or the tracking server lost the run."""
+        created = f"{attribute}_created"
         with self.storage.lock():
-            run = self.queue.study.user_attrs.get(attribute)
-            if run is None or not exists(run):
-                run = create()
-                self.queue.study.set_user_attr(attribute, run)
-            return run
+            study = self.queue.study
+            key = study.user_attrs.get(attribute)
+            key = runs.kept_key(key, lambda key: study.set_user_attr(attribute, key))
+            if study.user_attrs.get(created) != key or not runs.exists(key):
+                create(key)
+                study.set_user_attr(created, key)
+            return key
 
     def run(
         self,

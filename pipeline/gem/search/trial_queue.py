@@ -28,7 +28,7 @@ _MAX_LOST_WORKERS = 4  # in one epoch of a trial, until it counts as failed
 # User attributes of a trial.
 POINT = "point"  # saved before the parameters, which Optuna saves one by one
 REASON = "reason"  # why a trial failed
-RUN = "mlflow_run"
+RUN = "mlflow_run"  # its key
 EPOCHS_TRAINED, EPOCHS_PLANNED = "epochs_trained", "epochs_planned"  # of all seeds
 _WORKER = "worker"  # set when the trial has all its parameters
 _LOST_WORKERS = "lost_workers"  # [number of workers that died, epoch in which they died]
@@ -46,7 +46,7 @@ class RunningTrial:
 
     @property
     def run(self) -> str | None:
-        """The MLflow run of an interrupted attempt."""
+        """The key of the MLflow run of an interrupted attempt, which may have opened it."""
         return self._trial.user_attrs.get(RUN)
 
     def report(self, value: float, epoch: int) -> None:

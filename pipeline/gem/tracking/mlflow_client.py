@@ -240,7 +240,8 @@ def _send_saved(buffered: BufferedRun) -> None:
     try:
         if dead:
             buffered.status = KILLED
-        if unsent or server_run_id(buffered.run):
+        # Another machine may have continued a run, to its end.
+        if unsent or _is_running(buffered.run):
             if dead:
                 buffered.log(RunUpdate(status=KILLED, end_time=int(time.time() * 1000)))
             if flush(buffered) and unsent:
@@ -254,6 +255,11 @@ def _send_saved(buffered: BufferedRun) -> None:
                 log.warning(message, buffered.run, error, buffered.set_aside())
     except ServerDownError:
         return
+
+
+def _is_running(run: str) -> bool:
+    found = find_run(run)
+    return found is not None and not is_deleted(found) and found.info.status == RUNNING
 
 
 def _is_experiment_active(run: str) -> bool:

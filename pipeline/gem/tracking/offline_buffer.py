@@ -135,7 +135,7 @@ class BufferedRun:
         if self.is_saved:
             content, later = json.loads(self._file.read_bytes()), self.record
             self.run, self.status = content["run"], self.status or content["status"]
-            self.start = _start(content["start"])
+            self.start = _start(content["start"]) or self.start
             self.record = RunUpdate(**content["update"])
             self.record.extend(later)
             self.is_complete = self.is_complete and content["complete"]

@@ -30,6 +30,7 @@ from pipeline.gem.tracking.offline_buffer import (
     BufferedRun,
     RunStart,
     RunUpdate,
+    is_run_key,
     new_run_key,
     unfinished_run,
 )
@@ -64,17 +65,20 @@ class Run:
         *,
         parent: str | None = None,
         identity: str | None = None,
+        key: str | None = None,
         killed_by: tuple[type[BaseException], ...] = (),
     ) -> "Run":
-        """Creates a run, below the run `parent` if one is named; or opens the killed run with the
-        same `identity` again."""
+        """Creates a run, below the run `parent` if one is named; or opens one again: the killed run
+        of this project with the same `identity`, or the run of any machine with the `key`."""
         mlflow_client.send_saved()
         server, buffered = address(), None
         if identity:
             buffered = _continued(server, identity)
         if buffered is None:
-            start = RunStart(new_run_key(), name, parent, _now(), _start_tags(stage), identity)
+            tags = _start_tags(stage)
+            start = RunStart(key or new_run_key(), name, parent, _now(), tags, identity)
             buffered = BufferedRun(server, start.key, start)
+            buffered.may_repeat = key is not None
         return cls(buffered, killed_by)._begin()
 
     @classmethod
@@ -213,13 +217,30 @@ def _now() -> int:
 
 
 def exists(run: str) -> bool:
-    """Whether the server has a run, or will have it. An unreachable server counts as having it."""
-    try:
+    """Whether the server has a run, or will have it."""
+    with suppress(ServerDownError):
         if mlflow_client.server_run_id(run):
             return True
-    except ServerDownError:
-        return True
     return BufferedRun(address(), run).is_saved
+
+
+def kept_key(key: str | None, keep: Callable[[str], None]) -> str:
+    """The key of a run that any process may open: `key`, or a new one if there is none or somebody
+    deleted the run. `keep` stores a new key before its run exists, so that a process that is killed
+    leaves no run that the next one does not find."""
+    if key is None or _is_lost(key):
+        key = new_run_key()
+        keep(key)
+    return key
+
+
+def _is_lost(run: str) -> bool:
+    """Whether a run cannot be opened again: it is deleted, or the server does not have its id. An
+    unreachable server counts as having it."""
+    with suppress(ServerDownError):
+        found = mlflow_client.find_run(run)
+        return mlflow_client.is_deleted(found) if found else not is_run_key(run)
+    return False
 
 
 def log_results(run: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:

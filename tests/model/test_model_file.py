@@ -304,6 +304,10 @@ def with_columns(columns: list[int]) -> Change:
     return lambda description, _: _first_term(description).update(columns=columns)
 
 
+def with_contexts(**values: object) -> Change:
+    return lambda description, _: description["mixed"]["design"]["contexts"].update(values)
+
+
 def _first_term(description: dict) -> dict:
     return description["mixed"]["design"]["terms"][0]
 
@@ -377,6 +381,9 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "repeated columns": (with_columns([0, 0]), "repeated or not sorted"),
     "no columns": (with_columns([]), "absent"),
     "effects of other columns": (with_columns([0]), "coefficients has shape"),
+    "contexts of no column": (with_contexts(columns=[]), "whose columns have no levels"),
+    "other contexts": (with_contexts(contexts=[5, 4, 3]), "contexts that are repeated"),
+    "contexts without features": (with_contexts(features=[[1.0]]), "one row for each context"),
     "network weight above one": (with_mixed(network_weight=1.5), "network_weight"),
     "negative noise": (with_mixed(noise_variance=-1.0), "noise_variance"),
     "mixed model without effects": (without_tensor("mixed.coefficients"), "mixed: tensors"),

@@ -101,6 +101,10 @@ def kernel(mixed: MixedModel, left: pd.DataFrame, right: pd.DataFrame) -> np.nda
             squares = (spots[0][:, None] - spots[1]) ** 2
             return np.mean([np.exp(-squares / 2 / scale**2) for scale in LENGTH_SCALES], axis=0)
         values = [t[one.covariate].to_numpy() for t in (left, right)]
+        if one.kind == "similarity":
+            donors = [["abcd".index(name) for name in names] for names in values]
+            features = np.array(mixed.design.contexts.features)
+            return (features @ features.T)[np.ix_(*donors)]
         treated = (values[0] != "none")[:, None] & (values[1] != "none")
         same = values[0][:, None] == values[1]
         return {"levels": same, "treatment": same & treated, "treated": treated}[one.kind]
@@ -264,3 +268,39 @@ def test_known_noise_of_a_gene_shrinks_its_effects_as_that_variance_does(
     larger = replace(mixed, noise_variance=mixed.noise_variance + 3.0)
     expected = larger.refit(encoder, [samples]).coefficients[:, 10:]
     np.testing.assert_allclose(noisy.coefficients[:, 10:], expected, atol=1e-6)
+
+
+def test_similarity_of_contexts_is_the_correlation_of_their_controls(
+    mixed, encoder, table, expression
+):
+    donors, controls = sorted(table["donor"].unique()), (table["drug"] == "none").to_numpy()
+    rows = table.astype(str).agg("-".join, axis=1)
+    means = pd.DataFrame(expression).groupby(rows.to_numpy()).transform("mean").to_numpy()
+    first = controls & ~rows.duplicated().to_numpy()
+    profiles = np.stack([means[first & (table["donor"] == d)].mean(axis=0) for d in donors])
+    centred = profiles - profiles.mean(axis=0)
+    norms = np.linalg.norm(centred, axis=1)
+    expected = (1 + centred @ centred.T / np.outer(norms, norms)) / 2
+    features = np.array(mixed.design.contexts.features)
+    np.testing.assert_allclose(features @ features.T, expected, atol=1e-4)
+
+
+def test_the_effect_in_a_similar_context_counts_more(encoder, declared, rng):
+    """Two kinds of donors, of which each has its own response; a pair is held out."""
+    kinds = rng.normal(0, 2, (2, GENES)), rng.normal(0, 1, (2, GENES))
+    table = pd.DataFrame(
+        [(d, t) for d in "abcdefgh" for t in ("none", "p") for _ in range(3)],
+        columns=["donor", "drug"],
+    ).assign(batch="x", hours="6")
+    kind = np.array([ord(donor) % 2 for donor in table["donor"]])
+    values = kinds[0][kind] + kinds[1][kind] * (table["drug"] == "p").to_numpy()[:, None]
+    values = 5 + values + rng.normal(0, 0.2, values.shape)
+    held_out = ((table["donor"] == "c") & (table["drug"] == "p")).to_numpy()
+    train = table[~held_out].reset_index(drop=True)
+    encoder = MetadataEncoder.fit(train, declared.covariates)
+    samples = samples_of(encoder, train, values[~held_out])
+    mixed = MixedModel.fit(encoder, declared, samples, GENES)
+    control = values[(table["donor"] == "c").to_numpy() & ~held_out].mean(axis=0)
+    effect = predictions(mixed, encoder, table[held_out])[0] - control
+    own, other = kinds[1][1], kinds[1][0]
+    assert ((effect - own) ** 2).mean() < 0.3 * ((effect - other) ** 2).mean()

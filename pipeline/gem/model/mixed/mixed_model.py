@@ -99,9 +99,9 @@ class MixedModel:
         cls, encoder: MetadataEncoder, data: Data, samples: MixedSamples, genes: int
     ) -> "MixedModel":
         """Variances from RowMeans, effects from all samples."""
-        design = Design.of(encoder, data, samples.rows)
-        design = design.with_columns(encoder, samples.rows, genes)
         observed = RowMeans.of(samples, genes)
+        design = Design.of(encoder, data, samples.rows, (observed.rows, observed.means))
+        design = design.with_columns(encoder, samples.rows, genes)
         design, row_variance, noise = _fit_variances(design, encoder, observed)
         intercept, coefficients = _solve(design, encoder, [samples], genes, (row_variance, noise))
         variance = _prediction_variance(design, encoder, observed, row_variance, noise)

@@ -16,21 +16,24 @@ import numpy as np
 from scipy.sparse import csr_array, hstack
 
 from pipeline.gem.common.config import GROUPS, Control, Data, Numeric
+from pipeline.gem.data.covariates import CovariateEncoder
 from pipeline.gem.data.encoder import FieldColumns, MetadataEncoder, field_columns
 
 # Of the smooth basis: the kernel is the mean of two Gaussians, in deviations of the knots.
 LENGTH_SCALES = (0.5, 2.0)
 LARGEST_BASIS = 12  # knots
 _JITTER = 1e-6
+MAX_SIMILAR = 64  # contexts whose similarity is used
 MAX_COLUMNS, MAX_VALUES = 4096, 2**26  # of the coefficients; the most frequent columns are kept
 
-Kind = Literal["levels", "features", "smooth", "treatment", "treated"]
+Kind = Literal["levels", "features", "smooth", "treatment", "treated", "similarity"]
 
 
 @dataclass(frozen=True)
 class Factor:
     """`treatment` is the levels of the control's column without the control, `treated` is 1 for all
-    samples but controls."""
+    samples but controls, `similarity` has the similarity of contexts as inner products; it belongs
+    to the first of the context columns."""
 
     kind: Kind
     covariate: str
@@ -58,16 +61,75 @@ class Term:
 
 
 @dataclass(frozen=True)
+class ContextFeatures:
+    """Features of contexts, whose inner products are their similarity: (1 + r) / 2, with r the
+    correlation over genes of the mean controls, relative to the mean of all contexts."""
+
+    columns: tuple[str, ...]  # that name a context
+    contexts: tuple[int, ...] = ()  # positions in the product of their levels; sorted
+    features: tuple[tuple[float, ...], ...] = ()  # of each; empty with two contexts, or many
+
+    @classmethod
+    def of(
+        cls, columns: tuple[str, ...], context: csr_array, controls: np.ndarray
+    ) -> "ContextFeatures":
+        """From the context (R, contexts) of controls with expression (R, G)."""
+        names, place = np.unique(context.indices, return_inverse=True)
+        if not 3 <= len(names) <= MAX_SIMILAR:
+            return cls(columns)
+        row = np.repeat(np.arange(len(controls)), np.diff(context.indptr))
+        profiles = np.zeros((len(names), controls.shape[1]))
+        np.add.at(profiles, place, controls[row])
+        profiles /= np.bincount(place)[:, None]
+        profiles -= profiles.mean(axis=0)
+        profiles /= np.linalg.norm(profiles, axis=1, keepdims=True).clip(1e-12)
+        values, vectors = np.linalg.eigh((1 + profiles @ profiles.T) / 2)
+        kept = values > _JITTER
+        features = vectors[:, kept] * np.sqrt(values[kept])
+        return cls(columns, tuple(names.tolist()), tuple(map(tuple, features.tolist())))
+
+    def matrix(self, context: csr_array) -> csr_array:
+        """(N, features) of rows with these contexts (N, contexts)"""
+        known = _select(context, self.contexts)
+        return csr_array(known @ csr_array(np.array(self.features, dtype=np.float32)))
+
+    def problems(self, levels: Mapping[str, int]) -> list[str]:
+        """What contradicts covariates with these numbers of levels."""
+        if not self.features and not self.contexts:
+            return []
+        sizes = [levels.get(name, 0) for name in self.columns]
+        if not sizes or not all(sizes):
+            return ["features of contexts whose columns have no levels"]
+        places = list(self.contexts)
+        if places != sorted(set(places)) or places[0] < 0 or places[-1] >= math.prod(sizes):
+            return ["contexts that are repeated, not sorted or not those of their columns"]
+        widths = {len(row) for row in self.features}
+        if len(self.features) != len(places) or len(widths) != 1 or widths == {0}:
+            return ["features that are not one row for each context"]
+        if not np.isfinite(self.features).all():
+            return ["features of contexts that are not finite"]
+        return []
+
+
+@dataclass(frozen=True)
 class Design:
     """The terms of a mixed model, and what their factors are computed from."""
 
     terms: tuple[Term, ...]
     control: Control | None
     knots: Mapping[str, tuple[float, ...]]  # of the smooth basis, by numeric covariate; sorted
+    contexts: ContextFeatures
 
     @classmethod
-    def of(cls, encoder: MetadataEncoder, data: Data, rows: csr_array) -> "Design":
-        """All terms that the declarations allow, with the columns of training rows (N, C)."""
+    def of(
+        cls,
+        encoder: MetadataEncoder,
+        data: Data,
+        rows: csr_array,
+        measured: tuple[csr_array, np.ndarray] | None = None,
+    ) -> "Design":
+        """All terms that the declarations allow, for training rows (N, C). `measured`: rows (R, C)
+        with their expression (R, G), for the similarity of contexts."""
         control = data.control if data.control and _field(encoder, data.control.column) else None
         knots = {}
         for part, start in _fields(encoder):
@@ -76,7 +138,22 @@ class Design:
                 numbers = np.unique(rows[:, [value]].toarray()[present.toarray() > 0])
                 places = np.linspace(0, len(numbers) - 1, min(len(numbers), LARGEST_BASIS))
                 knots[part.field.name] = tuple(numbers[places.round().astype(int)].tolist())
-        return cls(tuple(map(Term, _products(encoder, data, control))), control, knots)
+        columns = _context_columns(encoder, data)
+        design = cls((), control, knots, ContextFeatures(columns))
+        if measured is not None and control is not None and columns:
+            design = design._with_similarities(encoder, *measured)
+        alike = Factor("similarity", columns[0]) if design.contexts.features else None
+        terms = tuple(map(Term, _products(encoder, columns, control, alike)))
+        return replace(design, terms=terms)
+
+    def _with_similarities(
+        self, encoder: MetadataEncoder, rows: csr_array, expression: np.ndarray
+    ) -> "Design":
+        treated = self._matrix_of(Factor("treated", self.control.column), encoder, rows)
+        controls = np.flatnonzero(np.diff(treated.indptr) == 0)
+        context = self._context(encoder, rows[controls])
+        features = ContextFeatures.of(self.contexts.columns, context, expression[controls])
+        return replace(self, contexts=features)
 
     def with_columns(self, encoder: MetadataEncoder, rows: csr_array, genes: int) -> "Design":
         """With the columns that training rows (N, C) have, as many as memory allows: of the terms
@@ -130,6 +207,11 @@ class Design:
                 problems.append(f"knots of {name} are absent, repeated or not sorted")
             else:
                 widths[name]["smooth"] = len(knots)
+        levels = {name: of_field.get("levels", 0) for name, of_field in widths.items()}
+        if wrong := self.contexts.problems(levels):
+            return problems + wrong
+        if self.contexts.features:
+            widths[self.contexts.columns[0]]["similarity"] = len(self.contexts.features[0])
         for term in self.terms:
             sizes = [widths.get(f.covariate, {}).get(f.kind, 0) for f in term.factors]
             columns = term.columns
@@ -147,10 +229,19 @@ class Design:
         self, encoder: MetadataEncoder, rows: csr_array
     ) -> dict[Factor, csr_array]:
         used = dict.fromkeys(factor for term in self.terms for factor in term.factors)
+        return {factor: self._matrix_of(factor, encoder, rows) for factor in used}
+
+    def _matrix_of(self, factor: Factor, encoder: MetadataEncoder, rows: csr_array) -> csr_array:
+        """(N, columns of the factor)"""
+        if factor.kind == "similarity":
+            return self.contexts.matrix(self._context(encoder, rows))
         places = {part.field.name: (part, start) for part, start in _fields(encoder)}
-        return {
-            factor: self._factor_matrix(factor, *places[factor.covariate], rows) for factor in used
-        }
+        return self._factor_matrix(factor, *places[factor.covariate], rows)
+
+    def _context(self, encoder: MetadataEncoder, rows: csr_array) -> csr_array:
+        """(N, all contexts) the context of each row"""
+        factors = [Factor("levels", name) for name in self.contexts.columns]
+        return _product([self._matrix_of(factor, encoder, rows) for factor in factors])
 
     def _factor_matrix(
         self, factor: Factor, part: FieldColumns, start: int, rows: csr_array
@@ -211,44 +302,55 @@ def _field(encoder: MetadataEncoder, name: str) -> bool:
     return any(part.field.name == name for part, _ in _fields(encoder))
 
 
+def _context_columns(encoder: MetadataEncoder, data: Data) -> tuple[str, ...]:
+    """The covariates that name a context; none if one of them is a number."""
+    fields = [field for field in encoder.fields if field.name in data.context_columns]
+    if any(isinstance(field.covariate, Numeric) or not field.levels for field in fields):
+        return ()
+    return tuple(field.name for field in fields)
+
+
 def _products(
-    encoder: MetadataEncoder, data: Data, control: Control | None
+    encoder: MetadataEncoder,
+    context_columns: tuple[str, ...],
+    control: Control | None,
+    alike: Factor | None,
 ) -> list[tuple[Factor, ...]]:
     """The factors of every term: each covariate alone; then treatment, its features, dose and time
-    with one another and with the context."""
+    with one another, with the context, and with what it resembles (`alike`)."""
     alone: list[tuple[Factor, ...]] = []
     treatments: list[Factor] = []
     numbers: list[Factor] = []
     for group in GROUPS:
         for field in encoder.groups[group]:
-            is_treatment = control is not None and field.name == control.column
-            mine = []
+            mine = _factors_of(field, control)
             if isinstance(field.covariate, Numeric):
-                mine = [Factor("smooth", field.name)] if field.levels else []
                 numbers += mine if group == "perturbation" else []
-            elif is_treatment:
-                mine = [Factor("treated", field.name), Factor("treatment", field.name)]
-            elif field.levels:
-                mine = [Factor("levels", field.name)]
-            if field.features is not None:
-                mine.append(Factor("features", field.name))
-            treatments += mine if is_treatment else []
+            elif control is not None and field.name == control.column:
+                treatments += mine
             alone += [(factor,) for factor in mine]
-    names = set(encoder.names)
-    context = tuple(Factor("levels", name) for name in data.context_columns if name in names)
-    is_labelled = all(
-        not isinstance(field.covariate, Numeric)
-        for field in encoder.fields
-        if field.name in data.context_columns
-    )
     products = [(treatment, number) for treatment in treatments for number in numbers]
     if len(numbers) > 1:
         products += [(treatment, *numbers) for treatment in treatments]
-    if context and is_labelled:
-        inner = [*((number,) for number in numbers), *((one,) for one in treatments), *products]
+    inner = [*((number,) for number in numbers), *((one,) for one in treatments), *products]
+    if context := tuple(Factor("levels", name) for name in context_columns):
         products += [(*context, *factors) for factors in inner]
         products += [context] if len(context) > 1 else []
+    if alike is not None:
+        products += [(alike, *factors) for factors in inner if factors[0] in treatments]
     return alone + products
+
+
+def _factors_of(field: CovariateEncoder, control: Control | None) -> list[Factor]:
+    """The factors of one covariate."""
+    if isinstance(field.covariate, Numeric):
+        return [Factor("smooth", field.name)] if field.levels else []
+    factors = []
+    if control is not None and field.name == control.column:
+        factors = [Factor("treated", field.name), Factor("treatment", field.name)]
+    elif field.levels:
+        factors = [Factor("levels", field.name)]
+    return factors + ([Factor("features", field.name)] if field.features is not None else [])
 
 
 def _product(factors: Sequence[csr_array]) -> csr_array:

@@ -124,7 +124,8 @@ def test_the_hash_of_the_code_covers_every_module_that_a_fold_imports():
         text = (ROOT / f"benchmarks/cohorts/{name}.py").read_text()
         for line in text.splitlines():
             if line.startswith("from benchmarks.cohorts."):
-                assert line.split()[1].rpartition(".")[2] in run.OWN, line
+                # What a declaration says is in the identity of the cohort.
+                assert line.split()[1].rpartition(".")[2] in (*run.OWN, "declarations"), line
             if line.startswith("from pipeline.gem."):
                 module = line.split()[1].replace(".", "/")
                 assert f"{module}.py" in closure or f"{module}/__init__.py" in closure, line

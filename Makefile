@@ -72,7 +72,7 @@ repro: check  ## run every stage that is out of date
 	@python -m dvc repro
 
 results: check  ## the table of the last evaluation
-	@python -m pipeline.evaluate --show
+	@python -m pipeline.results
 	@echo
 	@echo "Compare the runs in the browser:  make ui   (then open http://127.0.0.1:$(PORT))"
 

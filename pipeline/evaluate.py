@@ -5,7 +5,7 @@ Reads   params.yaml (all of it: the report shows it); data/cohort/; experiments/
         experiments/<evaluate.search>/
 Writes  experiments/evaluation/: report.html, metrics.json, tables (*.csv), predictions/, figures/;
         the metrics to MLflow
-Run     python -m pipeline.evaluate [--show: print the results of the last evaluation]
+Run     python -m pipeline.evaluate
 """
 
 import argparse
@@ -20,25 +20,26 @@ from threadpoolctl import threadpool_limits
 from pipeline.gem.common import provenance, yaml_file
 from pipeline.gem.common.capacity import evaluation_needs, require
 from pipeline.gem.common.config import Params, read_params
-from pipeline.gem.common.errors import InputError, exit_with
+from pipeline.gem.common.errors import exit_with
 from pipeline.gem.common.files import sha256, sha256_of
 from pipeline.gem.common.processes import exclusive
 from pipeline.gem.common.progress import duration
 from pipeline.gem.common.yaml_file import flatten
 from pipeline.gem.data.cohort import Cohort
-from pipeline.gem.evaluation.predictors import MODELS, REFERENCE_SUFFIX
-from pipeline.gem.evaluation.report.console import show_results
+from pipeline.gem.evaluation.catalogue import (
+    EXPERIMENTS,
+    METRICS_FILE,
+    MODELS,
+    OUTPUT,
+    REFERENCE_SUFFIX,
+    TABLE_FILES,
+    TUNED,
+)
 from pipeline.gem.evaluation.report.contents import report_data
 from pipeline.gem.evaluation.report.figures import draw_figures
-from pipeline.gem.evaluation.report.landscape import Landscape, summary_of
+from pipeline.gem.evaluation.report.landscape import Landscape
 from pipeline.gem.evaluation.report.page import write_report
-from pipeline.gem.evaluation.run import (
-    METRICS_FILE,
-    TABLE_FILES,
-    evaluate_models,
-    load_models,
-    write_tables,
-)
+from pipeline.gem.evaluation.run import evaluate_models, load_models, write_tables
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.model_file import MODEL_FILE
 from pipeline.gem.tracking import mlflow_client, runs
@@ -46,37 +47,16 @@ from pipeline.gem.tracking.runs import COHORT, PREDICTOR_TAG, Run
 
 log = logging.getLogger(__name__)
 
-EXPERIMENTS = Path("experiments")
-OUTPUT = EXPERIMENTS / "evaluation"
-TUNED = "gem_tuned"
 FIGURES, REPORT = OUTPUT / "figures", OUTPUT / "report.html"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--show", action="store_true", help="print the results of the last evaluation"
-    )
-    if parser.parse_args().show:
-        show()
-    else:
-        params = read_params()
-        with exclusive("evaluate", f"{OUTPUT} is being written by {{process}}; wait for it"):
-            evaluate(params)
-
-
-def show() -> None:
-    scores, comparisons = (OUTPUT / TABLE_FILES[name] for name in ("scores", "comparisons"))
-    search = EXPERIMENTS / read_params().evaluate.search
-    for path in (scores, comparisons, search / "best.yaml"):
-        if not path.exists():
-            raise InputError(f"{path}: not found; `dvc repro` writes it")
-    table = pd.read_csv(scores)
-    show_results(table, pd.read_csv(comparisons))
-    result = "" if (table["predictor"] == TUNED).any() else "the defaults stay: "
-    print(f"search {search.name}: {result}{summary_of(search / 'best.yaml')}")
+    ).parse_args()
+    params = read_params()
+    with exclusive("evaluate", f"{OUTPUT} is being written by {{process}}; wait for it"):
+        evaluate(params)
 
 
 def evaluate(params: Params) -> None:

@@ -160,6 +160,12 @@ def test_a_verb_states_how_it_is_run(verb):
     )
 
 
+def test_the_results_are_printed_without_the_model_and_the_trackers():
+    """Each takes seconds to import."""
+    names = {name for file in import_closure("pipeline.results") for name in imports(file)}
+    assert not {name.split(".")[0] for name in names} & {"torch", "sklearn", "mlflow", "optuna"}
+
+
 # What writes files, and the modules that may call it: into a new folder, a temporary file of
 # `atomic_replacement`, or memory.
 WRITERS = {

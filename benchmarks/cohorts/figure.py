@@ -10,7 +10,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from benchmarks.cohorts.fold_run import HALF, MEANS
 from benchmarks.cohorts.table import CEILINGS, MODELS, SIMPLE, Comparison, best_simple, ceiling
 from pipeline.gem.common.plotting import COLOURS, INK, STYLE, save_figure
-from pipeline.gem.evaluation.predictors import GEM
+from pipeline.gem.evaluation.catalogue import GEM
 
 # Grey, with a marker each: what anyone could fit.
 MARKERS = dict(zip(SIMPLE, (*"x123^DsP", *"+4v<*"), strict=True))

@@ -28,12 +28,13 @@ from pipeline.gem.common.config import Params
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.sources import open_source
 from pipeline.gem.evaluation import metrics
+from pipeline.gem.evaluation.catalogue import GEM, REFERENCE_SUFFIX, REPLICATE
 from pipeline.gem.evaluation.evaluation_split import (
     EvaluationSplit,
     EvaluationSplits,
     PredictedSplit,
 )
-from pipeline.gem.evaluation.predictors import GEM, REFERENCE_SUFFIX, REPLICATE, Predictors
+from pipeline.gem.evaluation.predictors import Predictors
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.query import decode
 from pipeline.gem.preparation.prepare import write_cohort

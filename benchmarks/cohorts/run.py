@@ -30,7 +30,7 @@ from pipeline.gem.common.files import sha256, sha256_of, write_json
 from pipeline.gem.common.processes import StopSignal, end_with_parent
 from pipeline.gem.common.progress import duration
 from pipeline.gem.data.sources import open_source
-from pipeline.gem.evaluation.predictors import GEM
+from pipeline.gem.evaluation.catalogue import GEM
 from pipeline.gem.simulation.write import write_source
 from pipeline.gem.tracking.runs import Run
 

@@ -18,8 +18,9 @@ from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.labels import LabelForm
 from pipeline.gem.data.references import SampleGroups
 from pipeline.gem.data.sources import Source
+from pipeline.gem.evaluation.catalogue import BASELINES
 from pipeline.gem.evaluation.evaluation_split import EvaluationSplit, EvaluationSplits
-from pipeline.gem.evaluation.predictors import BASELINES, Predictors
+from pipeline.gem.evaluation.predictors import Predictors
 from pipeline.gem.preparation.prepare import write_cohort
 
 

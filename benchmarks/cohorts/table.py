@@ -13,12 +13,7 @@ from benchmarks.cohorts.fold_run import HALF, MEANS
 from benchmarks.cohorts.rivals import RIVALS
 from benchmarks.cohorts.scores import SCORES
 from pipeline.gem.evaluation.bootstrap import Bootstrap
-from pipeline.gem.evaluation.predictors import (
-    BASELINES,
-    GEM,
-    REFERENCE_SUFFIX,
-    SKILL_CEILING,
-)
+from pipeline.gem.evaluation.catalogue import BASELINES, GEM, REFERENCE_SUFFIX, SKILL_CEILING
 
 SIMPLE = (*BASELINES, *RIVALS)  # what anyone could fit
 MODELS = (GEM, GEM + REFERENCE_SUFFIX)

@@ -8,19 +8,24 @@ import pytest
 from support.comparison import SEEDS, SPLITS, rows_of
 
 from pipeline.gem.data.cohort import Cohort
-from pipeline.gem.evaluation.comparison import (
+from pipeline.gem.evaluation.catalogue import (
     BETTER,
-    COMPARISONS,
-    SCORE_COLUMNS,
+    MODELS,
+    PREDICTORS,
+    SHARED_CONTROLS,
     UNCLEAR,
     WORSE,
+)
+from pipeline.gem.evaluation.comparison import (
+    COMPARISONS,
+    SCORE_COLUMNS,
     evaluate_split,
     nested_scores,
     sample_errors,
 )
-from pipeline.gem.evaluation.evaluation_split import SHARED_CONTROLS, EvaluationSplits
+from pipeline.gem.evaluation.evaluation_split import EvaluationSplits
 from pipeline.gem.evaluation.metrics import METRICS
-from pipeline.gem.evaluation.predictors import MODELS, PREDICTORS, Predictors
+from pipeline.gem.evaluation.predictors import Predictors
 
 
 @pytest.fixture(scope="module")

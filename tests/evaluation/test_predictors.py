@@ -13,15 +13,15 @@ from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.evaluation.baselines.profiles import Profiles
 from pipeline.gem.evaluation.baselines.ridge import Design, NormalEquations, Ridge
 from pipeline.gem.evaluation.baselines.simple import Additive, training_mean
-from pipeline.gem.evaluation.evaluation_split import EvaluationSplits
-from pipeline.gem.evaluation.predictors import (
+from pipeline.gem.evaluation.catalogue import (
     BASELINES,
     MODELS,
     PREDICTOR_ROLES,
     PREDICTORS,
-    Predictors,
     predictors_with_role,
 )
+from pipeline.gem.evaluation.evaluation_split import EvaluationSplits
+from pipeline.gem.evaluation.predictors import Predictors
 from pipeline.gem.model.query import decode
 
 NEED_CONTROLS = {

@@ -11,8 +11,8 @@ from support.settings import at_source
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.sources import open_source
 from pipeline.gem.evaluation.bootstrap import Bootstrap
+from pipeline.gem.evaluation.catalogue import MODELS
 from pipeline.gem.evaluation.comparison import sample_errors
-from pipeline.gem.evaluation.predictors import MODELS
 from pipeline.gem.preparation.prepare import write_cohort
 from pipeline.gem.simulation.write import write_source
 

@@ -9,10 +9,10 @@ import pytest
 from support.comparison import SEEDS, SPLITS
 
 from pipeline.gem.common.errors import IntegrityError
+from pipeline.gem.evaluation.catalogue import TABLE_FILES
 from pipeline.gem.evaluation.evaluation_split import PredictedSplit
 from pipeline.gem.evaluation.metrics import METRICS
 from pipeline.gem.evaluation.run import (
-    TABLE_FILES,
     evaluate_models,
     load_models,
     write_predictions,

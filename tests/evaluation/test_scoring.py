@@ -16,12 +16,8 @@ from support.comparison import (
 )
 
 from pipeline.gem.evaluation.bootstrap import Bootstrap, MetricDraws
-from pipeline.gem.evaluation.evaluation_split import (
-    SHARED_CONTROLS,
-    Controls,
-    EvaluationSplit,
-    PredictedSplit,
-)
+from pipeline.gem.evaluation.catalogue import SHARED_CONTROLS
+from pipeline.gem.evaluation.evaluation_split import Controls, EvaluationSplit, PredictedSplit
 from pipeline.gem.evaluation.metrics import METRICS
 from pipeline.gem.evaluation.scoring import MIN_TEST_SAMPLES, measure, score
 

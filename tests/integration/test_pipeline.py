@@ -15,8 +15,8 @@ from support.settings import TINY
 from pipeline import evaluate
 from pipeline.gem.common import yaml_file
 from pipeline.gem.common.files import sha256
+from pipeline.gem.evaluation.catalogue import PREDICTORS
 from pipeline.gem.evaluation.metrics import METRICS
-from pipeline.gem.evaluation.predictors import PREDICTORS
 
 MODEL_FILES = ("model.safetensors", "history.csv", "report.json", "seeds/seeds.json")
 SEARCH_FILES = ("best.yaml", "trials.csv", "importance.csv", "confirmed.csv")
@@ -250,7 +250,7 @@ def test_trial_zero_is_the_baseline(repository):
 
 
 def test_the_results_are_shown_as_a_table(repository):
-    output = repository.stage("pipeline.evaluate", "--show")
+    output = repository.stage("pipeline.results")
     for word in ("test_combination", "ridge", "gem_tuned", "oracle_metadata", "skill"):
         assert word in output
     assert "\nsearch latent_kl: " in output

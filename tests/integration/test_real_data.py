@@ -14,7 +14,7 @@ from pipeline.gem.common.config import Params
 from pipeline.gem.common.errors import InputError
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.sources import open_source
-from pipeline.gem.evaluation.evaluation_split import SHARED_CONTROLS
+from pipeline.gem.evaluation.catalogue import SHARED_CONTROLS
 from pipeline.gem.evaluation.report.summary import SHARED_NOTE
 from pipeline.gem.preparation.prepare import write_cohort
 

@@ -14,15 +14,18 @@ from pipeline.gem.common.capacity import cores
 from pipeline.gem.common.config import Evaluate
 from pipeline.gem.evaluation import metrics
 from pipeline.gem.evaluation.bootstrap import Bootstrap, Score
-from pipeline.gem.evaluation.error_decomposition import decompose_error
-from pipeline.gem.evaluation.evaluation_split import EvaluationSplit, PredictedSplit
-from pipeline.gem.evaluation.predictors import (
+from pipeline.gem.evaluation.catalogue import (
     BASELINES,
+    BETTER,
     MODELS,
     SKILL_BASELINE,
     SKILL_CEILING,
-    Predictions,
+    UNCLEAR,
+    WORSE,
 )
+from pipeline.gem.evaluation.error_decomposition import decompose_error
+from pipeline.gem.evaluation.evaluation_split import EvaluationSplit, PredictedSplit
+from pipeline.gem.evaluation.predictors import Predictions
 from pipeline.gem.evaluation.scoring import (
     MetricDraws,
     SplitContext,
@@ -41,9 +44,6 @@ COMPARISONS = (
     ("gem_reference", "gem"),
     ("gem_tuned_reference", "gem_tuned"),
 )
-# Verdicts of a comparison: clear only if the paired interval excludes zero.
-BETTER, WORSE, UNCLEAR = "better", "worse", "no clear difference"
-
 INTERVAL = ["value", "low", "high"]
 SCORE_COLUMNS = ["split", "predictor", "metric", *INTERVAL, "conditions", "reason"]
 SEED_COLUMNS = ["split", "predictor", "metric", "seed", "value"]

@@ -13,8 +13,9 @@ from pipeline.gem.common.config import GROUPS, Data
 from pipeline.gem.data.labels import label_texts
 from pipeline.gem.evaluation.baselines.bilinear import leading_components
 from pipeline.gem.evaluation.bootstrap import Bootstrap, condition_sums
+from pipeline.gem.evaluation.catalogue import GEM, SKILL_BASELINE, SKILL_CEILING
 from pipeline.gem.evaluation.evaluation_split import EvaluationSplit
-from pipeline.gem.evaluation.predictors import GEM, SKILL_BASELINE, SKILL_CEILING, Predictions
+from pipeline.gem.evaluation.predictors import Predictions
 from pipeline.gem.evaluation.scoring import SplitContext, changes
 from pipeline.gem.model.calibration import calibration_error
 from pipeline.gem.model.gem import TrainedGEM

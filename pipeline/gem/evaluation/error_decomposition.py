@@ -22,9 +22,10 @@ import numpy as np
 import pandas as pd
 
 from pipeline.gem.evaluation.bootstrap import Bootstrap
+from pipeline.gem.evaluation.catalogue import MODELS, REFERENCE_SUFFIX
 from pipeline.gem.evaluation.evaluation_split import EvaluationSplit
 from pipeline.gem.evaluation.metrics import squared_error
-from pipeline.gem.evaluation.predictors import MODELS, REFERENCE_SUFFIX, Predictions
+from pipeline.gem.evaluation.predictors import Predictions
 
 COLUMNS = ["split", "predictor", "part", "value", "low", "high", "share"]
 COUNT_NOISE, HIDDEN_FACTORS = "count noise", "hidden factors"

@@ -28,10 +28,6 @@ HELD_OUT = {
     "test_perturbation": "perturbation",
     "test_study": "study",
 }
-SHARED_CONTROLS = (
-    "the same controls stand on both sides of a change: biased upwards, delta_pearson of a "
-    "perturbation without effect is above 0"
-)
 NO_REFERENCE = "a sample has no control of its context to start from"
 
 

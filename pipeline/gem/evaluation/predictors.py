@@ -1,14 +1,12 @@
-"""The predictors that an evaluation compares: their table, and their predictions of a test split.
+"""The predictors that an evaluation compares: their fits, and their predictions of a test split.
 
-`PREDICTORS` is the only list of them: to add a baseline, add a row there and its fit in
+Their table is PREDICTORS in `catalogue.py`: to add a baseline, add a row there and its fit in
 `_fit_baselines`. N samples of a split, G genes. Expression is log-CPM.
 """
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -28,6 +26,7 @@ from pipeline.gem.evaluation.baselines.simple import (
     replicate,
     training_mean,
 )
+from pipeline.gem.evaluation.catalogue import PREDICTORS, REFERENCE_SUFFIX, REPLICATE
 from pipeline.gem.evaluation.evaluation_split import (
     NO_REFERENCE,
     EvaluationSplit,
@@ -39,74 +38,7 @@ from pipeline.gem.evaluation.oracles import OraclePredictors
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.predictive import predictive_distribution
 
-PredictorRole = Literal["floor", "baseline", "model", "ceiling"]
-PREDICTOR_ROLES: tuple[PredictorRole, ...] = get_args(PredictorRole)
-
-
-@dataclass(frozen=True)
-class PredictorInfo:
-    """A row of PREDICTORS."""
-
-    role: PredictorRole
-    meaning: str
-    colour: Literal["baseline", "gem", "gem_tuned", "oracle"] = "baseline"  # as in common.plotting
-    label: str = ""  # in a sentence, if not the predictor's name
-
-
-# In the order of tables and figures: from floor to ceiling.
-PREDICTORS: dict[str, PredictorInfo] = {
-    "no_change": PredictorInfo("floor", "mean of the matched controls: no perturbation effect"),
-    "training_mean": PredictorInfo("floor", "mean of all training samples"),
-    "perturbed_mean": PredictorInfo("floor", "mean of all treated samples, or of all controls"),
-    "matched_mean": PredictorInfo("baseline", "perturbed mean within the sample's context"),
-    "additive": PredictorInfo("baseline", "matched control plus the mean effect of the treatment"),
-    "additive_nearest": PredictorInfo(
-        "baseline", "matched control plus the treatment's effect in the most similar context"
-    ),
-    "ridge": PredictorInfo("baseline", "ridge regression on one-hot metadata: skill 0"),
-    "bilinear": PredictorInfo(
-        "baseline", "ridge regression of effects on principal components and perturbation features"
-    ),
-    "gem": PredictorInfo("model", "GEM from metadata, default parameters", "gem", "GEM"),
-    "gem_reference": PredictorInfo(
-        "model", "GEM, latents from one control sample", "gem", "GEM with a reference"
-    ),
-    "gem_tuned": PredictorInfo(
-        "model", "GEM from metadata, parameters of the search", "gem_tuned", "tuned GEM"
-    ),
-    "gem_tuned_reference": PredictorInfo(
-        "model",
-        "tuned GEM, latents from one control sample",
-        "gem_tuned",
-        "tuned GEM with a reference",
-    ),
-    "replicate": PredictorInfo(
-        "ceiling", "replicates: the ceiling without a known truth", "oracle"
-    ),
-    "oracle_metadata": PredictorInfo(
-        "ceiling", "ideal prediction from metadata: skill 1", "oracle"
-    ),
-    "oracle_reference": PredictorInfo(
-        "ceiling", "ideal prediction from metadata and a reference sample", "oracle"
-    ),
-    "oracle_omniscient": PredictorInfo(
-        "ceiling", "all effects of the sample are known: only count noise is left", "oracle"
-    ),
-}
-
-
-def predictors_with_role(*roles: PredictorRole) -> tuple[str, ...]:
-    """Names in the order of PREDICTORS."""
-    return tuple(name for name, info in PREDICTORS.items() if info.role in roles)
-
-
-BASELINES = predictors_with_role("floor", "baseline")  # every model is compared with all of them
-MODELS = predictors_with_role("model")
-REPLICATE = "replicate"
-SKILL_BASELINE, SKILL_CEILING = "ridge", "oracle_metadata"  # skill 0 and 1
 SELECTION_SAMPLES = 2**13
-GEM = "gem"
-REFERENCE_SUFFIX = "_reference"
 
 Predictor = Callable[[EvaluationSplit], list[PredictedSplit]]  # one, or one per training seed
 Predictions = Mapping[str, list[PredictedSplit]]  # predictor name to its predictions of one split

@@ -31,6 +31,7 @@ from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.data.expression import log_cpm
 from pipeline.gem.data.splits import TEST_CONTROL, TRAIN
+from pipeline.gem.evaluation.catalogue import METRICS_FILE, REFERENCE_SUFFIX, TABLE_FILES
 from pipeline.gem.evaluation.comparison import evaluate_split, nested_scores
 from pipeline.gem.evaluation.diagnostics import (
     ConditionScatter,
@@ -42,19 +43,10 @@ from pipeline.gem.evaluation.diagnostics import (
     spread_within_conditions,
 )
 from pipeline.gem.evaluation.evaluation_split import EvaluationSplit, EvaluationSplits
-from pipeline.gem.evaluation.predictors import REFERENCE_SUFFIX, Predictions, Predictors
+from pipeline.gem.evaluation.predictors import Predictions, Predictors
 from pipeline.gem.model.gem import TrainedGEM
 
-TABLE_FILES = {
-    "scores": "metrics.csv",
-    "seeds": "seeds.csv",
-    "comparisons": "comparisons.csv",
-    "conditions": "conditions.csv",
-    "calibration": "calibration.csv",
-    "error_decomposition": "error_decomposition.csv",
-    "latents": "latents.csv",
-}
-METRICS_FILE, PREDICTIONS_FOLDER = "metrics.json", "predictions"
+PREDICTIONS_FOLDER = "predictions"
 LATENT_SPLITS = ("test_random", "test_combination", TEST_CONTROL)  # held-out samples to encode
 
 Models = Mapping[str, list[TrainedGEM]]  # predictor to one model per training seed

@@ -11,14 +11,14 @@ import numpy as np
 
 from pipeline.gem.evaluation import metrics
 from pipeline.gem.evaluation.bootstrap import Bootstrap, MetricDraws, Score, condition_sums
-from pipeline.gem.evaluation.differential_expression import changed_genes, de_direction, de_jaccard
-from pipeline.gem.evaluation.evaluation_split import (
+from pipeline.gem.evaluation.catalogue import (
+    REPLICATE,
     SHARED_CONTROLS,
-    Controls,
-    EvaluationSplit,
-    PredictedSplit,
+    SKILL_BASELINE,
+    SKILL_CEILING,
 )
-from pipeline.gem.evaluation.predictors import REPLICATE, SKILL_BASELINE, SKILL_CEILING
+from pipeline.gem.evaluation.differential_expression import changed_genes, de_direction, de_jaccard
+from pipeline.gem.evaluation.evaluation_split import Controls, EvaluationSplit, PredictedSplit
 
 # At least on either side: with two or three samples, Welch's test against many controls selects
 # genes of small variance.

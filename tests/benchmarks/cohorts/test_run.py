@@ -21,7 +21,7 @@ from pipeline.gem.common import yaml_file
 from pipeline.gem.common.code_version import import_closure
 from pipeline.gem.common.errors import InputError
 from pipeline.gem.data.splits import role_of
-from pipeline.gem.evaluation.predictors import GEM, REFERENCE_SUFFIX
+from pipeline.gem.evaluation.catalogue import GEM, REFERENCE_SUFFIX
 
 SMALL = TINY | {"train.epochs": 2, "tracking.experiment": "gem"}
 

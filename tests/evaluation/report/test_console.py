@@ -3,8 +3,8 @@
 import pandas as pd
 import pytest
 
-from pipeline.gem.evaluation.comparison import BETTER, COMPARISON_COLUMNS
-from pipeline.gem.evaluation.evaluation_split import SHARED_CONTROLS
+from pipeline.gem.evaluation.catalogue import BETTER, SHARED_CONTROLS
+from pipeline.gem.evaluation.comparison import COMPARISON_COLUMNS
 from pipeline.gem.evaluation.metrics import METRICS
 from pipeline.gem.evaluation.report.console import show_results
 from pipeline.gem.evaluation.report.summary import SHARED_MARK, SHARED_NOTE

@@ -14,13 +14,13 @@ import pandas as pd
 import pytest
 
 from pipeline.gem.data.cohort import Cohort
+from pipeline.gem.evaluation.catalogue import SHARED_CONTROLS, TABLE_FILES
 from pipeline.gem.evaluation.error_decomposition import PARTS
-from pipeline.gem.evaluation.evaluation_split import SHARED_CONTROLS
 from pipeline.gem.evaluation.report import page
 from pipeline.gem.evaluation.report.contents import ReportData, report_data
 from pipeline.gem.evaluation.report.landscape import FILES, Landscape, positions
 from pipeline.gem.evaluation.report.summary import SHARED_NOTE
-from pipeline.gem.evaluation.run import TABLE_FILES, Evaluation, evaluate_models, write_tables
+from pipeline.gem.evaluation.run import Evaluation, evaluate_models, write_tables
 from pipeline.gem.model.gem import TrainedGEM
 
 OUTPUT = Path("experiments/evaluation")

@@ -4,8 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.gem.evaluation.comparison import BETTER, UNCLEAR, WORSE
-from pipeline.gem.evaluation.predictors import PREDICTOR_ROLES, PREDICTORS
+from pipeline.gem.evaluation.catalogue import BETTER, PREDICTOR_ROLES, PREDICTORS, UNCLEAR, WORSE
 from pipeline.gem.evaluation.report.summary import (
     ModelSummary,
     compare_models,

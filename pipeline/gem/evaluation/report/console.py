@@ -4,8 +4,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.gem.evaluation.catalogue import MODELS, PREDICTORS
 from pipeline.gem.evaluation.metrics import METRICS
-from pipeline.gem.evaluation.predictors import MODELS, PREDICTORS
 from pipeline.gem.evaluation.report.summary import (
     DIRECTION,
     SHARED_MARK,

@@ -16,7 +16,7 @@ import torch
 from pipeline.gem.common.config import Params
 from pipeline.gem.common.files import sha256
 from pipeline.gem.data.cohort import Cohort
-from pipeline.gem.evaluation.predictors import SKILL_BASELINE
+from pipeline.gem.evaluation.catalogue import SKILL_BASELINE
 from pipeline.gem.evaluation.report.landscape import Landscape
 from pipeline.gem.evaluation.run import PREDICTIONS_FOLDER, Evaluation
 

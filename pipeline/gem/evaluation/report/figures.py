@@ -7,13 +7,13 @@ import pandas as pd
 
 from pipeline.gem.common.files import folder_replacement
 from pipeline.gem.common.plotting import COLOURS, MUTED, STYLE, save_figure
-from pipeline.gem.evaluation.metrics import METRICS
-from pipeline.gem.evaluation.predictors import (
+from pipeline.gem.evaluation.catalogue import (
     PREDICTORS,
     REFERENCE_SUFFIX,
     SKILL_BASELINE,
     SKILL_CEILING,
 )
+from pipeline.gem.evaluation.metrics import METRICS
 from pipeline.gem.evaluation.report.summary import DIRECTION, main_metrics, ordered
 
 _LOWEST_SKILL = -0.5

@@ -15,12 +15,12 @@ import pandas as pd
 from pipeline.gem.common.config import GROUPS
 from pipeline.gem.common.files import write_atomically
 from pipeline.gem.evaluation import error_decomposition as parts
+from pipeline.gem.evaluation.catalogue import MODELS, PREDICTORS, TABLE_FILES
 from pipeline.gem.evaluation.diagnostics import ConditionScatter, LatentMap
 from pipeline.gem.evaluation.metrics import METRICS
-from pipeline.gem.evaluation.predictors import MODELS, PREDICTORS
 from pipeline.gem.evaluation.report import summary, svg
 from pipeline.gem.evaluation.report.contents import ReportData
-from pipeline.gem.evaluation.run import TABLE_FILES, Evaluation
+from pipeline.gem.evaluation.run import Evaluation
 
 TEMPLATE = "page.html.jinja"
 REPRODUCIBILITY = (

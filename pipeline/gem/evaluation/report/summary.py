@@ -8,16 +8,18 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from pipeline.gem.evaluation.comparison import BETTER, UNCLEAR, WORSE
-from pipeline.gem.evaluation.evaluation_split import SHARED_CONTROLS
-from pipeline.gem.evaluation.metrics import METRICS
-from pipeline.gem.evaluation.predictors import (
+from pipeline.gem.evaluation.catalogue import (
     BASELINES,
+    BETTER,
     MODELS,
     PREDICTORS,
+    SHARED_CONTROLS,
     SKILL_BASELINE,
     SKILL_CEILING,
+    UNCLEAR,
+    WORSE,
 )
+from pipeline.gem.evaluation.metrics import METRICS
 
 MAIN_METRICS = ("mse", "skill", "delta_pearson", "discrimination", "calibration")
 SPLIT_MEANING = {

@@ -110,7 +110,8 @@ def test_several_values_that_fit_alone_are_refused_together(defaults):
     ],
 )
 def test_the_number_of_parameters_is_that_of_the_network(defaults, changes):
-    params = defaults.override({"model.latent.technical": 64} | changes)
+    known = {"model.latent.technical": 64, "model.observation": "normal"}
+    params = defaults.override(known | changes)
     metadata = dict.fromkeys(GROUPS, ())
     network = Network(500, metadata, {}, (), params.model)
     number = sum(parameter.numel() for parameter in network.parameters())

@@ -283,7 +283,8 @@ def test_an_obs_column_of_every_type_is_a_covariate_a_context_and_a_control(
     one = prepared(declare(path, **options), "one")
     other = prepared(declare(write_parquet(tmp_path / "folder", samples), **options), "other")
     expected = [None if pd.isna(cell) else str(cell) for cell in column]
-    assert one.samples.sort_values("sample_id")["tissue"].tolist() == expected
+    texts = one.samples.sort_values("sample_id")["tissue"].astype(object)
+    assert texts.where(texts.notna(), None).tolist() == expected
     assert one.manifest["missing"] == other.manifest["missing"]
     assert one.train_validation_sha256 == other.train_validation_sha256
 

@@ -66,7 +66,7 @@ def test_another_vocabulary_is_refused_with_the_difference(gem, cohort, encoder)
     covariates, train = cohort.declared.covariates, cohort.rows(["train"])
     gem.require_vocabulary(encoder)
     tissue = train["tissue"].iloc[0]
-    other_tissue = train.assign(tissue=train["tissue"].replace(tissue, "spleen"))
+    other_tissue = train.assign(tissue=train["tissue"].astype(object).replace(tissue, "spleen"))
     technical = {"technical": {"study": covariates.technical["study"]}}
     cases = {
         rf"tissue: .*{tissue}.*spleen": (other_tissue, covariates),

@@ -193,7 +193,7 @@ def model_directory(cohort, params, shared_folder) -> Path:
         changed = params.override({"train.seeds": [1, 2], "train.epochs": 8})
         data = TrainingData.load(cohort, torch.device("cpu"))
         results = [fit(data, changed, seed) for seed in changed.train.seeds]
-        results = blend_with_mixed_model(results, data, cohort.declared)
+        results = blend_with_mixed_model(results, data, cohort)
         write_model_directory(folder / "default", results, changed, cohort.train_validation_sha256)
 
     return shared_folder("experiments", fill) / "default"

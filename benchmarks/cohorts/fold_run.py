@@ -81,7 +81,7 @@ def train(cohort: Cohort, params: Params, check: Check) -> list[TrainedGEM]:
     data = TrainingData.load(cohort, device, params.model.uses_counts, memory)
     params = data.resolve(params)
     fits = [fit(data, params, seed, on_step=check) for seed in params.train.seeds]
-    return [each.gem for each in blend_with_mixed_model(fits, data, cohort.declared)]
+    return [each.gem for each in blend_with_mixed_model(fits, data, cohort)]
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def test_weight_lies_between_zero_and_one(fitted, mixed, data, monkeypatch):
 
 
 def test_prediction_is_the_average_and_the_file_keeps_it(fitted, data, cohort, tmp_path):
-    (blended,) = blend_with_mixed_model([fitted], data, cohort.declared)
+    (blended,) = blend_with_mixed_model([fitted], data, cohort)
     gem, samples = blended.gem, cohort.rows(["test_combination"])
     weight = gem.network_weight
     network = mean_prediction(replace(gem, mixed=None), samples)
@@ -76,7 +76,7 @@ def test_prediction_is_the_average_and_the_file_keeps_it(fitted, data, cohort, t
 
 
 def test_effects_are_fitted_again_with_the_selection_split(fitted, mixed, data, cohort):
-    (blended,) = blend_with_mixed_model([fitted], data, cohort.declared)
+    (blended,) = blend_with_mixed_model([fitted], data, cohort)
     train, selection = cohort.rows([TRAIN]), cohort.rows([data.selection_split])
     final, first = blended.gem.mixed, mixed
     assert final.design == first.design and final.noise_variance == first.noise_variance
@@ -95,7 +95,7 @@ def test_without_a_selection_split_the_prediction_is_the_mixed_model_with_its_va
     fitted, data, cohort
 ):
     alone = replace(data, validation=None, selection_split=None)
-    (blended,) = blend_with_mixed_model([fitted], alone, cohort.declared)
+    (blended,) = blend_with_mixed_model([fitted], alone, cohort)
     assert blended.gem.network_weight == 0
     observation = blended.gem.network.observation
     variance = observation.log_variance(LatentSource.PRIOR).exp().detach()
@@ -118,7 +118,7 @@ def counted(count_data, params):
 def test_models_of_counts_average_logits_and_choose_by_the_expected_log_cpm(
     counted, count_data, cohort
 ):
-    (blended,) = blend_with_mixed_model([counted], count_data, cohort.declared)
+    (blended,) = blend_with_mixed_model([counted], count_data, cohort)
     gem, samples = blended.gem, cohort.rows(["test_combination"])
     network = mean_prediction(replace(gem, mixed=None), samples)
     linear = mean_prediction(replace(gem, network_weight=0.0), samples)
@@ -162,4 +162,10 @@ def test_counts_that_do_not_fit_into_memory_leave_the_network_alone(
     counted, count_data, cohort, monkeypatch
 ):
     monkeypatch.setattr(blend, "_POOLED", 100)
-    assert blend_with_mixed_model([counted], count_data, cohort.declared) == [counted]
+    assert blend_with_mixed_model([counted], count_data, cohort) == [counted]
+
+
+def test_the_mixed_model_can_be_left_out(fitted, data, cohort):
+    params = fitted.gem.params.model_copy(update={"mixed_model": False})
+    alone = replace(fitted, gem=replace(fitted.gem, params=params))
+    assert blend_with_mixed_model([alone], data, cohort) == [alone]

@@ -213,6 +213,7 @@ class Model(Frozen):
     linear_decoder: bool
     additive_technical: bool
     interactions: integer(0, 2**16)
+    mixed_model: bool
     observation: Literal["auto", "normal", "negative_binomial", "multinomial"]
     min_variance: number(1e-6, 1000)
 

@@ -55,7 +55,7 @@ class TrainingJob:
         on_epoch = self._epoch_logger(run, logging.DEBUG if cached else logging.INFO)
         folder, check = self.cohort.folder, stop_signal.check
         fits = fit_seeds(self.data, self.params, folder, on_epoch, checkpoints, check)
-        fits = blend_with_mixed_model(fits, self.data, self.cohort.declared)
+        fits = blend_with_mixed_model(fits, self.data, self.cohort)
         write_model_directory(
             self.directory, fits, self.params, self.cohort.train_validation_sha256
         )

@@ -9,7 +9,8 @@ weight shrinks towards the mixed model by C / (C + PRIOR_CONDITIONS). Samples at
 conditions training has, are weak evidence for new conditions and halve the weight. Without a
 selection split there is no evidence for the network, and the weight is 0.
 
-Afterwards the effects of the mixed model are fitted again, on the training and the selection split.
+Afterwards the effects of the mixed model are fitted again, with the validation samples given back:
+those of the selection split, and those at random.
 
 A Normal averages log-CPM. A model of counts averages logits of gene fractions: its mixed model is
 fitted to the counts of all samples with equal metadata together, because the mean log-CPM of cells
@@ -28,7 +29,8 @@ from scipy.sparse import csr_array
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from pipeline.gem.common.config import GROUPS, Data
+from pipeline.gem.common.config import GROUPS
+from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.encoder import EncodedGroup, MetadataEncoder, joined_rows
 from pipeline.gem.data.expression import CPM
 from pipeline.gem.data.splits import SELECTION_SPLITS
@@ -36,6 +38,7 @@ from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.mixed.mixed_model import MixedModel, MixedSamples
 from pipeline.gem.model.observation import LatentSource
 from pipeline.gem.training.dataset import EncodedRows, EncodedSplit, TrainingData
+from pipeline.gem.training.expression import open_expression
 from pipeline.gem.training.trainer import FitResult
 
 log = logging.getLogger(__name__)
@@ -49,21 +52,24 @@ _POOLED = 2**27  # values
 
 
 def blend_with_mixed_model(
-    fits: list[FitResult], data: TrainingData, declared: Data
+    fits: list[FitResult], data: TrainingData, cohort: Cohort
 ) -> list[FitResult]:
-    """The fits of one data set with their models blended."""
+    """The fits of one data set with their models blended; unchanged if `model.mixed_model` is
+    false."""
+    if not fits[0].gem.params.mixed_model:
+        return fits
     # On one thread: the bits do not depend on the cores of the machine.
     with threadpool_limits(1):
-        return _blend(fits, data, declared)
+        return _blend(fits, data, cohort)
 
 
-def _blend(fits: list[FitResult], data: TrainingData, declared: Data) -> list[FitResult]:
-    splits = [data.train] if data.validation is None else [data.train, data.validation]
+def _blend(fits: list[FitResult], data: TrainingData, cohort: Cohort) -> list[FitResult]:
+    splits = [data.train, *_validation_splits(data, cohort)]
     samples = mixed_samples(splits, data.encoder, fits[0].gem.params.uses_counts)
     if samples is None:
         log.info("train: too many distinct metadata to pool their counts: the network alone")
         return fits
-    mixed = MixedModel.fit(data.encoder, declared, samples[0], len(data.genes))
+    mixed = MixedModel.fit(data.encoder, cohort.declared, samples[0], len(data.genes))
     weights = [0.0] * len(fits)
     if data.validation is not None:
         evidence = 1.0 if data.selection_split == SELECTION_SPLITS[0] else RANDOM_EVIDENCE
@@ -79,6 +85,19 @@ def _blend(fits: list[FitResult], data: TrainingData, declared: Data) -> list[Fi
         replace(fit, gem=replace(fit.gem, mixed=final, network_weight=weight))
         for fit, weight in zip(fits, weights, strict=True)
     ]
+
+
+def _validation_splits(data: TrainingData, cohort: Cohort) -> list[EncodedSplit]:
+    """Those of SELECTION_SPLITS that the cohort has. All but the selection split are streamed."""
+    splits, device = [], data.train.expression.device
+    for name in filter(cohort.has, SELECTION_SPLITS):
+        if name == data.selection_split:
+            splits.append(data.validation)
+        else:
+            with_counts = data.train.expression.with_counts
+            expression = open_expression(cohort, name, device, with_counts, 0.0)
+            splits.append(EncodedSplit.load(cohort, name, data.encoder, expression))
+    return splits
 
 
 def mixed_samples(

@@ -5,9 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from support.settings import ROOT
 
 from pipeline.gem.data.splits import TRAIN
 from pipeline.gem.model.gem import TrainedGEM
+from pipeline.gem.model.mixed import mixed_model, terms
 from pipeline.gem.model.mixed.mixed_model import MixedModel
 from pipeline.gem.model.observation import LatentSource
 from pipeline.gem.model.query import decode
@@ -169,3 +171,12 @@ def test_the_mixed_model_can_be_left_out(fitted, data, cohort):
     params = fitted.gem.params.model_copy(update={"mixed_model": False})
     alone = replace(fitted, gem=replace(fitted.gem, params=params))
     assert blend_with_mixed_model([alone], data, cohort) == [alone]
+
+
+def test_the_page_of_the_model_has_the_numbers_of_the_code():
+    page = (ROOT / "docs" / "model.md").read_text(encoding="utf-8")
+    assert f"at most {mixed_model.VARIANCE_ROWS} metadata rows" in page
+    assert f"at most {terms.MAX_COLUMNS:,} columns" in page
+    assert f"for 3 to {terms.MAX_SIMILAR} contexts" in page
+    assert f"among {blend.WEIGHTS} values" in page
+    assert f"C / (C + {blend.PRIOR_CONDITIONS:g})" in page

@@ -47,7 +47,6 @@ PRIOR_CONDITIONS = 2.0
 RANDOM_EVIDENCE = 0.5
 WEIGHTS, WEIGHT_SAMPLES = 21, 1024  # candidates, and samples that decide
 PRIOR_COUNTS = 0.5
-MEASURED_COUNTS = 10.0  # of a row: a gene with so many has half of the weight of one with many
 _POOLED = 2**27  # values
 
 
@@ -116,10 +115,11 @@ def mixed_samples(
     ]
     fractions = counts[0].sum(axis=0) / counts[0].sum()
     library = counts[0].sum() / len(splits[0])
-    measured = counts[0].mean(axis=0)
-    weights = measured / (measured + MEASURED_COUNTS) + 1e-6
+    of_sample = fractions.clip(1e-9) * library
+    # How much the expected log-CPM of a sample follows the logarithm of its expected count.
+    weights = (of_sample / (1 + of_sample)) ** 2
     # Of a Poisson count's logarithm, in classes: the genes of one share their equations.
-    noise = np.exp2(np.round(-np.log2(fractions.clip(1e-9) * library)))
+    noise = np.exp2(np.round(-np.log2(of_sample)))
     return [
         _pooled(distinct, of_rows, fractions, library, weights, noise)
         for (distinct, _), of_rows in zip(rows, counts, strict=True)

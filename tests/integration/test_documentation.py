@@ -4,10 +4,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support.fork_server import forked_stages
 from support.processes import free_port
 from support.repository import Repository
 from support.settings import ROOT
@@ -37,6 +39,10 @@ TEXT_COMMANDS = {
 }
 # Commands that another test runs, and checks.
 COVERED = {"dvc repro --single-item": "tests/integration/test_pipeline.py"}
+# Stages that pages call; the fixture `finished` and tests/prediction/test_predict.py run processes.
+STAGES = tuple(
+    f"pipeline.{name}" for name in ("configure", "train", "tune", "results", "predict", "register")
+)
 # Larger budgets than a test needs.
 SMALLER = {"TRIALS=40": "TRIALS=4", "TRIALS=12": "TRIALS=2", "WORKERS=8": "WORKERS=2"}
 
@@ -124,8 +130,15 @@ def test_the_readme_names_every_make_target_that_exists():
 
 
 @pytest.fixture(scope="module")
-def project(finished, tmp_path_factory) -> Path:
-    return Repository.copy_of(finished, tmp_path_factory.mktemp("documentation") / "project").folder
+def project(finished, tmp_path_factory) -> Iterator[Path]:
+    """A finished project. Its stages are forked: to import them takes most of their time."""
+    folder = tmp_path_factory.mktemp("documentation") / "project"
+    Repository.copy_of(finished, folder)
+    environment = folder / ".venv"
+    environment.unlink()
+    with forked_stages(environment, *STAGES):
+        (environment / "installed").touch()
+        yield folder
 
 
 def script(block: Block) -> str:
@@ -188,6 +201,12 @@ def prepare_inputs(page: Path, folder: Path) -> None:
     if page.name == "data.md":
         (folder / "counts.csv").write_text("sample,g1,g2\ns1,1,2\ns2,3,4\n")
         (folder / "samples.csv").write_text("sample,tissue\ns1,liver\ns2,lung\n")
+
+
+def test_a_mistake_in_a_stage_fails_its_block(project):
+    command = "python -m pipeline.predict --model absent --query query.csv --output out.parquet"
+    code, output = run(Block(ROOT / "README.md", 1, "bash", f"{command}\ntouch next\n"), project)
+    assert code == 2 and "error: " in output and not (project / "next").exists()
 
 
 @pytest.mark.parametrize(

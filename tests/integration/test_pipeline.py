@@ -1,6 +1,7 @@
 """The stages end to end on a tiny cohort: `dvc repro`, then MLflow, then a second `dvc repro`."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from support.fork_server import forked_stages
 from support.repository import Repository
 from support.settings import TINY
 
@@ -271,19 +273,23 @@ def test_evaluate_opens_runs_for_models_that_the_store_does_not_know(repository,
     assert {"test_random/mse", "test_random/reference_mse"} <= set(default.metrics)
 
 
-def test_two_stages_run_side_by_side_and_a_raised_budget_continues_the_search(repository, client):
+def test_two_stages_run_side_by_side_and_a_raised_budget_continues_the_search(
+    repository, client, tmp_path
+):
     """`--single-item` keeps DVC from locking the stages before them."""
     table = repository.folder / "experiments/latent_kl/trials.csv"
     before = pd.read_csv(table)
     repository.stage("pipeline.configure", "--set", "tune.trials=5")
     environment = repository.environment(f"sqlite:///{repository.folder}/mlflow.db")
+    environment["PATH"] = f"{tmp_path / 'python' / 'bin'}{os.pathsep}{environment['PATH']}"
     command = [sys.executable, "-m", "dvc", "repro", "--force", "--single-item"]
-    processes = [
-        subprocess.Popen([*command, stage], cwd=repository.folder, env=environment,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for stage in ("train", "tune")
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    with forked_stages(tmp_path / "python", "pipeline.train", "pipeline.tune"):
+        processes = [
+            subprocess.Popen([*command, stage], cwd=repository.folder, env=environment,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for stage in ("train", "tune")
+        ]  # fmt: skip
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert repository.dvc("status", "train", "tune").stdout.strip().endswith("up to date.")
     after = pd.read_csv(table)

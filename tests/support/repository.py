@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -136,7 +136,7 @@ class Repository:
 
 
 @cache
-def _prepare_to_fork() -> None:
+def prepare_to_fork() -> None:
     """What is the same in all stages, before any fork: the first store imports for seconds."""
     importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
     importlib.import_module("mlflow.store.model_registry.sqlalchemy_store")
@@ -168,7 +168,7 @@ class Stage:
         ranks: int,
     ):
         main = importlib.import_module(module).main
-        _prepare_to_fork()
+        prepare_to_fork()
         program = Program(main, folder, module, arguments, environment)
         run, options = (_run, (program,)) if ranks == 1 else (_run_ranks, (program, ranks))
         self._process = multiprocessing.get_context("fork").Process(target=run, args=options)
@@ -205,14 +205,26 @@ def _run_rank(program: Program) -> None:
 
 
 def _run(program: Program) -> None:
-    main, folder, module, arguments, environment = program
+    log_file = program.folder / f"{program.module}.log"
+    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    run_main(*program, streams=(0, log, log))
+
+
+def run_main(
+    main: Callable[[], None],
+    folder: Path,
+    module: str,
+    arguments: tuple[str, ...],
+    environment: dict[str, str],
+    streams: Sequence[int],
+) -> None:
+    """Runs a stage in this process. `streams`: descriptors of its input, output and errors."""
     warnings.resetwarnings()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    log = os.open(f"{module}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
     # Open until the process ends.
     sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
     sys.argv = [module, *arguments]

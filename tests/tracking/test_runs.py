@@ -1,12 +1,11 @@
 """Runs in a real MLflow store (SQLite)."""
 
-import subprocess
-import sys
+import multiprocessing
+import shutil
 import warnings
 
 import mlflow
 import pytest
-from support.settings import ROOT
 
 from pipeline.gem.common.errors import GemError
 from pipeline.gem.tracking import mlflow_client, runs
@@ -24,13 +23,14 @@ def test_the_default_store_has_mlflows_own_name(tmp_path, monkeypatch):
     assert client.get_run(run.id).info.run_name == "default"
 
 
-@pytest.mark.integration
-def test_the_environment_selects_another_store(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
+def test_the_environment_selects_another_store(tmp_path, monkeypatch, migrated_store):
+    other = f"sqlite:///{shutil.copy(migrated_store, tmp_path / 'other.db')}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
     mlflow_client.connect("gem")
-    with Run.open("default", "train"):
+    with Run.open("default", "train") as run:
         pass
-    assert (tmp_path / "other.db").exists()
+    assert mlflow.MlflowClient(other).get_run(run.id).info.run_name == "default"
+    assert mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"]) == []
 
 
 def test_the_status_of_a_run_follows_from_its_exception():
@@ -128,23 +128,24 @@ def test_machines_that_create_the_experiment_at_the_same_moment_share_it(monkeyp
 
 
 @pytest.mark.integration
-def test_two_processes_may_create_the_store_at_once(tmp_path):
+def test_two_processes_may_create_the_store_at_once(tmp_path, monkeypatch):
     fresh = tmp_path / "fresh"
     fresh.mkdir()
-    code = (
-        "from pipeline.gem.tracking import mlflow_client, runs\n"
-        "mlflow_client.connect('gem')\n"
-        "with runs.Run.open('default', 'train'): pass"
-    )
-    options = {
-        "cwd": fresh,
-        "env": {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-        "stderr": subprocess.PIPE,
-        "text": True,
-    }
-    processes = [subprocess.Popen([sys.executable, "-c", code], **options) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    monkeypatch.chdir(fresh)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+
+    def log_a_run() -> None:
+        mlflow_client.connect("gem")
+        with Run.open("default", "train"):
+            pass
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=log_a_run) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         client = mlflow.MlflowClient(f"sqlite:///{fresh}/mlflow.db")

@@ -1,5 +1,6 @@
 """Fits of several seeds in processes of their own."""
 
+import multiprocessing
 import pickle
 
 import pytest
@@ -17,6 +18,13 @@ def two_cores(monkeypatch):
     monkeypatch.setattr(multi_seed, "cores", lambda: 2)
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes that import nothing again, where what they fit is not the question."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multi_seed.multiprocessing, "get_context", lambda _: fork)
+
+
 @pytest.mark.integration
 def test_parallel_fits_are_equal_to_sequential_ones(two_cores, data, params, cohort):
     changed = params.override({"train.seeds": [1, 2], "train.epochs": 2})
@@ -32,7 +40,7 @@ def test_parallel_fits_are_equal_to_sequential_ones(two_cores, data, params, coh
 
 
 @pytest.mark.integration
-def test_divergence_in_a_process_is_raised_here(two_cores, data, params, cohort):
+def test_divergence_in_a_process_is_raised_here(two_cores, forked, data, params, cohort):
     without_bounds = {"seeds": (1, 2), "learning_rate": 1e30, "gradient_clip": 1e30}
     changed = params.model_copy(update={"train": params.train.model_copy(update=without_bounds)})
     with pytest.raises(DivergedError, match="training diverged at step"):
@@ -60,7 +68,7 @@ def test_processes_take_turns_with_the_gpus(monkeypatch):
 
 
 @pytest.mark.integration
-def test_each_of_the_parallel_fits_has_a_place_of_its_own(params, monkeypatch):
+def test_each_of_the_parallel_fits_has_a_place_of_its_own(params, forked, monkeypatch):
     """Five fits in two places: the place of one that ended is given to the next."""
     monkeypatch.setattr(multi_seed, "_run_job", _report_place)
     places, finish = [], multi_seed._receive

@@ -68,8 +68,8 @@ def make(tmp_path):
 @pytest.mark.parametrize("name", FOLDERS)
 def test_every_target_makes_the_same_calls_in_any_folder(make, tmp_path, name):
     for target in sorted(set(TARGETS) - {"clean"}):
-        plain, expected = make("plain", target)
-        process, calls = make(name, target)
+        plain, expected = make("plain", target, "COHORTS=real cohorts")
+        process, calls = make(name, target, "COHORTS=real cohorts")
         assert (process.returncode, process.stderr) == (0, plain.stderr) == (0, "")
         assert {call[0] for call in calls} <= {str(tmp_path / name)}
         assert [call[1:] for call in calls] == [call[1:] for call in expected]

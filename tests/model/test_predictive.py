@@ -192,7 +192,9 @@ def test_predictive_log_likelihood_is_the_log_of_the_mean_likelihood(gem, inputs
     generator, deviation = seeded(1), deviation_of(gem, LatentSource.PRIOR).double().numpy()
     decoded = torch.stack([decoded_by_hand(gem, inputs, generator) for _ in range(draws)])
     log_density = norm(decoded.double(), deviation).logpdf(observed.expression.double()).sum(2)
-    np.testing.assert_allclose(result, logsumexp(log_density, axis=0) - math.log(draws), rtol=1e-5)
+    expected = logsumexp(log_density, axis=0) - math.log(draws)
+    # Float32 sums of 60 genes, whose normalisers alone are 55 nats.
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=5e-5)
     torch.testing.assert_close(mean, decoded.mean(dim=0))
 
 

@@ -304,3 +304,14 @@ def test_the_effect_in_a_similar_context_counts_more(encoder, declared, rng):
     effect = predictions(mixed, encoder, table[held_out])[0] - control
     own, other = kinds[1][1], kinds[1][0]
     assert ((effect - own) ** 2).mean() < 0.3 * ((effect - other) ** 2).mean()
+
+
+def test_two_conditions_with_replicates_keep_their_means(encoder, declared, rng):
+    """Nothing tells the effect of the treatment from that of its metadata row."""
+    table = pd.DataFrame({"drug": ["none", "p"] * 20}).assign(donor="a", batch="x", hours="6")
+    values = rng.normal(5, 0.3, (40, GENES))
+    values[1::2] += rng.normal(0, 1, GENES)
+    encoder = MetadataEncoder.fit(table, declared.covariates)
+    mixed = MixedModel.fit(encoder, declared, samples_of(encoder, table, values), GENES)
+    means = np.stack([values[0::2].mean(axis=0), values[1::2].mean(axis=0)])
+    np.testing.assert_allclose(predictions(mixed, encoder, table[:2]), means, atol=0.05)

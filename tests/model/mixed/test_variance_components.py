@@ -30,8 +30,10 @@ def test_deviance_is_the_restricted_likelihood_and_its_gradient_that_of_finite_d
     moment = expression @ expression.T / 50
     stack, components = np.stack([*kernels, np.eye(9)]), np.array([0.5, 0.1, 2.0, 0.3])
     projected = np.stack([contrasts(kernel) for kernel in stack])
-    value, gradient = deviance(np.log(components), projected, contrasts(moment))
-    covariance = np.tensordot(components, stack, 1)
+    known = 0.2 * np.diag(rng.uniform(1, 2, 9))
+    arguments = projected, contrasts(moment), contrasts(known)
+    value, gradient = deviance(np.log(components), *arguments)
+    covariance = np.tensordot(components, stack, 1) + known
     inverse, ones = np.linalg.inv(covariance), np.ones(9)
     information = ones @ inverse @ ones
     projection = inverse - np.outer(inverse @ ones, ones @ inverse) / information
@@ -40,10 +42,7 @@ def test_deviance_is_the_restricted_likelihood_and_its_gradient_that_of_finite_d
     assert value == pytest.approx(expected, rel=1e-5)
     for k in range(4):
         shift = np.eye(4)[k] * 1e-5
-        values = [
-            deviance(np.log(components) + sign * shift, projected, contrasts(moment))[0]
-            for sign in (-1, 1)
-        ]
+        values = [deviance(np.log(components) + sign * shift, *arguments)[0] for sign in (-1, 1)]
         assert gradient[k] == pytest.approx((values[1] - values[0]) / 2e-5, rel=1e-4, abs=1e-6)
 
 
@@ -53,14 +52,18 @@ def test_components_of_a_balanced_design_are_those_of_the_analysis_of_variance(r
     effect = rng.normal(0, 1.5, (groups, genes)).repeat(size, axis=0)
     expression = effect + rng.normal(0, 0.7, (groups * size, genes))
     same = np.kron(np.eye(groups), np.ones((size, size)))
-    fitted = fit_variances([same, np.eye(groups * size)], expression @ expression.T / genes)
+    moment, nothing = expression @ expression.T / genes, np.zeros((groups * size,) * 2)
+    fitted = fit_variances([same, np.eye(groups * size)], moment, nothing)
     means = expression.reshape(groups, size, genes).mean(axis=1)
     between = size * means.var(axis=0, ddof=1).mean()
     within = expression.reshape(groups, size, genes).var(axis=1, ddof=1).mean()
     np.testing.assert_allclose(fitted, [(between - within) / size, within], rtol=1e-3)
+    (of_groups,) = fit_variances([same], moment, within * np.eye(groups * size))
+    assert of_groups == pytest.approx((between - within) / size, rel=1e-3)
 
 
 def test_a_kernel_without_contrasts_and_constant_data_have_no_variance():
-    assert not fit_variances([np.ones((4, 4)), np.eye(4)], np.zeros((4, 4))).any()
-    constant, noise = fit_variances([np.ones((4, 4)), np.eye(4)], np.eye(4))
+    nothing, kernels = np.zeros((4, 4)), [np.ones((4, 4)), np.eye(4)]
+    assert not fit_variances(kernels, nothing, nothing).any()
+    constant, noise = fit_variances(kernels, np.eye(4), nothing)
     assert constant == 0 and noise == pytest.approx(1, rel=1e-3)

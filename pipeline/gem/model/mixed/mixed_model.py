@@ -26,6 +26,7 @@ from pipeline.gem.model.mixed.terms import Design
 from pipeline.gem.model.mixed.variance_components import fit_variances
 
 VARIANCE_ROWS = 256  # metadata rows at most that variances are fitted on
+LEAST_ROWS = 4  # with which a row effect is told from the effects of the terms
 _SEED = 0  # of their choice
 MIXED_TENSORS = ("intercept", "coefficients", "variance")  # of a model
 _NEGLIGIBLE = 1e-6  # share of the variance of expression below which a term is left out
@@ -138,22 +139,31 @@ class MixedModel:
 def _fit_variances(
     design: Design, encoder: MetadataEncoder, observed: RowMeans
 ) -> tuple[Design, float, float]:
-    """(the design with variances, those of a row effect and of noise)."""
+    """(the design with variances, those of a row effect and of noise).
+
+    With fewer than LEAST_ROWS rows nothing tells a row effect and noise from the effects of the
+    terms: then the noise is that of replicates, if there are any. It is not where there are more
+    rows: replicates of one batch share effects that the means of rows have in common.
+    """
     kernels = [
         (matrix @ matrix.T).toarray().astype(np.float64)
         for matrix in design.matrices(encoder, observed.rows)
     ]
-    kernels.append(np.diag(1 / observed.numbers))
-    if (observed.numbers > 1).any():
-        kernels.append(np.eye(len(observed.numbers)))
+    of_mean, others = np.diag(1 / observed.numbers), []
     centred = observed.means - observed.means.mean(axis=0)
-    moment = (centred * observed.gene_weights) @ centred.T / observed.gene_weights.sum()
-    variances = fit_variances(kernels, moment)
-    total = moment.trace() / len(moment) or float(observed.within.mean())
-    terms, noise = variances[: len(design.terms)], variances[len(design.terms)]
-    row_variance = variances[-1] if len(variances) > len(design.terms) + 1 else 0.0
+    weights = observed.gene_weights
+    moment = (centred * weights) @ centred.T / weights.sum()
+    within = float(np.average(observed.within, weights=weights))
+    total = moment.trace() / len(moment) or within
+    is_fitted = len(observed.numbers) >= LEAST_ROWS or within == 0
+    if is_fitted:
+        others = [of_mean] if (observed.numbers == 1).all() else [of_mean, np.eye(len(of_mean))]
+    known = 0 * of_mean if is_fitted else within * of_mean
+    variances = fit_variances([*kernels, *others], moment, known)
+    noise, row_variance = [*variances[len(kernels) :], 0.0, 0.0][:2] if is_fitted else (within, 0.0)
     noise = max(float(noise), _LEAST_NOISE * total, np.finfo(np.float32).tiny)
-    return design.with_variances(terms.tolist(), _NEGLIGIBLE * total), float(row_variance), noise
+    terms = variances[: len(kernels)].tolist()
+    return design.with_variances(terms, _NEGLIGIBLE * total), float(row_variance), noise
 
 
 def _solve(

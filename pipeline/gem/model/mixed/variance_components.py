@@ -1,6 +1,6 @@
 """Variance components of a linear mixed model, by restricted maximum likelihood.
 
-    y_g ~ Normal(mu_g 1, V),  V = sum_k v_k K_k,  for all genes g alike
+    y_g ~ Normal(mu_g 1, V),  V = sum_k v_k K_k + known,  for all genes g alike
 
 R rows, G genes, K kernels. The mean is projected out (Patterson & Thompson, Biometrika 1971), so
 the likelihood depends on the data through their mean second moment alone.
@@ -28,9 +28,12 @@ def contrasts(matrix: np.ndarray) -> np.ndarray:
     return (half - 2 * np.outer(half @ normal, normal))[1:, 1:]
 
 
-def fit_variances(kernels: Sequence[np.ndarray], moment: np.ndarray) -> np.ndarray:
+def fit_variances(
+    kernels: Sequence[np.ndarray], moment: np.ndarray, known: np.ndarray
+) -> np.ndarray:
     """(K,) the components v of kernels (R, R) for the second moment (R, R) of the data: the mean
-    over genes of y y'. Zero for a kernel that is constant over the rows."""
+    over genes of y y'. `known` (R, R) is covariance that is not fitted. Zero for a kernel that is
+    constant over the rows."""
     result = np.zeros(len(kernels))
     if len(moment) < 2:
         return result
@@ -46,7 +49,7 @@ def fit_variances(kernels: Sequence[np.ndarray], moment: np.ndarray) -> np.ndarr
     best = minimize(
         deviance,
         start,
-        (stack, moment / variance),
+        (stack, moment / variance, contrasts(known) / variance),
         method="L-BFGS-B",
         jac=True,
         bounds=[_LOG_RANGE] * len(used),
@@ -57,12 +60,12 @@ def fit_variances(kernels: Sequence[np.ndarray], moment: np.ndarray) -> np.ndarr
 
 
 def deviance(
-    log_components: np.ndarray, kernels: np.ndarray, moment: np.ndarray
+    log_components: np.ndarray, kernels: np.ndarray, moment: np.ndarray, known: np.ndarray
 ) -> tuple[float, np.ndarray]:
     """(-2 log likelihood of a gene up to a constant, its gradient (K,)): log |V| + trace(V^-1 S)
-    of kernels (K, R, R) and second moment S (R, R)."""
+    of kernels (K, R, R), `known` covariance and second moment S (R, R)."""
     components = np.exp(log_components)
-    covariance = np.tensordot(components, kernels, 1)
+    covariance = np.tensordot(components, kernels, 1) + known
     covariance[np.diag_indices_from(covariance)] += _RIDGE
     factor = cho_factor(covariance, lower=True)
     inverse = cho_solve(factor, np.eye(len(covariance)))

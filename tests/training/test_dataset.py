@@ -11,7 +11,7 @@ from support.networks import dense
 
 from pipeline.gem.common.config import Data
 from pipeline.gem.data.splits import TRAIN
-from pipeline.gem.training.dataset import TrainingData, study_spread
+from pipeline.gem.training.dataset import TrainingData, resolve_observation, study_spread
 
 
 def test_every_sample_points_at_its_own_metadata_row(cohort, data):
@@ -91,3 +91,20 @@ def test_a_combination_with_a_label_below_min_count_is_extrapolated(cohort):
     assert rare.any() and not rare.all()
     assert (support.is_extrapolated(query) == rare).all()
     assert ((encoder.labels(query)["cell_type"] < 0) == rare).all()
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ([[0, 1, 0, 900], [2, 0, 3, 0]], "negative_binomial"),
+        ([[50, 6, 7, 900], [20, 5, 0, 8]], "normal"),
+        (np.eye(40, dtype=int).tolist(), "normal"),
+    ],
+    ids=["cells", "bulk", "too shallow"],
+)
+def test_the_observation_model_follows_the_counts(params, counts, expected):
+    cohort = SimpleNamespace(blocks=lambda splits: iter([np.array(counts)]))
+    open_choice = params.override({"model.observation": "auto"})
+    assert resolve_observation(open_choice, cohort).model.observation == expected
+    fixed = params.override({"model.observation": "multinomial"})
+    assert resolve_observation(fixed, cohort) is fixed

@@ -25,7 +25,8 @@ from pipeline.gem.model.training_support import TrainingSupport
 from pipeline.gem.training.expression import Expression, open_expression
 
 _SPREAD_VALUES = 2**22  # in float64, three times
-_SPARSE_SAMPLES, _SPARSE_COUNT = 4096, 5  # below this median, counts are sparse
+_SPARSE_SAMPLES = 4096
+_SPARSE_COUNT, _SHALLOW_COUNT = 5, 0.1  # a median below is sparse; a mean below is too shallow
 _TECHNICAL_LATENTS = (64, 512)  # bounds of their number where params.yaml leaves it open
 
 
@@ -240,7 +241,8 @@ def _with_observation(params: Params, sparse: bool) -> Params:
 
 
 def has_sparse_counts(cohort: Cohort) -> bool:
-    """Whether the median count of the first training samples, which are in random order, is
-    small. Then the mean log-CPM of a gene depends on the depth of its samples."""
+    """Whether the first training samples, which are in random order, have small counts: the mean
+    log-CPM of a gene then depends on the depth of its samples. Not if they have hardly any: then
+    the logarithm of a fraction is not measured."""
     counts = next(cohort.blocks([TRAIN]))[:_SPARSE_SAMPLES]
-    return bool(np.median(counts) < _SPARSE_COUNT)
+    return bool(np.median(counts) < _SPARSE_COUNT and counts.mean() >= _SHALLOW_COUNT)

@@ -1,6 +1,8 @@
 """Effects of a synthetic cohort: dose, time, programs, direct effects, donors, and the file."""
 
+import zipfile
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,3 +134,14 @@ def test_the_last_bit_of_a_processor_does_not_change_the_file(truth, tmp_path):
     replace(truth, **neighbours).save(tmp_path / "elsewhere")
     here, elsewhere = ((tmp_path / name / "parameters.npz") for name in ("here", "elsewhere"))
     assert neighbours and here.read_bytes() == elsewhere.read_bytes()
+
+
+def test_the_headers_of_the_file_are_those_of_every_python(truth, tmp_path):
+    """numpy.savez asks for large-file headers, which versions of Python write differently."""
+    truth.save(tmp_path)
+    with zipfile.ZipFile(tmp_path / "parameters.npz") as archive:
+        members = archive.infolist()
+    assert [Path(member.filename).stem for member in members] == [f.name for f in fields(Truth)]
+    for member in members:
+        assert (member.extract_version, member.extra) == (20, b"")
+        assert member.date_time == (1980, 1, 1, 0, 0, 0)

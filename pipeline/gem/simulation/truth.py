@@ -13,6 +13,7 @@ stratum, P perturbations (0 is the control), K mechanisms, E embedding features.
 """
 
 import io
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -106,8 +107,13 @@ class Truth:
                 object.__setattr__(self, field.name, rounded)
 
     def save(self, folder: Path) -> None:
+        """As numpy.savez, whose headers depend on the version of Python."""
         content = io.BytesIO()
-        np.savez(content, **{field.name: getattr(self, field.name) for field in fields(self)})
+        with zipfile.ZipFile(content, "w") as archive:
+            for field in fields(self):
+                array = io.BytesIO()
+                np.lib.format.write_array(array, getattr(self, field.name), allow_pickle=False)
+                archive.writestr(zipfile.ZipInfo(f"{field.name}.npy"), array.getvalue())
         write_atomically(folder / "parameters.npz", content.getvalue())
 
     @classmethod

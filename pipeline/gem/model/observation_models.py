@@ -62,7 +62,7 @@ class Normal(Observation):
     def blend_variance(self, variance: Tensor, network_weight: float) -> None:
         """Averages the variances (G,) around predictions from metadata with those of the mixed
         model, as the predictions are averaged."""
-        floor = math.exp(self.min_log_variance)
+        floor, variance = math.exp(self.min_log_variance), variance.to(self.log_variances.device)
         with torch.no_grad():
             for source in (LatentSource.PRIOR, LatentSource.UNSEEN_STUDY):
                 own = self.log_variance(source).exp()

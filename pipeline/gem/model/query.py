@@ -57,9 +57,11 @@ class MixedQuery:
     @cached_property
     def share(self) -> Tensor:
         """(N, G) the mixed model's part of the prediction, log-CPM."""
-        rows, place = torch.unique(self.index, return_inverse=True)
+        # The mixed model may lie on the processor beside a network on a GPU.
+        index = self.index.to(self.metadata.offsets.device)
+        rows, place = torch.unique(index, return_inverse=True)
         prediction = self.model.predict(self.metadata[rows])
-        return prediction.mul_(1 - self.network_weight)[place]
+        return prediction.mul_(1 - self.network_weight)[place].to(self.index.device)
 
     def blend(self, decoded: Tensor) -> Tensor:
         """The network's decoded values (N, G) and the mixed model's, averaged in place."""

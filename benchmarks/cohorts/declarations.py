@@ -29,6 +29,7 @@ _ABSENT = {
     "target_gene": None,
     "date_column": None,
     "study_column": None,
+    "level_column": None,
     "gene_list": None,
     "missing_values": {},
 }

@@ -533,6 +533,7 @@ def test_all_problems_of_the_tables_are_reported_at_once(declare, prepared, tmp_
         context_columns=["tisue", "total"],
         date_column="dat",
         study_column="studdy",
+        level_column="studyy",
         control={"column": "perturbatio", "value": "control"},
     )
     with pytest.raises(InputError) as caught:
@@ -542,6 +543,7 @@ def test_all_problems_of_the_tables_are_reported_at_once(declare, prepared, tmp_
         "no column tisue; did you mean tissue?",
         "no column dat; did you mean date?",
         "no column studdy; did you mean study?",
+        "data.level_column: no column studyy; did you mean study?",
         "data.control.column: no column perturbatio; did you mean perturbation?",
         "'old'",
         "no column can be called total",

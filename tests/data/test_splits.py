@@ -69,11 +69,12 @@ def test_split_sizes_count_the_distinct_entities(params):
         }
     )
     split = pd.Series([TRAIN, TRAIN, TRAIN, "test_study", "test_study", "validation"])
-    columns = ["split", "samples", "studies", "contexts", "perturbations", "pairs", "controls"]
+    columns = ["split", "samples", "studies", "contexts", "perturbations", "pairs"]
+    columns += ["conditions", "controls"]
     rows = [
-        (TRAIN, 3, 2, 2, 1, 2, 1),
-        ("validation", 1, 0, 1, 0, 0, 0),
-        ("test_study", 2, 1, 1, 2, 2, 0),
+        (TRAIN, 3, 2, 2, 1, 2, 2, 1),
+        ("validation", 1, 0, 1, 0, 0, 0, 0),
+        ("test_study", 2, 1, 1, 2, 2, 2, 0),
     ]
     sizes = split_sizes(samples, split, declare_data(params.data))
     pd.testing.assert_frame_equal(sizes, pd.DataFrame(rows, columns=columns))

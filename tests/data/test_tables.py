@@ -164,6 +164,7 @@ def test_a_reserved_name_of_a_column_is_a_problem_wherever_it_is_declared(params
         {"control": data.control.model_copy(update={"column": name})},
         {"date_column": name},
         {"study_column": name},
+        {"level_column": name},
     ):
         (problem,) = reserved_name_problems(data.model_copy(update=change))
         assert problem.startswith(f"data: no column can be called {name}: ")

@@ -1,4 +1,4 @@
-"""Test splits of new conditions, and of new contexts with known controls, to the page."""
+"""Test splits of new conditions, new contexts with known controls and new levels, to the page."""
 
 import numpy as np
 import pandas as pd
@@ -18,14 +18,15 @@ from pipeline.gem.preparation.prepare import write_cohort
 
 CONTEXT = ["tissue", "cell_type"]
 CONDITION = [*CONTEXT, "perturbation", "perturbation_dose", "perturbation_time"]
-SHARES = {"splits.condition": 0.15, "splits.context": 0.25}
+SHARES = {"splits.condition": 0.3, "splits.context": 0.25, "splits.level": 0.3}
+LEVEL = {"data.level_column": "perturbation_time"}
 
 
 @pytest.fixture(scope="module")
 def known_cohort(params, source_folder, tmp_path_factory) -> Cohort:
     """The tiny cohort with these splits too."""
     folder = tmp_path_factory.mktemp("known")
-    changed = params.override(at_source(source_folder) | SHARES)
+    changed = params.override(at_source(source_folder) | SHARES | LEVEL)
     write_cohort(open_source(changed.data), changed.data, changed.splits, folder / "cohort")
     return Cohort(folder / "cohort")
 
@@ -60,6 +61,14 @@ def test_references_and_controls_of_a_new_context_are_its_own(splits, known_coho
     assert len(own) and set(own["perturbation"]) == {"control"}
 
 
+def test_entities_of_new_levels_are_levels(splits):
+    split, train = splits.split("test_level"), splits.train.samples
+    names = keys(split.samples, ["perturbation_time"])
+    assert split.entity_kind == "level"
+    assert len(set(zip(names, split.entity, strict=True))) == len(set(names)) > 0
+    assert not set(names) & set(keys(train, ["perturbation_time"]))
+
+
 def test_the_page_asks_the_question_of_each_split(known_cohort, params, model_directory, tmp_path):
     models = {"gem": TrainedGEM.load_seeds(model_directory)[0][:1]}
     seeds = {"gem": SEEDS["gem"][:1]}
@@ -70,6 +79,7 @@ def test_the_page_asks_the_question_of_each_split(known_cohort, params, model_di
     for name, question in (
         ("test_condition", "Known perturbations at a new dose or time"),
         ("test_context", "New contexts (a donor, a cell type) of which only controls are in"),
+        ("test_level", "New donors, doses or times (data.level_column) without a sample in"),
     ):
         section = text.split(f'<section id="{name}">')[1].split("</section>")[0]
         assert question in section

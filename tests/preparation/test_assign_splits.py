@@ -21,7 +21,7 @@ KINDS = ("study", "perturbation", "combination")
 HELD_OUT = {
     kind: {f"test_{kind}", f"validation_{kind}"} for kind in KINDS
 }  # the splits of each kind
-OFF = {"test_condition", "test_context"}  # tested in files of their own
+OFF = {"test_condition", "test_context", "test_level"}  # tested in files of their own
 
 
 def assign(samples, data, **changes) -> pd.Series:
@@ -251,7 +251,7 @@ def test_absent_splits_have_a_reason(declare, samples, declared, absent, reason)
 
 def test_a_share_of_zero_is_given_as_the_reason(declare):
     names = (*KINDS, "test_random", "validation", "test_control")
-    notes = reasons(design(), declare(), **dict.fromkeys(names, 0.0))
+    notes = reasons(design(), declare(level_column="tissue"), **dict.fromkeys(names, 0.0))
     assert set(notes) == set(ALL_SPLITS) - {TRAIN}
     assert all("share of 0.0" in note for note in notes.values())
 

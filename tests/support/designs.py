@@ -22,9 +22,9 @@ def declare_data(data: Data, **changes) -> Data:
 def no_splits(**changes) -> Splits:
     """All shares zero, with changes."""
     names = ("validation", "test_random", "test_control", "perturbation", "study", "combination")
-    values = dict.fromkeys((*names, "validation_combination", "condition", "context"), 0.0) | {
-        "seed": 7
-    }
+    values = dict.fromkeys(
+        (*names, "validation_combination", "condition", "context", "level"), 0.0
+    ) | {"seed": 7}
     return Splits.model_validate(values | changes)
 
 

@@ -177,6 +177,7 @@ class Data(Frozen):
     target_gene: FilePath | None
     date_column: Text | None
     study_column: Text | None
+    level_column: Text | None
     missing_values: Annotated[dict[Text, Names], Field(max_length=1000)]
     min_gene_samples: integer(0, 10**9)
     min_gene_total: integer(0, 10**15)
@@ -186,8 +187,18 @@ class Data(Frozen):
 
     def columns(self) -> set[str]:
         """All columns of the samples that are declared."""
-        others = {self.date_column, self.study_column, self.control and self.control.column}
+        others = {self.date_column, self.study_column, self.level_column}
+        others.add(self.control and self.control.column)
         return {*self.covariates.all(), *self.context_columns} | others - {None}
+
+    @model_validator(mode="after")
+    def _levels_are_no_perturbations(self):
+        if self.control is not None and self.level_column == self.control.column:
+            raise ValueError(
+                f"level_column is {self.level_column}, the column of the control; "
+                "hold out perturbations by splits.perturbation, or name another column"
+            )
+        return self
 
     @model_validator(mode="after")
     def _missing_values_of_columns(self):

@@ -4,7 +4,8 @@ samples.parquet   sample_id, the declared columns, `total` (counts over all gene
                   in the order of the shards: training, validation, test
 genes.parquet     gene_id of the kept genes, in the order of the counts
 splits.parquet    sample_id, split
-sizes.csv         a row per split: samples, studies, contexts, perturbations, pairs, controls
+sizes.csv         a row per split: samples, studies, contexts, perturbations, pairs, conditions,
+                  controls
 targets.parquet   perturbation, gene_id of its target gene; empty if unknown
 embeddings/       a table of features per embedding covariate, by its position
 counts/           train-*.parquet, validation-*.parquet, test-*.parquet (never read in training),
@@ -38,7 +39,7 @@ from pipeline.gem.data.splits import SPLIT_ROLES, role_of
 from pipeline.gem.data.storage.parquet import read_parquet
 from pipeline.gem.data.storage.reading import check_regular, file_errors
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 # Keys of params.yaml: data that later stages read.
 DECLARED = (
     "covariates",
@@ -47,6 +48,7 @@ DECLARED = (
     "target_gene",
     "date_column",
     "study_column",
+    "level_column",
     "missing_values",
 )
 # The other keys, which matter to `prepare` only.

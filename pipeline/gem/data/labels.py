@@ -21,6 +21,7 @@ from pipeline.gem.common.logs import INVISIBLE
 from pipeline.gem.data.units import plain_quantity
 
 SEPARATOR = "|"  # between the labels of one value
+SET_KINDS = ("multilabel", "embedding")  # of covariates whose cells hold several labels
 KEY_SEPARATOR = " / "  # between the parts of a joined key
 MISSING_KEY = "?"  # the part of a joined key for a missing value
 MISSING_ADVICE = "write nothing where a value is missing, or list it in data.missing_values"
@@ -120,9 +121,7 @@ class LabelForm:
     def of(cls, data: Data) -> "LabelForm":
         """The form that params.yaml declares."""
         covariates, control = data.covariates.all(), data.control
-        sets = tuple(
-            n for n, item in covariates.items() if item.kind in ("multilabel", "embedding")
-        )
+        sets = tuple(name for name, item in covariates.items() if item.kind in SET_KINDS)
         compared = [*data.context_columns, control and control.column]
         units = {
             name: covariates[name].plain_unit

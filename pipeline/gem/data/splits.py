@@ -11,6 +11,7 @@ from pipeline.gem.common.config import Data
 from pipeline.gem.common.errors import examples
 from pipeline.gem.data.labels import (
     MISSING_ADVICE,
+    SET_KINDS,
     join_keys,
     label_key,
     label_texts,
@@ -32,6 +33,7 @@ TESTS = (
     "test_combination",
     "test_condition",
     "test_context",
+    "test_level",
     "test_perturbation",
     "test_study",
 )
@@ -93,6 +95,7 @@ class Entities:
     samples: pd.DataFrame
     data: Data
     study: pd.Series
+    level: pd.Series  # the value of data.level_column
     context: pd.Series
     context_known: pd.Series  # bool, no part of the context is missing
     perturbation: pd.Series  # None for controls
@@ -103,10 +106,12 @@ class Entities:
     @classmethod
     def of(cls, samples: pd.DataFrame, data: Data) -> "Entities":
         context, control = contexts(samples, data), is_control(samples, data)
-        study = perturbation = pair = pd.Series(None, index=samples.index, dtype=object)
+        study = level = perturbation = pair = pd.Series(None, index=samples.index, dtype=object)
         covariate = None
         if data.study_column:
             study = label_texts(samples[data.study_column])
+        if data.level_column:
+            level = label_texts(samples[data.level_column])
         if data.control:
             perturbation = label_texts(samples[data.control.column]).where(~control, None)
             pair = join_keys([context, label_key(perturbation)])
@@ -118,12 +123,13 @@ class Entities:
             samples=samples,
             data=data,
             study=study,
+            level=level,
             context=context,
             perturbation=perturbation,
             context_known=context_known,
             pair=pair.where(context_known & perturbation.notna(), None),
             control=control,
-            multilabel=covariate is not None and covariate.kind in ("multilabel", "embedding"),
+            multilabel=covariate is not None and covariate.kind in SET_KINDS,
         )
 
     @cached_property
@@ -146,25 +152,47 @@ class Entities:
         """None for controls."""
         return self.context.where(~self.control, None)
 
+    @property
+    def treated_level(self) -> pd.Series:
+        """None for controls."""
+        return self.level.where(~self.control, None)
+
     def has_perturbation(self, names: Iterable[str]) -> pd.Series:
         """Whether each sample has one of the perturbations; "a|b" has "a" if multilabel."""
+        return self._has(self.perturbation, self._labels if self.multilabel else None, names)
+
+    def has_level(self, names: Iterable[str]) -> pd.Series:
+        """The same of the values of data.level_column."""
+        covariate = self.data.covariates.all().get(self.data.level_column)
+        holds_sets = covariate is not None and covariate.kind in SET_KINDS
+        return self._has(self.level, _labels_of(self.level) if holds_sets else None, names)
+
+    @staticmethod
+    def _has(
+        column: pd.Series, labels: dict[str, set[str]] | None, names: Iterable[str]
+    ) -> pd.Series:
         names = list(names)
-        if not self.multilabel:
-            return self.perturbation.isin(names)
+        if labels is None:
+            return column.isin(names)
         sets = [set(split_labels(name)) for name in names]
-        values = [
-            value for value, labels in self._labels.items() if any(part <= labels for part in sets)
-        ]
-        return self.perturbation.isin(values)
+        return column.isin(
+            [value for value, own in labels.items() if any(part <= own for part in sets)]
+        )
 
     @cached_property
     def _labels(self) -> dict[str, set[str]]:
         """Of each perturbation."""
-        return {value: set(split_labels(value)) for value in self.perturbation.dropna().unique()}
+        return _labels_of(self.perturbation)
+
+
+def _labels_of(column: pd.Series) -> dict[str, set[str]]:
+    """The set of labels of each distinct value."""
+    return {value: set(split_labels(value)) for value in column.dropna().unique()}
 
 
 def split_sizes(samples: pd.DataFrame, split: pd.Series, data: Data) -> pd.DataFrame:
-    """A row per split: numbers of samples, studies, contexts, perturbations, pairs, controls."""
+    """A row per split: numbers of samples, studies, contexts, perturbations, pairs, conditions and
+    controls."""
     entities = Entities.of(samples, data)
     rows = []
     for name in (name for names in SPLIT_ROLES.values() for name in names):
@@ -178,6 +206,7 @@ def split_sizes(samples: pd.DataFrame, split: pd.Series, data: Data) -> pd.DataF
                     "contexts": entities.context[inside].nunique(),
                     "perturbations": entities.perturbation[inside].nunique(),
                     "pairs": entities.pair[inside].nunique(),
+                    "conditions": entities.condition[inside].nunique(),
                     "controls": int(entities.control[inside].sum()),
                 }
             )

@@ -25,6 +25,7 @@ HELD_OUT = {
     "test_combination": "pair",
     "test_condition": "condition",
     "test_context": "context",
+    "test_level": "level",
     "test_perturbation": "perturbation",
     "test_study": "study",
 }

@@ -1,8 +1,8 @@
 """Assigns every sample of a cohort to a named split.
 
-First whole entities (the latest studies, perturbations, contexts, conditions, pairs of context and
-perturbation), the test splits before the validation splits; then controls and samples at random. A
-split that a cohort cannot have is absent, and a note gives the reason.
+First whole entities (studies, levels of data.level_column, perturbations, contexts, conditions,
+pairs of context and perturbation), the test splits before the validation splits; then controls and
+samples at random. A split that a cohort cannot have is absent, and a note gives the reason.
 """
 
 import numpy as np
@@ -11,9 +11,15 @@ import pandas as pd
 from pipeline.gem.common.config import Data, Splits
 from pipeline.gem.common.errors import examples
 from pipeline.gem.data.splits import TEST_CONTROL, TRAIN, Entities, date_order
-from pipeline.gem.preparation.drawn_entities import draw_conditions, draw_contexts, select_pairs
+from pipeline.gem.preparation.drawn_entities import (
+    draw_conditions,
+    draw_contexts,
+    draw_levels,
+    select_pairs,
+)
 from pipeline.gem.preparation.listed_entities import (
     KINDS,
+    Listed,
     Lists,
     check_parts_in_training,
     read_lists,
@@ -51,12 +57,16 @@ class _Assignment:
         studies = self._studies_by_date()
         lists = read_lists(self.samples, entities, self.data, params)
         perturbations = self._shuffled_perturbations(lists)
-        test_studies, validation_studies = _test_and_validation(studies[::-1], params.study)
+        test_studies, validation_studies = _test_and_validation(
+            studies[::-1], params.study, lists.study
+        )
         test_perturbations, validation_perturbations = _test_and_validation(
-            perturbations, params.perturbation
+            perturbations, params.perturbation, lists.perturbation
         )
         held_out = entities.study.isin(test_studies + validation_studies)
         held_out |= entities.has_perturbation(test_perturbations + validation_perturbations)
+        levels = self._levels(~held_out, lists)
+        held_out |= entities.has_level(levels)
         contexts = self._contexts(~held_out, lists)
         held_out |= entities.treated_context.isin(contexts)
         conditions = lists.condition.names
@@ -70,6 +80,7 @@ class _Assignment:
         in_conditions &= ~entities.has_perturbation(validation_perturbations)
         for name, rows in (
             ("test_study", entities.study.isin(test_studies)),
+            ("test_level", entities.has_level(levels)),
             ("test_perturbation", entities.has_perturbation(test_perturbations)),
             ("test_context", entities.treated_context.isin(contexts)),
             ("test_condition", in_conditions),
@@ -80,7 +91,18 @@ class _Assignment:
         ):
             self._assign(name, rows, self._why_absent(name))
         self._note_listed_elsewhere(lists)
-        self._note_new_perturbations()
+        for name in ("test_context", "test_level"):
+            self._note_new_perturbations(name)
+
+    def _levels(self, is_free: pd.Series, lists: Lists) -> list[str]:
+        """The held-out levels, listed or drawn from the `is_free` samples (N,)."""
+        share, data = self.params.level, self.data
+        if isinstance(share, tuple):
+            return lists.level.names
+        if data.level_column is None:
+            return []
+        columns = (*data.context_columns, data.level_column)
+        return draw_levels(self.entities, is_free, lists, share, columns, self.rng)
 
     def _contexts(self, is_free: pd.Series, lists: Lists) -> list[str]:
         """The held-out contexts, listed or drawn from the `is_free` samples (N,).
@@ -102,13 +124,13 @@ class _Assignment:
         columns = self.data.context_columns
         return draw_contexts(entities, is_free, lists, share, columns, self.rng)
 
-    def _note_new_perturbations(self) -> None:
-        """Notes the samples of held-out contexts whose perturbation is new as well."""
-        perturbation, held_out = self.entities.perturbation, self.split == "test_context"
+    def _note_new_perturbations(self, name: str) -> None:
+        """Notes the samples of a split of contexts or levels whose perturbation is new as well."""
+        perturbation, held_out = self.entities.perturbation, self.split == name
         new = perturbation[held_out & ~perturbation.isin(perturbation[self.split == ""].dropna())]
         if len(new := new.dropna()):
             self.notes.append(
-                f"{len(new)} of {int(held_out.sum())} samples of test_context have perturbations "
+                f"{len(new)} of {int(held_out.sum())} samples of {name} have perturbations "
                 f"that training lacks: {examples(sorted(new.unique()))}"
             )
 
@@ -172,23 +194,30 @@ class _Assignment:
         role, kind = name.split("_")
         if kind == "study" and data.study_column is None:
             return "data.study_column is null"
-        if kind == "study":
-            number = entities.study.nunique()
-            return f"a share of {params.study} of {number} studies selects none"
-        if data.control is None:
+        if kind == "level" and data.level_column is None:
+            return "data.level_column is null"
+        if kind not in ("study", "level") and data.control is None:
             return "data.control is null"
-        if kind == "perturbation":
-            number = entities.perturbation.nunique()
-            return (
-                f"a share of {params.perturbation} of {number} perturbations besides the control "
-                "selects none"
-            )
-        parameter = kind if role == "test" else name
+        parameter = name if name in KINDS else kind
         share, plural = getattr(params, parameter), KINDS[parameter].plural
         if share == ():
             return f"the list of {plural} is empty"
+        if isinstance(share, tuple) and parameter != name and role == "validation":
+            return f"a list of {plural} names those of the test alone"
         if isinstance(share, tuple):
             return f"every sample of the listed {plural} is in another held-out split"
+        if kind == "study":
+            number = entities.study.nunique()
+            return f"a share of {share} of {number} studies selects none"
+        if kind == "perturbation":
+            number = entities.perturbation.nunique()
+            return f"a share of {share} of {number} perturbations besides the control selects none"
+        if kind == "level":
+            number = entities.treated_level.nunique()
+            return (
+                f"a share of {share} of {number} levels of {data.level_column} selects none, or "
+                "each has a perturbation that no other level has, or the only controls"
+            )
         if kind == "context" and not data.context_columns:
             return "data.context_columns is empty"
         if kind == "context":
@@ -231,7 +260,11 @@ class _Assignment:
         return [name for name in shuffled if not (has_perturbation([name]) & in_listed).any()]
 
 
-def _test_and_validation(names: list, share: float) -> tuple[list, list]:
-    """The first share of the names, and the next."""
+def _test_and_validation(
+    names: list, share: float | tuple, listed: Listed
+) -> tuple[list[str], list[str]]:
+    """The first share of the names, and the next; of a list its names, and none."""
+    if isinstance(share, tuple):
+        return listed.names, []
     number = round(share * len(names))
     return names[:number], names[number : 2 * number]

@@ -2,7 +2,8 @@
 
 Training keeps what a test of the entity takes for granted: of a pair the context, in its controls
 or in another pair, and the perturbation, in another context; of a condition its pair, in another
-condition; of a context its controls, and its perturbations, in other contexts.
+condition; of a context its controls, and its perturbations, in other contexts; of a level of
+data.level_column its perturbations, at other levels.
 """
 
 from typing import NamedTuple
@@ -20,6 +21,49 @@ class HeldOutPairs(NamedTuple):
 
     test: list[str]
     validation: list[str]
+
+
+def draw_levels(
+    entities: Entities,
+    is_free: pd.Series,
+    lists: Lists,
+    share: float,
+    columns: tuple[str, ...],
+    rng: np.random.Generator,
+) -> list[str]:
+    """A share of the levels of the treated `is_free` samples (N,); fewer if these do not suffice.
+
+    None with samples of a listed pair or context, or of a condition that a list names by one of the
+    `columns`: those of the context and of the level.
+    """
+    names = np.array(sorted(entities.treated_level[is_free].dropna().unique()), dtype=object)
+    wanted = round(share * len(names))
+    if not wanted:  # the draws of other splits stay as they are
+        return []
+    listed = entities.pair.isin(lists.pairs)
+    listed |= entities.treated_context.isin(lists.context.names)
+    named = listed | entities.condition.isin(lists.condition.named_by(columns))
+    listed |= entities.condition.isin(lists.condition.names)
+    parts = {"level": entities.treated_level, "perturbation": entities.perturbation}
+    table = pd.DataFrame(parts)[is_free & ~listed].dropna().drop_duplicates()
+    of_perturbation = table["perturbation"].value_counts()
+    controls = is_free & entities.control
+    has_controls = bool(controls.any())
+    drawn: list[str] = []
+    for name in rng.permutation(names):
+        inside = entities.has_level([name])
+        own = table["perturbation"][table["level"] == name]
+        stays = controls & ~inside
+        if (
+            len(drawn) < wanted
+            and not (inside & named).any()
+            and (of_perturbation[own] > 1).all()
+            and (stays.any() or not has_controls)
+        ):
+            of_perturbation[own] -= 1
+            controls = stays
+            drawn.append(name)
+    return drawn
 
 
 def draw_contexts(

@@ -44,7 +44,7 @@ _SHARE = 0.5  # of the labels that hold a separator "throughout"
 def label_notes(samples: pd.DataFrame, data: Data) -> list[str]:
     """Notes on the columns that params.yaml declares; `samples` as in the source."""
     form, covariates, notes = LabelForm.of(data), data.covariates.all(), []
-    columns = [*covariates, *data.context_columns, data.study_column]
+    columns = [*covariates, *data.context_columns, data.study_column, data.level_column]
     columns += form.control[:1] if form.control else ()
     for name in dict.fromkeys(name for name in columns if name is not None):
         if isinstance(numeric := covariates.get(name), Numeric):

@@ -9,6 +9,7 @@ from pipeline.gem.data.splits import TRAIN, Entities, role_of
 
 # Of Entities, where its name differs from that of the splits.
 _ATTRIBUTE = {"combination": "pair", "context": "treated_context"}
+_KINDS = ("study", "level", "perturbation", "combination", "condition", "context")
 
 
 def check_split_leakage(samples: pd.DataFrame, split: pd.Series, data: Data) -> None:
@@ -19,7 +20,7 @@ def check_split_leakage(samples: pd.DataFrame, split: pd.Series, data: Data) -> 
     entities = Entities.of(samples, data)
     training, visible = split == TRAIN, split.map(role_of) != "test"
     problems = []
-    for kind in ("study", "perturbation", "combination", "condition", "context"):
+    for kind in _KINDS:
         names = getattr(entities, _ATTRIBUTE.get(kind, kind))
         for role, scope, scope_name in (
             ("test", visible, "training or validation"),
@@ -29,6 +30,8 @@ def check_split_leakage(samples: pd.DataFrame, split: pd.Series, data: Data) -> 
             present = names.isin(held_out)
             if kind == "perturbation":
                 present = entities.has_perturbation(held_out)
+            elif kind == "level":
+                present = entities.has_level(held_out)
             if leaked := set(names[present & scope]):
                 leaked = examples(sorted(leaked))
                 problems.append(f"{role}_{kind} leaks: {leaked} also in {scope_name}")
@@ -53,7 +56,7 @@ def check_split_leakage(samples: pd.DataFrame, split: pd.Series, data: Data) -> 
             "has no control"
         )
     if not training.any():
-        problems.append("no sample is left for training; lower the shares in splits")
+        problems.append("no sample is left for training; hold out less by splits")
     if problems:
         raise IntegrityError(*problems)
 

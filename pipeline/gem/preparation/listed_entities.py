@@ -47,7 +47,21 @@ KINDS = {
         "data.context_columns",
         "list a context with treated samples",
     ),
+    "level": ListedKind(
+        "treated_level",
+        "levels",
+        "data.level_column",
+        "list a level with treated samples",
+    ),
+    "perturbation": ListedKind(
+        "perturbation",
+        "perturbations",
+        "data.control",
+        "list a measured perturbation",
+    ),
+    "study": ListedKind("study", "studies", "data.study_column", "list a study of the source"),
 }
+_WHOLE = ("context", "level", "perturbation", "study")  # what takes all samples of a part
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,9 @@ class Lists:
     validation_combination: Listed
     condition: Listed
     context: Listed
+    level: Listed
+    perturbation: Listed
+    study: Listed
 
     @property
     def pairs(self) -> list[str]:
@@ -116,24 +133,30 @@ def read_lists(samples: pd.DataFrame, entities: Entities, data: Data, params: Sp
 
 def defining_columns(kind: ListedKind, data: Data) -> list[str]:
     """The columns whose values define an entity."""
-    columns = [*data.context_columns]
-    if kind.attribute != "treated_context":
-        columns.append(data.control.column)
-    if kind.attribute == "condition":
-        columns += data.covariates.perturbation
-    return list(dict.fromkeys(columns))
+    context, perturbation = data.context_columns, data.control and data.control.column
+    columns = {
+        "pair": (*context, perturbation),
+        "condition": (*context, perturbation, *data.covariates.perturbation),
+        "treated_context": context,
+        "treated_level": (data.level_column,),
+        "perturbation": (perturbation,),
+        "study": (data.study_column,),
+    }[kind.attribute]
+    return [name for name in dict.fromkeys(columns) if name is not None]
 
 
 def _mapping_problems(
     mapping: Mapping[str, str], samples: pd.DataFrame, data: Data, kind: ListedKind, where: str
 ) -> list[str]:
     """Columns that do not define the entities, and values that no sample has."""
-    if data.control is None:
+    if data.control is None and kind.attribute not in ("treated_level", "study"):
         return [
             f"{where}: data.control is null, so no sample counts as treated; "
             f"declare the control, or list no {kind.plural}"
         ]
     columns, problems = defining_columns(kind, data), []
+    if not columns and kind.attribute != "treated_context":
+        return [f"{where}: {kind.home} is null; name the column, or list no {kind.plural}"]
     for column, value in mapping.items():
         if column not in columns:
             problems.append(
@@ -155,21 +178,29 @@ def _no_match(mapping: Mapping[str, str], kind: ListedKind, where: str, only_con
 def _context_problems(
     entities: Entities, stays: pd.Series, names: list[str], source: str
 ) -> list[str]:
-    """Listed contexts without a control in training; contexts that leave no treated sample."""
+    """Listed contexts without a control in training."""
     with_controls = set(entities.context[stays & entities.control])
-    problems = [
+    return [
         f"{source}: splits.context: training has no control of the context {name}, and a new "
         "context is known by its controls alone; leave it out, or hold out some of its pairs by "
         "splits.combination"
         for name in names
         if name not in with_controls
     ]
-    if names and not entities.perturbation[stays].notna().any():
-        problems.append(
-            f"{source}: splits.context: no treated sample is left for training; "
-            "hold out fewer contexts"
-        )
-    return problems
+
+
+def _no_treated_sample(
+    entities: Entities, stays: pd.Series, lists: Lists, source: str
+) -> list[str]:
+    """A problem if lists of whole entities leave no treated sample for training."""
+    wholes = [name for name in _WHOLE if getattr(lists, name).names]
+    if not wholes or not entities.perturbation.notna().any():
+        return []
+    if entities.perturbation[stays].notna().any():
+        return []
+    keys = ", ".join(f"splits.{name}" for name in wholes)
+    plurals = " or ".join(KINDS[name].plural for name in wholes)
+    return [f"{source}: {keys}: no treated sample is left for training; hold out fewer {plurals}"]
 
 
 def check_parts_in_training(
@@ -181,6 +212,7 @@ def check_parts_in_training(
     in_conditions = entities.condition.isin(lists.condition.names) & is_free
     stays = is_free & ~in_pairs & ~in_conditions
     problems = _context_problems(entities, stays, lists.context.names, source)
+    problems += _no_treated_sample(entities, stays, lists, source)
     for rows, kind, noun, elsewhere in (
         (in_pairs, _PAIRS, "combination", "context"),
         (in_conditions, KINDS["condition"], "condition", "condition"),

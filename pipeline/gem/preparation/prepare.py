@@ -138,6 +138,7 @@ def _column_problems(samples: pd.DataFrame, known: list[str], data: Data, where:
     control = data.control
     columns = {f"data.context_columns: {name}": name for name in data.context_columns}
     columns |= {"data.date_column": data.date_column, "data.study_column": data.study_column}
+    columns |= {"data.level_column": data.level_column}
     columns |= {"data.control.column": control.column if control else None}
     problems = []
     for key, name in columns.items():

@@ -25,5 +25,6 @@ class Splits(Frozen):
     validation_combination: ShareOrMappings
     condition: ShareOrMappings
     context: ShareOrMappings
-    perturbation: Share
-    study: Share
+    level: ShareOrMappings
+    perturbation: ShareOrMappings
+    study: ShareOrMappings

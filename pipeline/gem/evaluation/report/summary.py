@@ -27,6 +27,7 @@ SPLIT_MEANING = {
     "test_combination": "Combinations of context and perturbation that are not in training",
     "test_condition": "Known perturbations at a new dose or time, in a context in training",
     "test_context": "New contexts (a donor, a cell type) of which only controls are in training",
+    "test_level": "New donors, doses or times (data.level_column) without a sample in training",
     "test_perturbation": "Perturbations that are not in training",
     "test_study": "Studies that are not in training",
 }

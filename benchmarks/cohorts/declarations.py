@@ -35,7 +35,7 @@ _ABSENT = {
 }
 _TABLES = ("target_gene", "gene_list")  # paths; relative ones start at the folder of the YAML
 
-HoldOut = Literal["pairs", "conditions", "contexts", "samples"]
+HoldOut = Literal["pairs", "conditions", "contexts", "levels", "studies", "samples"]
 
 
 class Declaration(Frozen):
@@ -44,8 +44,9 @@ class Declaration(Frozen):
     data: dict[Text, object] | None = None  # covariates, context_columns, control, ...
     synthesize: dict[Text, object] | None = None  # instead of data: a simulated cohort
     hold_out: HoldOut
+    column: Text | None = None  # whose values `levels` holds out
     at_most: Count = FOLDS  # folds, drawn by seed
-    at_once: Count = 1  # pairs, conditions or contexts that a fold holds out
+    at_once: Count = 1  # pairs, conditions, contexts, levels or studies that a fold holds out
     share: float = Field(default=0.2, gt=0, le=0.5)  # of the samples of a fold, for `samples`
     cells: Literal["means", "sums"] | None = None  # single cells, and what ranks and wins compare
 
@@ -53,6 +54,12 @@ class Declaration(Frozen):
     def _one_source(self):
         if (self.data is None) == (self.synthesize is None):
             raise ValueError("expected either data or synthesize")
+        return self
+
+    @model_validator(mode="after")
+    def _column_of_levels(self):
+        if (self.column is None) == (self.hold_out == "levels"):
+            raise ValueError("expected column, whose values are held out, with hold_out: levels")
         return self
 
 
@@ -108,10 +115,11 @@ def read_task(name: str, folder: Path, params: Params, folds: int | None = None)
     if folds is not None:
         declaration = declaration.model_copy(update={"at_most": min(folds, declaration.at_most)})
     if declaration.synthesize is not None:
-        return CohortTask(name, declaration, _simulated(params, declaration, path), ())
+        changed = _with_level(_simulated(params, declaration, path), declaration)
+        return CohortTask(name, declaration, changed, ())
     source = folder / f"{name}.h5ad"
     data = _data(declaration, source, path, params)
-    changed = params.model_copy(update={"data": data})
+    changed = _with_level(params.model_copy(update={"data": data}), declaration)
     _check_hold_out(declaration, changed, path)
     tables = [data.target_gene, data.gene_list, *data.covariates.embeddings().values()]
     files = tuple(Path(table) for table in tables if table)
@@ -201,11 +209,22 @@ def at_source(params: Params, folder: Path) -> Params:
     return Params.model_validate(set_dotted(values, changes))
 
 
+def _with_level(params: Params, declaration: Declaration) -> Params:
+    data = params.data.model_copy(update={"level_column": declaration.column})
+    return params.model_copy(update={"data": data})
+
+
 def _check_hold_out(declaration: Declaration, params: Params, path: Path) -> None:
     if declaration.hold_out != "samples" and params.data.control is None:
         raise InputError(
             f"{path}: hold_out: {declaration.hold_out} needs data.control, which says what is "
             "treated; declare the control, or hold out samples"
+        )
+    if declaration.hold_out == "studies" and params.data.study_column is None:
+        raise InputError(f"{path}: hold_out: studies needs data.study_column; name the column")
+    if declaration.column is not None and declaration.column == params.data.control.column:
+        raise InputError(
+            f"{path}: column: {declaration.column} names the control; hold out pairs or conditions"
         )
     if declaration.hold_out == "samples" and declaration.cells:
         raise InputError(

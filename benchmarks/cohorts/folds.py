@@ -1,7 +1,8 @@
 """The folds of a cohort: what each holds out, drawn by seed from what the cohort can hold out.
 
 A pair or condition can be held out if its perturbation and its context stay in training, a context
-if its perturbations and its controls do.
+if its perturbations and its controls do, a study or level (a donor, a time) if its perturbations
+and any controls do.
 """
 
 from collections import Counter
@@ -23,6 +24,8 @@ SPLITS = {
     "pairs": ("test_combination", "splits.combination"),
     "conditions": ("test_condition", "splits.condition"),
     "contexts": ("test_context", "splits.context"),
+    "levels": ("test_level", "splits.level"),
+    "studies": ("test_study", "splits.study"),
     "samples": ("test_random", "splits.test_random"),
 }
 # A fold tests one question: everything else is for training and validation.
@@ -36,7 +39,7 @@ class Fold:
 
     name: str
     hold_out: str
-    mappings: tuple[dict[str, str], ...] = ()  # column to value, of each pair, condition or context
+    mappings: tuple[dict[str, str], ...] = ()  # column to value, of each held-out entity
     seed: int | None = None  # of the splits, for `samples`
     share: float | None = None
 
@@ -74,43 +77,50 @@ def draw_folds(samples: pd.DataFrame, declaration: Declaration, params: Params) 
         folds.append(Fold(names[0] + more, hold_out, mappings))
     if not folds:
         raise InputError(
-            f"{params.data.source}: hold_out: {hold_out}: none can be held out: the context or the "
-            "perturbation of each occurs nowhere else; hold out samples"
+            f"{params.data.source}: hold_out: {hold_out}: none can be held out: the context or a "
+            "perturbation of each occurs nowhere else, or all controls do; hold out samples"
         )
     return folds
 
 
 @dataclass(frozen=True)
 class _Candidates:
-    """The pairs, conditions or contexts of treated samples, ordered by name."""
+    """The entities of treated samples that `hold_out` names, ordered by name."""
 
+    hold_out: str
     names: list[str]
     mappings: list[dict[str, str]]
-    contexts: list[str]
+    contexts: list[str]  # of pairs, conditions and contexts
     perturbations: list[frozenset[str]]
     with_controls: set[str]  # contexts
-    needs_controls: bool
+    controls: list[int]  # that leave training with each
+    all_controls: int
 
     @classmethod
     def of(cls, samples: pd.DataFrame, data: Data, hold_out: str) -> "_Candidates":
         samples = LabelForm.of(data).table(samples)
         samples = clean_samples(samples, data.covariates, data.source)
         entities = Entities.of(samples, data)
-        treated = entities.pair.notna()  # and of a known context
-        columns = list(data.context_columns)
-        if hold_out != "contexts":
-            columns.append(data.control.column)
-        if hold_out == "conditions":
-            columns += [name for name in data.covariates.perturbation if name not in columns]
-        key = {
-            "contexts": entities.context,
-            "pairs": entities.pair,
-            "conditions": SampleGroups(samples, data).condition,
-        }[hold_out][treated]
+        context, control = list(data.context_columns), data.control.column
+        key, columns = {
+            "contexts": (entities.context, context),
+            "pairs": (entities.pair, [*context, control]),
+            "conditions": (
+                SampleGroups(samples, data).condition,
+                list(dict.fromkeys([*context, control, *data.covariates.perturbation])),
+            ),
+            "levels": (entities.level, [data.level_column]),
+            "studies": (entities.study, [data.study_column]),
+        }[hold_out]
+        whole = hold_out in ("levels", "studies")  # with its controls, in any context
+        treated = entities.perturbation.notna() & key.notna() if whole else entities.pair.notna()
+        of_controls = key[entities.control].value_counts() if whole else {}
+        key = key[treated]
         texts = {name: label_texts(samples[name]) for name in columns}
         first = key.drop_duplicates().sort_values()
         of_key = entities.perturbation[treated].groupby(key).agg(frozenset)
         return cls(
+            hold_out=hold_out,
             names=list(first),
             mappings=[
                 {name: texts[name][row] for name in columns if texts[name][row] is not None}
@@ -119,7 +129,8 @@ class _Candidates:
             contexts=list(entities.context[first.index]),
             perturbations=list(of_key[first]),
             with_controls=set(entities.context[entities.control]),
-            needs_controls=hold_out == "contexts",
+            controls=[int(of_controls.get(name, 0)) for name in first],
+            all_controls=int(entities.control.sum()),
         )
 
     def choose(self, order: list[int], number: int) -> list[int]:
@@ -127,13 +138,18 @@ class _Candidates:
         contexts = Counter(self.contexts)
         perturbations = Counter(name for names in self.perturbations for name in names)
         chosen: list[int] = []
+        controls = self.all_controls
         for index in order:
             context, names = self.contexts[index], self.perturbations[index]
-            stays = context in self.with_controls
-            stays |= not self.needs_controls and contexts[context] > 1
+            stays = {
+                "contexts": context in self.with_controls,
+                "levels": controls > self.controls[index],
+                "studies": controls > self.controls[index],
+            }.get(self.hold_out, context in self.with_controls or contexts[context] > 1)
             stays &= all(perturbations[name] > 1 for name in names)
             if stays and len(chosen) < number:
                 contexts[context] -= 1
+                controls -= self.controls[index]
                 perturbations.subtract(names)
                 chosen.append(index)
         return chosen

@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits
 from benchmarks.cohorts.declarations import CohortTask, at_source
 from benchmarks.cohorts.fold_run import run_fold
 from benchmarks.cohorts.folds import Fold, draw_folds
+from benchmarks.cohorts.scores import SCORES
 from benchmarks.cohorts.table import SIMPLE
 from pipeline.gem.common.code_version import ROOT, import_closure
 from pipeline.gem.common.errors import StoppedError
@@ -102,14 +103,21 @@ def _run_cohort(
             log.info("%s: %s", job.label, _summary(job.read(), task.scale))
         for job in jobs:
             _log_fold(job, run, sha256_of(identity, job.fold.name), name)
-        table = pd.DataFrame(
-            {"cohort": task.name, "fold": job.fold.name} | row
-            for job in jobs
-            for row in job.read()["rows"]
-        )
+        table = score_table(jobs)
         means = table.groupby(["scale", "predictor"], sort=False).mean(numeric_only=True)
         run.log_metrics(_by_name(means.reset_index().to_dict("records")))
     return table
+
+
+def score_table(jobs: list[FoldJob]) -> pd.DataFrame:
+    """A row per fold, scale and predictor, with its scores."""
+    table = pd.DataFrame(
+        {"cohort": job.task.name, "fold": job.fold.name} | row
+        for job in jobs
+        for row in job.read()["rows"]
+    )
+    # A score that no fold has is None in every row.
+    return table.astype({name: float for name in SCORES if name in table})
 
 
 def _jobs(task: CohortTask, identity: str, folder: Path) -> list[FoldJob]:

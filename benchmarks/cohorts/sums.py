@@ -1,7 +1,8 @@
 """Sums of cells: a source with one sample per condition, and the simple predictors fitted on it.
 
 A mean of logarithms over cells depends on their depth; the logarithm of a sum does not. The rivals
-of GEM on sums are therefore fitted on sums, of all cells of a condition and study.
+of GEM on sums are therefore fitted on sums, of all cells of a condition and study (and of a level
+of data.level_column).
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from benchmarks.cohorts.rivals import rival_predictions
 from pipeline.gem.common.config import Data, Evaluate, Splits
 from pipeline.gem.common.files import write_atomically
 from pipeline.gem.data.cohort import Cohort
-from pipeline.gem.data.labels import LabelForm
+from pipeline.gem.data.labels import LabelForm, label_key
 from pipeline.gem.data.references import SampleGroups
 from pipeline.gem.data.sources import Source
 from pipeline.gem.evaluation.catalogue import BASELINES
@@ -26,7 +27,7 @@ from pipeline.gem.preparation.prepare import write_cohort
 
 @dataclass(frozen=True)
 class SummedSource:
-    """The sums of the samples of each condition and study, as a Source."""
+    """The sums of the samples of each condition and study (and level), as a Source."""
 
     samples: pd.DataFrame
     genes: pd.DataFrame
@@ -38,6 +39,8 @@ class SummedSource:
     def of(cls, source: Source, data: Data) -> "SummedSource":
         groups = SampleGroups(LabelForm.of(data).table(source.samples), data)
         keys = groups.condition.astype(str) + "\n" + groups.study.astype(str)
+        if data.level_column is not None:
+            keys += "\n" + label_key(groups.samples[data.level_column]).astype(str)
         code, _ = pd.factorize(keys.to_numpy(), sort=True)
         counts = np.zeros((code.max() + 1, len(source.genes)), dtype=np.int64)
         for rows, block in source.chunks():

@@ -97,6 +97,13 @@ MISTAKES = {
     "  control: {column: perturbation, value: control}\n": ("", "data.control: missing"),
     "{column: perturbation, value: control}": ("null", "hold_out: pairs needs data.control"),
     "data:\n": ("synthesize: {samples: 100}\ndata:\n", "either data or synthesize"),
+    "pairs\n": ("studies\n", "hold_out: studies needs data.study_column"),
+    "pairs\nat": (
+        "levels\nat",
+        "expected column, whose values are held out, with hold_out: levels",
+    ),
+    "at_most": ("column: donor\nat_most", "expected column, whose values are held out, with hold_"),
+    "pairs\nat_": ("levels\ncolumn: perturbation\nat_", "perturbation names the control"),
 }
 
 

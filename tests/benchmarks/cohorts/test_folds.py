@@ -20,8 +20,16 @@ def params(cohorts):
     return read_task("tiny", cohorts, DEFAULTS).params
 
 
+@pytest.fixture
+def whole_params(params):
+    """With the batch as the study and the time as the level."""
+    columns = {"study_column": "batch", "level_column": "perturbation_time"}
+    return params.override({f"data.{key}": value for key, value in columns.items()})
+
+
 def folds_of(samples: pd.DataFrame, params, **changes) -> list:
-    declaration = Declaration.model_validate({"data": {}, "hold_out": "pairs"} | changes)
+    column = {"column": params.data.level_column} if changes.get("hold_out") == "levels" else {}
+    declaration = Declaration.model_validate({"data": {}, "hold_out": "pairs"} | column | changes)
     return draw_folds(samples, declaration, params)
 
 
@@ -67,18 +75,56 @@ def test_a_context_is_held_out_with_all_its_perturbations_if_it_has_controls(sam
     assert "donor 1" not in names and names
 
 
-@pytest.mark.parametrize("hold_out", ["pairs", "conditions", "contexts", "samples"])
-def test_prepare_holds_out_what_the_fold_names(samples, params, hold_out):
+@pytest.mark.parametrize(
+    ("hold_out", "names", "split"),
+    [
+        ("levels", {"24 hours", "3 hours"}, "test_level"),
+        ("studies", {"batch 0", "batch 1"}, "test_study"),
+    ],
+)
+def test_each_study_or_level_is_a_fold(samples, whole_params, hold_out, names, split):
+    folds = folds_of(samples, whole_params, hold_out=hold_out)
+    assert {fold.name for fold in folds} == names
+    assert {fold.split for fold in folds} == {split}
+    column = "batch" if hold_out == "studies" else "perturbation_time"
+    assert all(fold.mappings == ({column: fold.name},) for fold in folds)
+    at_once = folds_of(samples, whole_params, hold_out=hold_out, at_once=2)
+    assert [len(fold.mappings) for fold in at_once] == [1, 1]
+
+
+@pytest.mark.parametrize("hold_out", ["levels", "studies"])
+def test_a_study_or_level_with_what_training_needs_stays(samples, whole_params, hold_out):
+    """The only samples of a drug, or all controls."""
+    first = samples["batch" if hold_out == "studies" else "perturbation_time"]
+    name = "batch 0" if hold_out == "studies" else "3 hours"
+    control = samples["perturbation"] == "control"
+    for rows in (
+        (first == name) | (samples["perturbation"] != "drug B"),
+        (first == name) | ~control,
+    ):
+        folds = folds_of(samples[rows], whole_params, hold_out=hold_out)
+        assert len(folds) == 1 and folds[0].name != name
+    with pytest.raises(InputError, match="none can be held out"):
+        folds_of(samples[first == name], whole_params, hold_out=hold_out)
+
+
+@pytest.mark.parametrize(
+    "hold_out", ["pairs", "conditions", "contexts", "levels", "studies", "samples"]
+)
+def test_prepare_holds_out_what_the_fold_names(samples, whole_params, hold_out):
+    params = whole_params
     fold = folds_of(samples, params, hold_out=hold_out)[0]
     table = samples.rename_axis("sample_id").reset_index()
     table = clean_samples(LabelForm.of(params.data).table(table), params.data.covariates, "here")
     split, _ = assign_splits(table, params.data, fold.params(params).splits)
     held_out = table[split == fold.split]
     sizes = {"pairs": 4, "conditions": 2, "contexts": 8, "samples": round(0.2 * len(samples))}
+    sizes |= {"levels": 18, "studies": 18}
     assert len(held_out) == sizes[hold_out]
     if hold_out == "contexts":
         assert set(held_out["donor"]) == {fold.name}
-    assert not set(split) & {"test_control", "test_perturbation", "test_study"}
+    others = {"test_control", "test_perturbation", "test_study", "test_level"}
+    assert not set(split) & (others - {fold.split})
 
 
 def test_a_fold_of_several_pairs_leaves_each_part_in_training(samples, params):

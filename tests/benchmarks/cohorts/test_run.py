@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -14,12 +15,18 @@ from support.settings import ROOT, TINY
 from benchmarks.cohorts import run
 from benchmarks.cohorts.__main__ import main
 from benchmarks.cohorts.controls import matched_controls
-from benchmarks.cohorts.fold_run import HeldOut
-from benchmarks.cohorts.run import code_sha256
+from benchmarks.cohorts.declarations import read_task, with_settings
+from benchmarks.cohorts.fold_run import HeldOut, run_fold
+from benchmarks.cohorts.folds import draw_folds
+from benchmarks.cohorts.run import FoldJob, code_sha256, score_table
 from benchmarks.cohorts.table import SIMPLE
 from pipeline.gem.common import yaml_file
 from pipeline.gem.common.code_version import import_closure
+from pipeline.gem.common.config import read_params
 from pipeline.gem.common.errors import InputError
+from pipeline.gem.common.files import write_json
+from pipeline.gem.data.cohort import Cohort
+from pipeline.gem.data.sources import open_source
 from pipeline.gem.data.splits import role_of
 from pipeline.gem.evaluation.catalogue import GEM, REFERENCE_SUFFIX
 
@@ -104,6 +111,38 @@ def test_cells_are_compared_as_means_and_as_sums(project, cohorts, monkeypatch):
     mse = folds.pivot(index="predictor", columns="scale", values="mse")
     for name in ("additive", "no_change", "ridge"):
         assert mse.loc[name, "sums"] == pytest.approx(mse.loc[name, "means"], rel=0.25, abs=0.02)
+
+
+@pytest.mark.slow
+def test_donors_and_studies_are_held_out_whole(cohorts, tmp_path):
+    path = cohorts / "tiny.yaml"
+    declared = path.read_text()
+    jobs = []
+    for line in ("levels\ncolumn: donor", "levels\ncolumn: batch", "studies"):
+        text = declared.replace("hold_out: pairs", f"hold_out: {line}")
+        if line == "studies":
+            text = text.replace("data:\n", "data:\n  study_column: batch\n")
+        path.write_text(text)
+        task = read_task("tiny", cohorts, with_settings(read_params(ROOT / "params.yaml"), SMALL))
+        task = replace(task, name=line.split()[-1])
+        (fold, *_) = draw_folds(
+            open_source(task.params.data).samples, task.declaration, task.params
+        )
+        folder = tmp_path / task.name
+        rows = run_fold(fold, task.params, False, folder, lambda: None)
+        write_json(folder / "result.json", {"rows": rows})
+        jobs.append(FoldJob(task, fold, folder / "result.json"))
+        held_out = Cohort(folder / "cohort").rows([fold.split])
+        assert len(held_out) == (12 if task.name == "donor" else 18)
+        assert set(held_out[line.split()[-1] if "column" in line else "batch"]) == {fold.name}
+    table = score_table(jobs).set_index(["cohort", "predictor"])
+    assert np.isfinite(table["mse"]).all() and table["pearson"].dtype == float
+    # A new donor, who is the context, has no control outside the test to take an effect from.
+    assert table.loc["donor", "pearson"].isna().all()
+    assert GEM + REFERENCE_SUFFIX not in table.loc["donor"].index
+    for name in ("batch", "studies"):  # two drugs with one effect in all batches
+        assert table.loc[(name, "additive"), "pearson"] > 0.9
+        assert np.isfinite(table.loc[(name, GEM + REFERENCE_SUFFIX), "pearson"])
 
 
 def test_an_invalid_call_is_refused_before_anything_runs(project, cohorts, monkeypatch):

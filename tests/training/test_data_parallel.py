@@ -1,23 +1,20 @@
 """Several ranks: their shares add up to the batch, and their fit is that of one rank."""
 
 import os
-import pickle
 import signal
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from support.networks import batch, network
-from support.processes import free_port
+from support.ranks import metrics_of, run_ranks
 
 from pipeline.gem.common.errors import InputError, StoppedError
 from pipeline.gem.model.objective import objective, objective_terms
 from pipeline.gem.model.observation import Observed
-from pipeline.gem.training import distributed
 from pipeline.gem.training.checkpoint import Checkpoint
-from pipeline.gem.training.data_parallel import Share
+from pipeline.gem.training.data_parallel import Share, share_of
 from pipeline.gem.training.trainer import fit
 
 TOLERANCE = 1e-5  # relative: sums of float32 in another order
@@ -49,6 +46,13 @@ def first_references(whole, number: int):
     return replace(whole, noise=noise, reference=parts[0], batch_effect=parts[1])
 
 
+def read_share(whole, rank: int, size: int):
+    """The batch as a rank reads it: with the expression of its share."""
+    rows, _ = share_of(len(whole.observed), rank, size)
+    references, _ = share_of(len(whole.reference), rank, size)
+    return replace(whole, observed=whole.observed.rows(rows), reference=whole.reference[references])
+
+
 @pytest.mark.parametrize(
     ("samples", "references", "size"), [(8, 4, 2), (9, 3, 2), (9, 1, 4), (2, 1, 3), (5, 0, 2)]
 )
@@ -67,7 +71,7 @@ def test_gradients_of_all_shares_have_the_mean_of_the_whole_batch(
 
     expected_terms = objective_terms(net, whole)
     expected = gradients(expected_terms)
-    shares = [Share.of(whole, rank, size) for rank in range(size)]
+    shares = [Share.of(read_share(whole, rank, size), rank, size) for rank in range(size)]
     terms = [share.weighted(objective_terms(net, share.batch)) for share in shares]
     for name, term in expected_terms.items():
         mean = sum(part[name] for part in terms) / size
@@ -83,45 +87,13 @@ def test_gradients_of_all_shares_have_the_mean_of_the_whole_batch(
 
 def test_shares_are_disjoint_and_leave_out_unused_metadata():
     whole = batch(9)
-    shares = [Share.of(whole, rank, 2).batch for rank in range(2)]
+    shares = [Share.of(read_share(whole, rank, 2), rank, 2).batch for rank in range(2)]
     for rank, share in enumerate(shares):
         assert torch.equal(share.observed.expression, whole.observed.expression[rank::2])
         for group, rows in share.metadata.items():
             expected = whole.metadata[group][whole.index[group][rank::2]]
             assert torch.equal(rows[share.index[group]].columns, expected.columns)
             assert len(rows) == len(share.index[group].unique())
-
-
-# Two real ranks, forked.
-
-
-def run_ranks(folder: Path, work, size: int = 2, expect: int = 2) -> list:
-    """The results of `work(rank)` in `size` ranks, or their exceptions; of the first `expect`."""
-    port, children = free_port(), []
-    for rank in range(size):
-        if child := os.fork():
-            children.append(child)
-            continue
-        try:
-            local = {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
-            settings = local | {"RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in settings.items()})
-            with distributed.group():
-                try:
-                    result = work(rank)
-                except Exception as error:
-                    result = error
-            (folder / f"{rank}.pickle").write_bytes(pickle.dumps(result))
-        finally:
-            os._exit(0)
-    for child in children:
-        os.waitpid(child, 0)
-    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(expect)]
-
-
-def rows(result) -> list[dict]:
-    epochs = [epoch.metrics() for epoch in result.history]
-    return [{k: value for k, value in epoch.items() if k != "train/seconds"} for epoch in epochs]
 
 
 def stopped_fit(data, params, checkpoint: Checkpoint, step: int) -> None:
@@ -148,23 +120,23 @@ def test_two_ranks_fit_as_one_and_resume_to_equal_bits(data, params, tmp_path):
         return whole, fit(data, changed, 1, checkpoint=checkpoint)
 
     (first, resumed), (second, _) = run_ranks(tmp_path, work)
-    assert rows(first) == rows(second) == rows(resumed)
+    assert metrics_of(first) == metrics_of(second) == metrics_of(resumed)
     assert first.gem.to_bytes() == second.gem.to_bytes() == resumed.gem.to_bytes()
-    for epoch, expected in zip(rows(first), rows(one), strict=True):
+    for epoch, expected in zip(metrics_of(first), metrics_of(one), strict=True):
         assert epoch == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
 
 
 def test_early_stopping_decides_the_same_on_each_rank(data, params, tmp_path):
     fits = run_ranks(tmp_path, lambda rank: fit(data, params.override(DIVERGING), 1))
     assert [len(result.history) for result in fits] == [2, 2]
-    assert rows(fits[0]) == rows(fits[1])
+    assert metrics_of(fits[0]) == metrics_of(fits[1])
 
 
 def test_a_parameter_without_a_term_does_not_stop_two_ranks(data, params, tmp_path):
     """Without the term of references, their gate has no gradient."""
     changed = params.override({"train.epochs": 1, "train.reference_weight": 0.0})
     first, _ = run_ranks(tmp_path, lambda rank: fit(data, changed, 1))
-    (epoch,), (expected,) = rows(first), rows(fit(data, changed, 1))
+    (epoch,), (expected,) = metrics_of(first), metrics_of(fit(data, changed, 1))
     assert epoch == pytest.approx(expected, rel=TOLERANCE)
 
 

@@ -6,9 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from support.ranks import metrics_of, run_ranks
 from support.settings import at_source
 
 from pipeline.gem.common.config import Params
+from pipeline.gem.common.errors import InputError
 from pipeline.gem.data import shards
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.sources import open_source
@@ -21,7 +23,7 @@ from pipeline.gem.training.expression import StreamedExpression
 from pipeline.gem.training.trainer import fit
 
 CPU = torch.device("cpu")
-GROUP, BUFFER = 20, 3  # rows, row groups
+GROUP, BUFFER, LANES = 20, 4, 2  # rows, row groups, lanes of one or two ranks
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,7 @@ def both(small_groups) -> tuple[TrainingData, TrainingData]:
 @pytest.fixture(autouse=True)
 def _small_buffers(monkeypatch):
     monkeypatch.setattr(expression, "BUFFER_GROUPS", BUFFER)
+    monkeypatch.setattr(expression, "LANES", LANES)
 
 
 def epoch_rows(data: TrainingData, seed: int, epoch: int) -> list[int]:
@@ -119,18 +122,85 @@ def test_a_buffer_bounds_what_is_in_memory(both):
     read = stream._read
 
     def counted(buffer):
-        _, counts = read(buffer)
-        alive.append(weakref.ref(counts))
-        assert len(counts) <= (GROUP + 1) * BUFFER
-        return buffer, counts
+        counts = read(buffer)
+        alive.append((len(counts), weakref.ref(counts)))
+        return counts
 
     stream._read = counted
     try:
         for _ in stream.batches(1, 1, 16):
-            most = max(most, sum(reference() is not None for reference in alive))
+            most = max(most, sum(size for size, counts in alive if counts() is not None))
     finally:
         del stream._read
-    assert len(alive) > 3 and most <= 3
+    assert sum(size for size, _ in alive) == len(data.train)
+    assert most <= 2 * BUFFER * GROUP < len(data.train)
+
+
+@pytest.mark.parametrize(("ranks", "size"), [(1, 16), (2, 16), (2, 7), (3, 16), (4, 3), (5, 16)])
+def test_ranks_read_the_samples_of_their_shares_and_no_others(both, monkeypatch, ranks, size):
+    resident, streamed = (data.train.expression for data in both)
+    read, groups = expression.read_groups, [[] for _ in range(ranks)]
+    one = [rows for rows, _ in resident.batches(3, 2, size)]
+    shares = []
+    for rank in range(ranks):
+
+        def counted(path, numbers, rank=rank):
+            groups[rank] += [(path, number) for number in numbers]
+            return read(path, numbers)
+
+        monkeypatch.setattr(expression, "read_groups", counted)
+        shares.append(list(streamed.batches(3, 2, size, rank, ranks)))
+    seen = []
+    for batch, *of_ranks in zip(one, *shares, strict=True):
+        rows = of_ranks[0][0]
+        assert all(torch.equal(rows, same) for same, _ in of_ranks)
+        if ranks <= LANES:
+            assert torch.equal(rows, batch), "the batches of one rank"
+        for rank, (_, observed) in enumerate(of_ranks):
+            share = rows[rank::ranks]
+            seen += share.tolist()
+            if len(share):
+                assert torch.equal(observed.expression, resident.rows(share).expression)
+            else:
+                assert len(observed) == 1, "a stand-in"
+    assert sorted(seen) == list(range(len(resident)))
+    # A row group is read by one rank; where lanes meet, by two.
+    number = len(resident._groups)
+    assert len({group for of_rank in groups for group in of_rank}) == number
+    lanes = ranks * -(-LANES // ranks)
+    assert number <= sum(map(len, groups)) < number + lanes
+    assert max(map(len, groups)) <= number / ranks + 2 * lanes
+
+
+def test_few_row_groups_are_one_lane_that_all_ranks_share(both, monkeypatch):
+    monkeypatch.setattr(expression, "BUFFER_GROUPS", 1000)
+    resident, streamed = (data.train.expression for data in both)
+    whole = list(resident.batches(1, 1, 16))
+    for rank in range(2):
+        parts = streamed.batches(1, 1, 16, rank, 2)
+        for (rows, observed), (same, share) in zip(whole, parts, strict=True):
+            assert torch.equal(rows, same)
+            assert torch.equal(observed.expression[rank::2], share.expression)
+
+
+def test_two_ranks_of_a_streamed_cohort_resume_as_one_rank_in_memory(both, params, tmp_path):
+    resident, streamed = both
+    changed = params.override({"train.epochs": 2})
+    expected, checkpoint = fit(resident, changed, 1), Checkpoint(tmp_path / "fit.safetensors")
+
+    def stop(epoch):
+        raise InputError("here")
+
+    def work(rank):
+        with pytest.raises(InputError):
+            fit(streamed, changed, 1, stop, checkpoint)
+        # The ranks need not have equal memory.
+        return fit(resident if rank else streamed, changed, 1, checkpoint=checkpoint)
+
+    first, second = run_ranks(tmp_path, work)
+    assert first.gem.to_bytes() == second.gem.to_bytes()
+    for epoch, same in zip(metrics_of(first), metrics_of(expected), strict=True):
+        assert epoch == pytest.approx(same, rel=1e-5, abs=1e-5)
 
 
 def test_a_streamed_fit_has_the_bits_of_a_resident_one_interrupted_or_not(

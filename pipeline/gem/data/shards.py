@@ -106,20 +106,16 @@ def group_sizes(path: Path) -> list[int]:
         return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
 
 
-def read_groups(path: Path, numbers: Sequence[int], out: np.ndarray) -> None:
-    """Reads the counts of row groups of a shard of a cohort, in this order, into `out` (N, G)."""
+def read_groups(path: Path, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+    """The counts (N, G) of row groups of a shard of a cohort, in this order."""
     with (
         file_errors(path, "restore it, or run the stage that writes it again", IntegrityError),
         pq.ParquetFile(path, page_checksum_verification=True) as file,
     ):
-        start = 0
         for number in numbers:
             column = file.read_row_group(number, ["counts"], use_threads=False)["counts"]
-            for chunk in column.chunks:
-                counts, _ = _flat(chunk)
-                rows = len(chunk)
-                out[start : start + rows] = counts.reshape(rows, -1)
-                start += rows
+            parts = [_flat(chunk)[0].reshape(len(chunk), -1) for chunk in column.chunks]
+            yield parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _check_columns(path: Path, schema: pa.Schema) -> None:

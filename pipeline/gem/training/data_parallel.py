@@ -1,7 +1,7 @@
 """One model trained on the same batches by several ranks: the share of each, and the mean of all.
 
 All ranks draw the same batches of B samples, R with a reference, and each works on every `size`-th
-sample of them.
+sample of them. The expression of these is all that it reads.
 """
 
 from collections.abc import Mapping
@@ -32,9 +32,9 @@ class Share:
     @classmethod
     def of(cls, batch: Batch, rank: int, size: int) -> "Share":
         """Every `size`-th sample from sample `rank`. So the samples with a reference are the first
-        of a share, and spread evenly."""
-        rows, weight = share_of(len(batch.observed), rank, size)
-        references, reference_weight = share_of(len(batch.reference), rank, size)
+        of a share, and spread evenly. `batch.observed` and `batch.reference` have only these."""
+        rows, weight = share_of(len(batch.target_gene), rank, size)
+        references, reference_weight = share_of(len(batch.batch_effect), rank, size)
         metadata, index, used = {}, {}, {}
         for group, of_group in batch.metadata.items():
             used[group], index[group] = torch.unique(batch.index[group][rows], return_inverse=True)
@@ -43,13 +43,11 @@ class Share:
         unseen_study = batch.unseen_study
         share = replace(
             batch,
-            observed=batch.observed.rows(rows),
             metadata=metadata,
             index=index,
             target_gene=batch.target_gene[rows],
             labels=batch.labels[rows],
             noise=batch.noise.rows(rows)._replace(reference=batch.noise.reference[references]),
-            reference=batch.reference[references],
             batch_effect=batch.batch_effect[references],
             unseen_study=unseen_study[used["technical"]] if len(unseen_study) else unseen_study,
             partial_metadata={group: of_group[used[group]] for group, of_group in partial},

@@ -60,7 +60,7 @@ class EncodedSplit:
         return len(self.totals)
 
     def rows(self, rows: Tensor, observed: Observed) -> EncodedRows:
-        """The samples of rows (B,), whose expression is `observed`."""
+        """The samples of rows (B,), whose expression, or that of a rank's share, is `observed`."""
         metadata, index = {}, {}
         for group in GROUPS:
             distinct, index[group] = torch.unique(self.index[group][rows], return_inverse=True)

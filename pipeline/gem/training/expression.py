@@ -1,9 +1,13 @@
 """The expression of one split, batch by batch: counts held in memory, or streamed from the cohort.
 
 Counts stay the integers of the cohort until a batch becomes log-CPM in float32, 1 to 2 % of the
-time of a step. The samples lie in random order on disk. An epoch permutes their row groups, fills a
-buffer with the next of them and permutes the buffer. Counts in memory are taken in the same order,
-so that the memory of a machine changes the speed of a fit and none of its bits.
+time of a step. The samples lie in random order on disk. An epoch permutes their row groups, fills
+buffers with the next of them and permutes the buffers. Counts in memory are taken in the same
+order, so that the memory of a machine changes the speed of a fit and none of its bits.
+
+Of more than BUFFER_GROUPS row groups the permuted samples are cut into lanes of equal length, and
+every batch takes its samples from all lanes in turns. A rank (distributed.py) works on the samples
+of some lanes and reads only these. Fewer row groups are one lane, which every rank reads.
 
 N samples, B of a batch, G genes.
 """
@@ -13,8 +17,8 @@ import tempfile
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -31,8 +35,10 @@ from pipeline.gem.data.expression import CPM
 from pipeline.gem.data.shards import group_sizes, read_groups, rows_per_group
 from pipeline.gem.data.splits import role_of
 from pipeline.gem.model.observation import GeneMoments, Observed
+from pipeline.gem.training.data_parallel import share_of
 
-BUFFER_GROUPS = 16  # row groups that are permuted together
+BUFFER_GROUPS = 16  # row groups that are permuted together, over all lanes
+LANES = 8  # at least; 1, 2, 4 or 8 ranks have the same batches
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32}  # types that torch can index
 
 
@@ -43,6 +49,7 @@ class RowGroup(NamedTuple):
     number: int  # in the file
     start: int
     stop: int
+    before: int = 0  # samples of this row group on disk that come before `start`
 
 
 @dataclass(frozen=True)
@@ -58,15 +65,59 @@ class Buffer:
         return np.concatenate(rows)[self.order]
 
 
-def shuffled_buffers(groups: Sequence[RowGroup], seed: int, epoch: int) -> Iterator[Buffer]:
-    """The buffers of an epoch: every sample once, in an order that seed and epoch determine."""
-    rng = np.random.default_rng([seed, epoch])
-    permuted = rng.permutation(len(groups))
-    for first in range(0, len(permuted), BUFFER_GROUPS):
-        # Each file is read forwards.
-        chosen = [groups[number] for number in np.sort(permuted[first : first + BUFFER_GROUPS])]
-        size = sum(group.stop - group.start for group in chosen)
-        yield Buffer(chosen, rng.permutation(size))
+class EpochOrder:
+    """The order of an epoch's samples, every one once: batches of `size`, whose sample i is the
+    next of lane i modulo the number of lanes. The arguments but `ranks` determine it, and the
+    number of lanes."""
+
+    def __init__(self, groups: Sequence[RowGroup], seed: int, epoch: int, size: int, ranks: int):
+        number = 1 if len(groups) <= BUFFER_GROUPS else ranks * -(-LANES // ranks)
+        rng = np.random.default_rng([seed, epoch])
+        samples = sum(group.stop - group.start for group in groups)
+        full, rest = divmod(samples, size)
+        sizes = [
+            full * len(range(lane, size, number)) + len(range(lane, rest, number))
+            for lane in range(number)
+        ]
+        permuted = [groups[position] for position in rng.permutation(len(groups))]
+        together = max(1, BUFFER_GROUPS // number)
+        self.size, self.lanes = size, []
+        for lane in _cut(permuted, sizes):
+            # Each file is read forwards.
+            parts = [
+                sorted(lane[first : first + together], key=attrgetter("start"))
+                for first in range(0, len(lane), together)
+            ]
+            lengths = [sum(group.stop - group.start for group in part) for part in parts]
+            self.lanes.append(
+                [Buffer(*pair) for pair in zip(parts, map(rng.permutation, lengths), strict=True)]
+            )
+        self._rows = np.empty(samples, dtype=np.int64)
+        lane_of = np.arange(samples) % size % number
+        for lane, buffers in enumerate(self.lanes):
+            if buffers:
+                self._rows[lane_of == lane] = np.concatenate([part.rows() for part in buffers])
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """(B,) rows of each batch."""
+        for start in range(0, len(self._rows), self.size):
+            yield self._rows[start : start + self.size]
+
+
+def _cut(groups: Iterable[RowGroup], sizes: Sequence[int]) -> list[list[RowGroup]]:
+    """The groups in order, cut into consecutive parts with these numbers of samples."""
+    parts: list[list[RowGroup]] = [[] for _ in sizes]
+    waiting = deque(groups)
+    for part, left in zip(parts, sizes, strict=True):
+        while left:
+            group = waiting.popleft()
+            if group.stop - group.start > left:
+                middle = group.start + left
+                waiting.appendleft(group._replace(start=middle, before=group.before + left))
+                group = group._replace(stop=middle)
+            part.append(group)
+            left -= group.stop - group.start
+    return parts
 
 
 class Expression(ABC):
@@ -84,8 +135,11 @@ class Expression(ABC):
         return len(self._scale)
 
     @abstractmethod
-    def batches(self, seed: int, epoch: int, size: int) -> Iterator[tuple[Tensor, Observed]]:
-        """(rows (B,), their expression): every sample once, in the order of `shuffled_buffers`."""
+    def batches(
+        self, seed: int, epoch: int, size: int, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[Tensor, Observed]]:
+        """(rows (B,), the expression of a rank's `share_of` them): every sample once, in the order
+        of `EpochOrder`."""
 
     @abstractmethod
     def blocks(self) -> Iterator[tuple[Tensor, Observed]]:
@@ -130,11 +184,12 @@ class ResidentExpression(Expression):
         self._dtype = counts.dtype
         self._counts = counts.view(_SIGNED.get(self._dtype, self._dtype)).to(device)
 
-    def batches(self, seed: int, epoch: int, size: int) -> Iterator[tuple[Tensor, Observed]]:
-        buffers = shuffled_buffers(self._groups, seed, epoch)
-        order = np.concatenate([buffer.rows() for buffer in buffers])
-        for rows in torch.from_numpy(order).to(self.device).split(size):
-            yield rows, self.rows(rows)
+    def batches(
+        self, seed: int, epoch: int, size: int, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[Tensor, Observed]]:
+        for batch in EpochOrder(self._groups, seed, epoch, size, ranks).batches():
+            rows = torch.from_numpy(batch).to(self.device)
+            yield rows, self.rows(rows[share_of(len(rows), rank, ranks)[0]])
 
     def blocks(self) -> Iterator[tuple[Tensor, Observed]]:
         every = torch.arange(len(self), device=self.device)
@@ -177,27 +232,28 @@ class StreamedExpression(Expression):
                 counts[controls[first:last] - start].astype(self._dtype).tofile(self._file)
             self._file.flush()
 
-    def batches(self, seed: int, epoch: int, size: int) -> Iterator[tuple[Tensor, Observed]]:
-        buffers = shuffled_buffers(self._groups, seed, epoch)
-        rest = np.empty(0, dtype=np.int64), np.empty((0, self.genes), dtype=self._dtype)
-        for buffer, counts in self._read_ahead(buffers):
-            rows, order = buffer.rows(), buffer.order
-            # The first batch of a buffer begins with the last samples of the one before.
-            start = min(size - len(rest[0]), len(rows)) if len(rest[0]) else 0
-            if start:
-                taken = rows[:start], counts[order[:start]]
-                rest = tuple(np.concatenate(pair) for pair in zip(rest, taken, strict=True))
-                if len(rest[0]) < size:
-                    continue
-                yield self._batch(*rest)
-            stop = start + (len(rows) - start) // size * size
-            for first in range(start, stop, size):
-                part = slice(first, first + size)
-                yield self._batch(rows[part], counts[order[part]])
-            rest = rows[stop:], counts[order[stop:]]
-            del counts  # before the next buffer is waited for
-        if len(rest[0]):
-            yield self._batch(*rest)
+    def batches(
+        self, seed: int, epoch: int, size: int, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[Tensor, Observed]]:
+        order = EpochOrder(self._groups, seed, epoch, size, ranks)
+        number = len(order.lanes)
+        # A single lane is read by every rank, which then takes its share.
+        first, step = (rank, ranks) if number > 1 else (0, 1)
+        with ThreadPoolExecutor(1) as reader:
+            lanes = [_Lane(buffers, self._read, reader) for buffers in order.lanes[first::step]]
+            try:
+                for batch in order.batches():
+                    rows = batch[first::step]
+                    counts = np.empty((len(rows), self.genes), dtype=self._dtype)
+                    for position, lane in enumerate(lanes):
+                        lane.fill(counts[position :: len(lanes)])
+                    if number == 1 and ranks > 1:
+                        share, _ = share_of(len(batch), rank, ranks)
+                        rows, counts = rows[share], counts[share]
+                    observed = self._batch(rows, counts)[1] if len(rows) else self._stand_in()
+                    yield torch.from_numpy(batch).to(self.device), observed
+            finally:
+                reader.shutdown(cancel_futures=True)
 
     def blocks(self) -> Iterator[tuple[Tensor, Observed]]:
         for start, counts in self._count_blocks():
@@ -236,25 +292,56 @@ class StreamedExpression(Expression):
         if len(rest):
             yield start, rest
 
-    def _read_ahead(self, buffers: Iterable[Buffer]) -> Iterator[tuple[Buffer, np.ndarray]]:
-        """Buffers with their counts (K, G); a thread reads the next one meanwhile."""
-        with ThreadPoolExecutor(1) as reader:
-            pending: deque[Future] = deque()
-            for buffer in buffers:
-                pending.append(reader.submit(self._read, buffer))
-                if len(pending) > 1:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+    def _stand_in(self) -> Observed:
+        """Of a rank without a sample in a batch: one of weight 0, whose terms are finite."""
+        counts = torch.ones(1, self.genes, dtype=torch.int32, device=self.device)
+        return Observed(torch.zeros_like(counts, dtype=torch.float32), counts)
 
-    def _read(self, buffer: Buffer) -> tuple[Buffer, np.ndarray]:
+    def _read(self, buffer: Buffer) -> np.ndarray:
+        """(K, G) counts of the groups of a buffer, in their order."""
         counts, start = np.empty((len(buffer.order), self.genes), dtype=self._dtype), 0
         for path, groups in groupby(buffer.groups, key=attrgetter("path")):
             listed = list(groups)
-            stop = start + sum(group.stop - group.start for group in listed)
-            read_groups(path, [group.number for group in listed], counts[start:stop])
-            start = stop
-        return buffer, counts
+            for group, block in zip(
+                listed, read_groups(path, [group.number for group in listed]), strict=True
+            ):
+                size = group.stop - group.start
+                counts[start : start + size] = block[group.before : group.before + size]
+                start += size
+        return counts
+
+
+class _Lane:
+    """The counts of a lane's samples in order. A thread reads the next buffer meanwhile."""
+
+    def __init__(
+        self,
+        buffers: Iterable[Buffer],
+        read: Callable[[Buffer], np.ndarray],
+        reader: ThreadPoolExecutor,
+    ):
+        self._waiting, self._read, self._reader = iter(buffers), read, reader
+        self._order, self._counts = np.empty(0, dtype=np.int64), None
+        self._submit()
+
+    def fill(self, counts: np.ndarray) -> None:
+        """Writes the next samples into counts (K, G)."""
+        start = 0
+        while start < len(counts):
+            if not len(self._order):
+                self._advance()
+            chosen = self._order[: len(counts) - start]
+            counts[start : start + len(chosen)] = self._counts[chosen]
+            self._order, start = self._order[len(chosen) :], start + len(chosen)
+
+    def _advance(self) -> None:
+        self._counts = None  # before the next buffer is waited for
+        self._order, self._counts = self._buffer.order, self._pending.result()
+        self._submit()
+
+    def _submit(self) -> None:
+        self._buffer = next(self._waiting, None)
+        self._pending = self._buffer and self._reader.submit(self._read, self._buffer)
 
 
 def open_expression(

@@ -275,7 +275,7 @@ class Trainer:
             self.on_step()
             loss, terms = self._step(batch, step)
             losses.append(loss)
-            sizes.append(len(batch.observed))
+            sizes.append(len(batch.target_gene))
             sums = sums + torch.stack(list(terms.values())) * sizes[-1]
         stacked, means = torch.stack(losses), sums / self.samples
         if not torch.isfinite(stacked).all():
@@ -286,9 +286,10 @@ class Trainer:
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """All training samples in the order of an epoch, with random masks, references, batch
-        effects."""
-        train, seed = self.data.train, self.generator.initial_seed()
-        for rows, observed in train.expression.batches(seed, epoch, self.schedule.batch_size):
+        effects. The expression of samples and references is that of this rank's share."""
+        train, seed, ranks = self.data.train, self.generator.initial_seed(), distributed.size()
+        rank, size = distributed.rank(), self.schedule.batch_size
+        for rows, observed in train.expression.batches(seed, epoch, size, rank, ranks):
             samples = train.rows(rows, observed)
             metadata = {
                 group: masking.dropout_fields(
@@ -302,7 +303,8 @@ class Trainer:
             }
             first = rows[: self._references_per_batch(len(rows))]
             chosen = self.data.references.draw(first, self.generator)
-            reference = train.expression.references(chosen, first, observed)
+            share, _ = data_parallel.share_of(len(first), rank, ranks)
+            reference = train.expression.references(chosen[share], first[share], observed)
             batch_effect = masking.simulate_batch_effects(
                 len(first),
                 self.params.simulated_batch_effects,

@@ -2,6 +2,7 @@
 for every epoch and every fit. Nats per sample."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -55,7 +56,8 @@ def _sums(network: Network, samples: EncodedRows, draws: int, generator: torch.G
     observed, totals = samples.observed.rows(rows), samples.totals[rows]
     score, decoded = predictive_log_likelihood(network, observed, inputs, draws, generator, rows)
     mean = network.observation.expected_log_cpm(decoded, totals, LatentSource.PRIOR)
-    share = Share.of(_batch(network, samples, generator), rank, size).batch
+    batch = replace(_batch(network, samples, generator), observed=observed)
+    share = Share.of(batch, rank, size).batch
     terms = objective_terms(network, share)
     # The unweighted bound E_q[log p(x | z)] - KL, one posterior draw per sample.
     bound = -terms["nll_reconstruction"] - sum(terms[f"kl_{group}"].sum() for group in GROUPS)

@@ -94,7 +94,7 @@ class CohortTask:
 
 def _is_path(key: str) -> bool:
     name = key.removeprefix("data.")
-    return name in ("source", *_TABLES) or name.endswith(".table")
+    return name in ("source", *_TABLES) or name.endswith((".table", ".tables"))
 
 
 def cohort_names(folder: Path) -> list[str]:
@@ -121,7 +121,8 @@ def read_task(name: str, folder: Path, params: Params, folds: int | None = None)
     data = _data(declaration, source, path, params)
     changed = _with_level(params.model_copy(update={"data": data}), declaration)
     _check_hold_out(declaration, changed, path)
-    tables = [data.target_gene, data.gene_list, *data.covariates.embeddings().values()]
+    embeddings = data.covariates.embeddings().values()
+    tables = [data.target_gene, data.gene_list, *(path for paths in embeddings for path in paths)]
     files = tuple(Path(table) for table in tables if table)
     if absent := [file for file in files if not file.is_file()]:
         raise InputError(*(f"{path}: data: {file} does not exist" for file in absent))
@@ -177,8 +178,10 @@ def _with_tables_of(folder: Path, data: Data) -> Data:
             values[name] = str(folder / values[name])
     for group in values["covariates"].values():
         for covariate in group.values():
-            if "table" in covariate:
+            if covariate.get("table"):
                 covariate["table"] = str(folder / covariate["table"])
+            if covariate.get("tables"):
+                covariate["tables"] = [str(folder / path) for path in covariate["tables"]]
     return Data.model_validate(values)
 
 
@@ -204,8 +207,11 @@ def at_source(params: Params, folder: Path) -> Params:
     changes |= {f"data.{name}": moved(data[name]) for name in _TABLES if data[name]}
     for group, covariates in data["covariates"].items():
         for name, covariate in covariates.items():
-            if "table" in covariate:
-                changes[f"data.covariates.{group}.{name}.table"] = moved(covariate["table"])
+            key = f"data.covariates.{group}.{name}"
+            if covariate.get("table"):
+                changes[f"{key}.table"] = moved(covariate["table"])
+            if covariate.get("tables"):
+                changes[f"{key}.tables"] = [moved(path) for path in covariate["tables"]]
     return Params.model_validate(set_dotted(values, changes))
 
 

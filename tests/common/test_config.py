@@ -233,6 +233,8 @@ def test_values_that_contradict_each_other_are_one_problem(problems, replacement
 AGE = "age_years: {kind: numeric, scale: linear}"
 CONTROL = "control: {column: perturbation, value: control}"
 CONTEXT = "context_columns: [tissue, cell_type]"
+TABLE = "data/synthetic/embeddings/perturbation.parquet"
+PERTURBATION = f"perturbation: {{kind: embedding, table: {TABLE}}}"
 AGE_KEY = "data.covariates.biological.age_years"
 
 
@@ -258,12 +260,27 @@ AGE_KEY = "data.covariates.biological.age_years"
             "context_columns: [tissue, 3]",
             "data.context_columns.1 is 3; expected text",
         ),
+        (
+            PERTURBATION,
+            "perturbation: {kind: embedding}",
+            "data.covariates.perturbation.perturbation: expected table: PATH, or tables: [PATH, ",
+        ),
+        (
+            PERTURBATION,
+            "perturbation: {kind: embedding, table: a.csv, tables: [b.csv]}",
+            "data.covariates.perturbation.perturbation: expected table: PATH, or tables: [PATH, ",
+        ),
+        (
+            PERTURBATION,
+            "perturbation: {kind: embedding, tables: [a.csv, a.csv]}",
+            "data.covariates.perturbation.perturbation.tables: 'a.csv' appears twice",
+        ),
         (CONTEXT, "context_columns: tissue", "data.context_columns is 'tissue'; expected a list"),
     ],
 )
 def test_a_problem_inside_a_declaration_has_its_key_in_the_file(problems, old, new, message):
     (problem,) = problems((re.escape(old), new))
-    assert f"params.yaml:{line_of(TEXT, old[:12])}: {message}" in problem
+    assert f"params.yaml:{line_of(TEXT, old[:20])}: {message}" in problem
 
 
 @pytest.mark.parametrize(

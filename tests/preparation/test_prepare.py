@@ -130,7 +130,7 @@ def test_the_cohort_does_not_depend_on_the_location_of_its_source(prepare, sourc
     moved = prepare(source)
     assert moved.manifest == cohort.manifest
     assert moved.train_validation_sha256 == cohort.train_validation_sha256
-    assert moved.declared.covariates.embeddings() == {"perturbation": "embeddings/0.parquet"}
+    assert moved.declared.covariates.embeddings() == {"perturbation": ("embeddings/0.parquet",)}
     assert moved.declared.target_gene == "targets.parquet"
 
 
@@ -155,6 +155,42 @@ def test_problems_of_samples_and_tables_are_reported_at_once(prepare, source, tm
     assert "age_years: 'old' is not a number" in first
     assert "perturbation.parquet: feature feature_1 holds" in second
     assert not (tmp_path / "cohort" / "manifest.json").exists()
+
+
+def test_features_of_two_tables_stand_side_by_side(prepare, params, source, cohort):
+    """The same features in two tables, of which one lacks a label: zeros, and a note."""
+    table = pd.read_parquet(source / TABLE)
+    absent = table["perturbation"].iloc[2]
+    first, second = source / "first.csv", source / "second.csv"
+    table[["perturbation", "feature_1"]].to_csv(first, index=False)
+    rest = table.drop(columns="feature_1").iloc[::-1]
+    rest[rest["perturbation"] != absent].to_csv(second, index=False)
+    covariates = params.data.covariates.model_dump(mode="json")
+    paths = {"kind": "embedding", "tables": [str(first), str(second)]}
+    covariates["perturbation"]["perturbation"] = paths
+    joined = prepare(source, covariates=covariates)
+    expected = pd.DataFrame(
+        cohort.features["perturbation"].values, cohort.features["perturbation"].labels
+    )
+    expected.loc[absent, 1:] = 0
+    found = joined.features["perturbation"]
+    pd.testing.assert_frame_equal(
+        pd.DataFrame(found.values, found.labels).loc[expected.index], expected
+    )
+    notes = [note for note in joined.manifest["notes"] if "zeros" in note]
+    text = f"perturbation: no row in second.csv for {absent} (1 of 8 labels): zeros instead of"
+    assert len(notes) == 1 and notes[0].startswith(text)
+    assert joined.declared.covariates.embeddings() == {"perturbation": ("embeddings/0.parquet",)}
+
+
+def test_each_of_several_tables_must_match(prepare, params, source):
+    other = source / "other.csv"
+    pd.DataFrame({"label": ["x"], "feature": [1.0]}).to_csv(other, index=False)
+    covariates = params.data.covariates.model_dump(mode="json")
+    paths = {"kind": "embedding", "tables": [str(source / TABLE), str(other)]}
+    covariates["perturbation"]["perturbation"] = paths
+    with pytest.raises(InputError, match=r"other\.csv: none of its 1 labels \(x\) is among"):
+        prepare(source, covariates=covariates)
 
 
 def test_labels_without_features_are_noted_and_the_control_needs_none(prepare, source, cohort):

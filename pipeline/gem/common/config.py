@@ -15,6 +15,7 @@ from pipeline.gem.common.schema.splits import Splits
 from pipeline.gem.common.schema.types import (
     Count,
     FilePath,
+    FilePaths,
     Frozen,
     Names,
     Probability,
@@ -120,10 +121,22 @@ class Quantity(Numeric):
 
 
 class Embedding(Labels):
-    """One label or several, with features in a table: their sum, beside a multi-hot identity."""
+    """One label or several, with features in one table or several: their sum, beside a multi-hot
+    identity."""
 
     kind: Literal["embedding"]
-    table: FilePath
+    table: FilePath | None = None
+    tables: FilePaths | None = None  # instead; their features are concatenated
+
+    @model_validator(mode="after")
+    def _one_key(self):
+        if (self.table is None) == (self.tables is None):
+            raise ValueError("expected table: PATH, or tables: [PATH, PATH]")
+        return self
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return self.tables or (self.table,)
 
 
 Covariate = Annotated[
@@ -144,10 +157,10 @@ class Covariates(Frozen):
             raise ValueError(f"{', '.join(duplicates)} is declared in more than one group")
         return self
 
-    def embeddings(self) -> dict[str, str]:
-        """Path of the feature table by covariate."""
+    def embeddings(self) -> dict[str, tuple[str, ...]]:
+        """Paths of the feature tables by covariate."""
         covariates = self.all().items()
-        return {name: each.table for name, each in covariates if each.kind == "embedding"}
+        return {name: each.paths for name, each in covariates if each.kind == "embedding"}
 
     def identities(self) -> "Covariates":
         """The same with each embedding as a multilabel, without features."""

@@ -3,6 +3,7 @@
 U labels, E features.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,19 @@ class FeatureTable:
         if problems:
             raise InputError(*problems)
         return cls(tuple(label_texts(table.iloc[:, 0])), _as_float32(table.iloc[:, 1:]))
+
+    @classmethod
+    def joined(cls, tables: Sequence["FeatureTable"]) -> "FeatureTable":
+        """The features of all tables side by side; zeros for a label that a table lacks."""
+        labels = tuple(dict.fromkeys(label for table in tables for label in table.labels))
+        row = {label: index for index, label in enumerate(labels)}
+        values = np.zeros((len(labels), sum(table.size for table in tables)), dtype=np.float32)
+        start = 0
+        for table in tables:
+            rows = [row[label] for label in table.labels]
+            values[rows, start : start + table.size] = table.values
+            start += table.size
+        return cls(labels, values)
 
     def write(self, path: Path) -> None:
         columns = [f"feature_{index + 1}" for index in range(self.size)]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import pandas as pd
@@ -21,9 +21,14 @@ TARGET_COLUMNS = ["perturbation", "gene_id"]
 class Annotations:
     """The annotation tables that params.yaml names."""
 
-    features: dict[str, FeatureTable]  # by embedding covariate
+    tables: dict[str, dict[str, FeatureTable]]  # by embedding covariate and path
     targets: pd.DataFrame  # perturbation, gene_id; empty if data.target_gene is null
     gene_list: list[str] | None  # gene_ids of data.gene_list
+
+    @cached_property
+    def features(self) -> dict[str, FeatureTable]:
+        """By embedding covariate, those of all its tables."""
+        return {name: FeatureTable.joined([*each.values()]) for name, each in self.tables.items()}
 
 
 @contextmanager
@@ -38,17 +43,17 @@ def collect_problems(problems: list[str]) -> Iterator[None]:
 def read_annotations(data: Data, genes: pd.Series) -> Annotations:
     """Reads all tables; `genes` are the gene_ids of the source. InputError lists every problem."""
     problems: list[str] = []
-    known_genes, features = set(genes.astype(str)), {}
-    for name, path in data.covariates.embeddings().items():
+    known_genes, tables = set(genes.astype(str)), {}
+    for name, paths in data.covariates.embeddings().items():
         with collect_problems(problems):
-            features[name] = FeatureTable.read(path)
+            tables[name] = {path: FeatureTable.read(path) for path in paths}
     with collect_problems(problems):
         targets = _read_targets(data, known_genes)
     with collect_problems(problems):
         gene_list = _read_gene_list(data, known_genes)
     if problems:
         raise InputError(*problems)
-    return Annotations(features, targets, gene_list)
+    return Annotations(tables, targets, gene_list)
 
 
 def match_annotations(
@@ -61,7 +66,7 @@ def match_annotations(
     """
     notes, problems = [], []
     control = {data.control.value} if data.control else set()
-    for name, path in data.covariates.embeddings().items():
+    for name, tables in annotations.tables.items():
         labels = _labels(samples[name]) - control
         table = set(annotations.features[name].labels)
         if missing := labels - table:
@@ -76,8 +81,14 @@ def match_annotations(
                 f"{name}: {examples(sorted(held_out))} are held out of training and have no "
                 "features: predictions treat them as missing"
             )
-        if labels and not labels & table:
-            problems.append(_no_match(path, table, name, labels))
+        for path, own in tables.items():
+            if labels and not labels & (known := set(own.labels)):
+                problems.append(_no_match(path, known, name, labels))
+            if absent := (labels & table) - set(own.labels):
+                notes.append(
+                    f"{name}: no row in {Path(path).name} for {examples(sorted(absent))} "
+                    f"({len(absent)} of {len(labels)} labels): zeros instead of its features"
+                )
     targets = set(annotations.targets["perturbation"])
     if targets and data.control is None:
         notes.append("data.target_gene is not used: data.control is null")

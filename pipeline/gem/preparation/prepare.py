@@ -175,13 +175,13 @@ def _note_empty_samples(names: pd.Series, data: Data) -> str:
 def _note_untracked_tables(data: Data) -> list[str]:
     """A note for each table that DVC does not track: it tracks data.source and data/tables."""
     embeddings = data.covariates.embeddings().items()
-    tables = {f"data.covariates: {name}": path for name, path in embeddings}
-    tables |= {"data.target_gene": data.target_gene, "data.gene_list": data.gene_list}
+    tables = [(f"data.covariates: {name}", path) for name, paths in embeddings for path in paths]
+    tables += [("data.target_gene", data.target_gene), ("data.gene_list", data.gene_list)]
     tracked = [Path(data.source).resolve(), TABLES.resolve()]
     return [
         f"{key}: {path} is neither in data.source nor in {TABLES}: after a change to it run "
         "`dvc repro --force prepare`, or move it there"
-        for key, path in tables.items()
+        for key, path in tables
         if path and not any(Path(path).resolve().is_relative_to(folder) for folder in tracked)
     ]
 
@@ -200,7 +200,7 @@ def _declarations(data: Data) -> dict:
     files = embedding_files(data.covariates)
     for covariates in declared["covariates"].values():
         for name in covariates.keys() & files:
-            covariates[name]["table"] = files[name]
+            covariates[name] |= {"table": files[name], "tables": None}  # joined
     return declared | {"target_gene": TARGETS if data.target_gene else None}
 
 

@@ -79,6 +79,23 @@ def test_tables_are_found_in_the_folder_of_the_declaration(cohorts):
     assert read_task("tiny", cohorts, DEFAULTS).identity() != before
 
 
+def test_several_tables_of_a_covariate_are_found_and_identify_the_data(cohorts):
+    path = cohorts / "tiny.yaml"
+    declared = path.read_text()
+    drugs = "perturbation: {kind: embedding, tables: [first.csv, second.csv]}"
+    path.write_text(declared.replace("perturbation: {kind: categorical}", drugs))
+    with pytest.raises(InputError, match=r"first\.csv does not exist"):
+        read_task("tiny", cohorts, DEFAULTS)
+    for name in ("first", "second"):
+        (cohorts / f"{name}.csv").write_text("label,feature\ndrug A,1\n")
+    task = read_task("tiny", cohorts, DEFAULTS)
+    paths = tuple(str(cohorts / f"{name}.csv") for name in ("first", "second"))
+    assert task.params.data.covariates.embeddings() == {"perturbation": paths}
+    before = task.identity()
+    (cohorts / "second.csv").write_text("label,feature\ndrug A,2\n")
+    assert read_task("tiny", cohorts, DEFAULTS).identity() != before
+
+
 def test_the_identity_depends_on_settings_and_data_but_not_on_the_place(cohorts, tmp_path):
     first = read_task("tiny", cohorts, DEFAULTS).identity()
     moved = cohorts.rename(tmp_path / "elsewhere")
@@ -152,7 +169,7 @@ def test_the_tables_of_a_simulated_cohort_move_with_its_source(tmp_path):
     assert params.synthesize.samples < DEFAULTS.synthesize.samples
     assert Path(params.data.source) == tmp_path / "source"
     assert Path(params.data.target_gene) == tmp_path / "source" / "targets.parquet"
-    (table,) = params.data.covariates.embeddings().values()
+    ((table,),) = params.data.covariates.embeddings().values()
     assert Path(table) == tmp_path / "source" / "embeddings" / "perturbation.parquet"
 
 

@@ -54,6 +54,9 @@ Seeds = Annotated[
 ]
 Text = Annotated[str, Field(max_length=500), AfterValidator(_plain)]
 FilePath = Annotated[str, Field(max_length=1000), AfterValidator(_plain), AfterValidator(_path)]
+FilePaths = Annotated[
+    tuple[FilePath, ...], Field(strict=False, min_length=1), AfterValidator(distinct)
+]
 Names = Annotated[tuple[Text, ...], Field(strict=False), AfterValidator(distinct)]
 
 

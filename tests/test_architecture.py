@@ -288,7 +288,7 @@ def test_there_is_no_second_default_for_a_value_of_params():
         for name, field in model.model_fields.items()
         if not field.is_required()
     ]
-    # An option of a covariate changes nothing where it is left out; an embedding has one of two keys.
+    # An option of a covariate changes nothing where it is left out. An embedding has either key.
     expected = {"min_count", "Embedding.table", "Embedding.tables"}
     assert {name if "table" in name else name.partition(".")[2] for name in optional} == expected
 

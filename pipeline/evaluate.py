@@ -27,6 +27,7 @@ from pipeline.gem.common.progress import duration
 from pipeline.gem.common.yaml_file import flatten
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.evaluation.catalogue import (
+    BIASED,
     EXPERIMENTS,
     METRICS_FILE,
     MODELS,
@@ -34,6 +35,7 @@ from pipeline.gem.evaluation.catalogue import (
     REFERENCE_SUFFIX,
     TABLE_FILES,
     TUNED,
+    is_biased,
 )
 from pipeline.gem.evaluation.report.contents import report_data
 from pipeline.gem.evaluation.report.figures import draw_figures
@@ -109,7 +111,9 @@ def log_evaluation(scores: pd.DataFrame, params: Params, cohort: Cohort) -> None
             if predictor not in MODELS:
                 child = f"{identity} {predictor}"
                 with Run.open(predictor, "evaluate", parent=parent.id, identity=child) as run:
-                    run.set_tags({PREDICTOR_TAG: predictor})
+                    run.set_tags(
+                        {PREDICTOR_TAG: predictor} | bias_tag(run_biases(scores, predictor))
+                    )
                     run.log_metrics(run_metrics(scores, predictor))
 
 
@@ -118,8 +122,11 @@ def log_model_scores(
 ) -> None:
     """Adds the scores of a model to the run that trained it."""
     model = (sha256(directory / MODEL_FILE), name, "train" if name == "gem" else "tune")
-    metrics = run_metrics(scores, name) | run_metrics(scores, name + REFERENCE_SUFFIX, "reference_")
-    runs.log_scores(model, params, cohort, metrics)
+    metrics, biased = {}, []
+    for predictor, prefix in ((name, ""), (name + REFERENCE_SUFFIX, "reference_")):
+        metrics |= run_metrics(scores, predictor, prefix)
+        biased += run_biases(scores, predictor, prefix)
+    runs.log_scores(model, params, cohort, metrics, bias_tag(biased))
 
 
 def fitted_params(directory: Path, model: TrainedGEM, params: Params) -> Params:
@@ -136,6 +143,17 @@ def run_metrics(scores: pd.DataFrame, predictor: str, prefix: str = "") -> dict[
     """`test_random/skill`, or `test_random/reference_skill`: the same names in every run."""
     rows = scores[(scores["predictor"] == predictor) & scores["value"].notna()]
     return {f"{row.split}/{prefix}{row.metric}": row.value for row in rows.itertuples()}
+
+
+def run_biases(scores: pd.DataFrame, predictor: str, prefix: str = "") -> list[str]:
+    """The biased ones of `run_metrics`."""
+    rows = scores[scores["predictor"] == predictor].itertuples()
+    return [f"{row.split}/{prefix}{row.metric}" for row in rows if is_biased(row.value, row.reason)]
+
+
+def bias_tag(names: list[str]) -> dict[str, str]:
+    """A tag of a run that names its biased metrics, if there are any."""
+    return {BIASED: ", ".join(names)} if names else {}
 
 
 if __name__ == "__main__":

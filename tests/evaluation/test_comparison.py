@@ -33,6 +33,21 @@ def results(evaluation) -> dict:
     return {name: evaluation.result(name) for name in SPLITS}
 
 
+def assert_marked(result) -> None:
+    """Every biased value, and no other, has its mark in every table and in metrics.json."""
+    biased = {"delta_pearson", "discrimination", "de_direction", "de_jaccard"}
+    reasons = result.scores.set_index(["predictor", "metric"])["reason"]
+    assert result.conditions["biased"].all() and len(result.conditions)
+    assert (result.seeds["biased"] == result.seeds["metric"].isin(biased)).all()
+    (of_split,) = nested_scores(result.scores).values()
+    for predictor, metrics in of_split.items():
+        marks = {name.removesuffix("_biased") for name in metrics if name.endswith("_biased")}
+        assert marks == {name for name in biased if metrics[name] is not None}
+        assert all(metrics[f"{name}_biased"] == 1 for name in marks)
+        assert all(SHARED_CONTROLS in reasons[predictor, name] for name in marks)
+    assert "delta_pearson_biased" in of_split["gem"]
+
+
 def assert_numbers_or_reasons(scores: pd.DataFrame) -> None:
     """Every row has a number with a finite interval, or null with a reason."""
     null = scores["value"].isna()
@@ -59,6 +74,9 @@ def test_nested_scores_have_the_same_numbers_and_null(results):
     scores = pd.concat([result.scores for result in results.values()])
     nested = nested_scores(scores)
     assert set(nested) == set(SPLITS)
+    assert all(list(each) == list(METRICS) for split in nested.values() for each in split.values())
+    for result in results.values():
+        assert not result.conditions["biased"].any() and not result.seeds["biased"].any()
     for row in scores.itertuples():
         value = nested[row.split][row.predictor][row.metric]
         assert value is None if pd.isna(row.value) else value == row.value
@@ -220,6 +238,7 @@ def test_scores_that_a_cohort_cannot_have_are_null_with_a_reason(
             continue
         if missing == "hidden controls":
             assert np.isfinite(delta["value"]) and delta["reason"] == SHARED_CONTROLS
+            assert_marked(result)
         else:
             assert delta["reason"] == "no control of the same context"
         assert set(result.comparisons["metric"]) == {"mse"}

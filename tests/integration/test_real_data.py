@@ -159,8 +159,10 @@ def test_the_airway_cohort_of_eight_samples_is_evaluated_on_a_real_combination(t
     assert len(scored) > 5 and scored["reason"].str.contains(SHARED_CONTROLS, regex=False).all()
     assert SHARED_NOTE in report_text(folder)
     assert_baselines_as_in("airway", held_out)
-    conditions = pd.read_csv(folder / "experiments/evaluation/conditions.csv")["condition"]
-    assert set(conditions) == {"N61311 / dexamethasone / 1 uM / 18 hours"}
+    assert held_out["additive"]["delta_pearson_biased"] == 1
+    conditions = pd.read_csv(folder / "experiments/evaluation/conditions.csv")
+    assert conditions["biased"].all()
+    assert set(conditions["condition"]) == {"N61311 / dexamethasone / 1 uM / 18 hours"}
     report = report_text(folder)
     for name in ("no_change", "additive", "ridge", "gem_reference", "N61311"):
         assert name in report

@@ -5,9 +5,12 @@ import shutil
 import warnings
 
 import mlflow
+import numpy as np
+import pandas as pd
 import pytest
 
 from pipeline.gem.common.errors import GemError
+from pipeline.gem.evaluation.catalogue import SHARED_CONTROLS
 from pipeline.gem.tracking import mlflow_client, runs
 from pipeline.gem.tracking.runs import Run
 
@@ -31,6 +34,29 @@ def test_the_environment_selects_another_store(tmp_path, monkeypatch, migrated_s
         pass
     assert mlflow.MlflowClient(other).get_run(run.id).info.run_name == "default"
     assert mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"]) == []
+
+
+def test_a_run_names_its_biased_metrics(params, cohort):
+    from pipeline.evaluate import bias_tag, run_biases, run_metrics
+
+    columns = ["split", "predictor", "metric", "value", "reason"]
+    rows = [
+        ("test_combination", "gem", "mse", 0.1, ""),
+        ("test_combination", "gem", "delta_pearson", 0.5, SHARED_CONTROLS),
+        ("test_combination", "gem", "discrimination", np.nan, "fewer than two"),
+        ("test_combination", "ridge", "delta_pearson", 0.4, f"a note; {SHARED_CONTROLS}"),
+    ]
+    scores = pd.DataFrame(rows, columns=columns)
+    assert run_biases(scores, "ridge", "x_") == ["test_combination/x_delta_pearson"]
+    assert bias_tag([]) == {}
+    biased = run_biases(scores, "gem")
+    assert set(biased) < set(run_metrics(scores, "gem"))
+    mlflow_client.connect("gem")
+    model = ("0" * 64, "gem", "train")
+    runs.log_scores(model, params, cohort, run_metrics(scores, "gem"), bias_tag(biased))
+    (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    assert run.data.tags["biased"] == "test_combination/delta_pearson"
+    assert run.data.metrics["test_combination/delta_pearson"] == 0.5
 
 
 def test_the_status_of_a_run_follows_from_its_exception():

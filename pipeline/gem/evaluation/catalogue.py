@@ -84,6 +84,16 @@ SHARED_CONTROLS = (
     "perturbation without effect is above 0"
 )
 
+BIASED = "biased"  # mark of such a score in tables, metrics.json and MLflow
+
+
+def is_biased(value: float | None, reason: object) -> bool:
+    """Whether a score has a value from SHARED_CONTROLS. No reason is an empty text, and missing in
+    a table that was read."""
+    has_value = value is not None and value == value  # not NaN
+    return has_value and isinstance(reason, str) and SHARED_CONTROLS in reason
+
+
 EXPERIMENTS = Path("experiments")
 OUTPUT = EXPERIMENTS / "evaluation"
 TABLE_FILES = {

@@ -17,11 +17,13 @@ from pipeline.gem.evaluation.bootstrap import Bootstrap, Score
 from pipeline.gem.evaluation.catalogue import (
     BASELINES,
     BETTER,
+    BIASED,
     MODELS,
     SKILL_BASELINE,
     SKILL_CEILING,
     UNCLEAR,
     WORSE,
+    is_biased,
 )
 from pipeline.gem.evaluation.error_decomposition import decompose_error
 from pipeline.gem.evaluation.evaluation_split import EvaluationSplit, PredictedSplit
@@ -46,7 +48,7 @@ COMPARISONS = (
 )
 INTERVAL = ["value", "low", "high"]
 SCORE_COLUMNS = ["split", "predictor", "metric", *INTERVAL, "conditions", "reason"]
-SEED_COLUMNS = ["split", "predictor", "metric", "seed", "value"]
+SEED_COLUMNS = ["split", "predictor", "metric", "seed", "value", BIASED]
 COMPARISON_COLUMNS = [
     "split",
     "predictor",
@@ -57,7 +59,7 @@ COMPARISON_COLUMNS = [
     "of",
     "verdict",
 ]
-CONDITION_COLUMNS = ["split", "predictor", "condition", "samples", "mse", "delta_pearson"]
+CONDITION_COLUMNS = ["split", "predictor", "condition", "samples", "mse", "delta_pearson", BIASED]
 CALIBRATION_COLUMNS = ["split", "predictor", "bin", "share"]
 
 
@@ -135,15 +137,17 @@ def _with_numbers(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _seed_table(
-    split: str, draws: Mapping[str, list[dict[str, MetricDraws]]], seeds: Mapping[str, list[int]]
+    split: str, measured: Mapping[str, list[dict[str, MetricDraws]]], seeds: Mapping[str, list[int]]
 ) -> pd.DataFrame:
     rows = []
     for name, numbers in seeds.items():
-        for number, by_metric in zip(numbers, draws.get(name, ()), strict=False):
+        for number, by_metric in zip(numbers, measured.get(name, ()), strict=False):
             for metric in metrics.METRICS:
-                values = by_metric[metric].values
-                if values is not None and np.isfinite(values[0]):
-                    rows.append((split, name, metric, number, float(values[0])))
+                draws = by_metric[metric]
+                if draws.values is not None and np.isfinite(draws.values[0]):
+                    value = float(draws.values[0])
+                    marked = is_biased(value, draws.reason)
+                    rows.append((split, name, metric, number, value, marked))
     return pd.DataFrame(rows, columns=SEED_COLUMNS)
 
 
@@ -245,6 +249,7 @@ def _condition_table(predictions: Predictions, context: SplitContext) -> pd.Data
                 "samples": [len(rows) for rows in context.rows],
                 "mse": [context.errors[name][rows].mean() for rows in context.rows],
                 "delta_pearson": np.nan if deltas is None else deltas,
+                BIASED: deltas is not None and context.split.shared_control,
             }
             tables.append(pd.DataFrame(columns))
     return tables[0] if len(tables) == 1 else pd.concat(tables[1:], ignore_index=True)
@@ -265,9 +270,13 @@ def _calibration_table(split: EvaluationSplit, predictions: Predictions) -> pd.D
 
 
 def nested_scores(scores: pd.DataFrame) -> dict[str, dict[str, dict[str, float | None]]]:
-    """{split: {predictor: {metric: number or null}}}, the content of metrics.json."""
+    """{split: {predictor: {metric: number or null}}}, the content of metrics.json. A biased score
+    has a 1 beside it, `delta_pearson_biased`."""
     result: dict = {}
     for row in scores.itertuples():
         value = None if pd.isna(row.value) else float(row.value)
-        result.setdefault(row.split, {}).setdefault(row.predictor, {})[row.metric] = value
+        metrics = result.setdefault(row.split, {}).setdefault(row.predictor, {})
+        metrics[row.metric] = value
+        if is_biased(value, row.reason):
+            metrics[f"{row.metric}_{BIASED}"] = 1
     return result

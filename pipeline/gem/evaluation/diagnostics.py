@@ -52,6 +52,7 @@ class ConditionScatter:
     observed: np.ndarray  # (G,) change
     predicted: Mapping[str, np.ndarray]  # predictor to (G,) change, mean over training seeds
     correlation: Mapping[str, float]  # predictor to delta_pearson, as in the table of conditions
+    biased: bool  # the correlation
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def extreme_conditions(
             observed=observed[index],
             predicted={name: change[index] for name, change in predicted.items()},
             correlation={name: float(rows[name].loc[index, "delta_pearson"]) for name in rows},
+            biased=split.shared_control,
         )
         for index in (*best, *worst)
     ]

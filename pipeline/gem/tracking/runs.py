@@ -250,7 +250,11 @@ def log_results(run: str, metrics: Mapping[str, float], tags: Mapping[str, str])
 
 
 def log_scores(
-    model: tuple[str, str, str], params: Params, cohort: Cohort, metrics: Mapping[str, float]
+    model: tuple[str, str, str],
+    params: Params,
+    cohort: Cohort,
+    metrics: Mapping[str, float],
+    tags: Mapping[str, str],
 ) -> None:
     """Adds the scores of a model (hash, predictor, stage) to the run that trained it.
 
@@ -264,10 +268,11 @@ def log_scores(
         status=FINISHED,
         end_time=_now(),
     )
-    tags = _start_tags("evaluate")
-    start = RunStart(new_run_key(), predictor, None, _now(), tags, model=model, otherwise=own)
-    tags = {MODEL_TAG: model_sha256, PREDICTOR_TAG: predictor}
-    update = RunUpdate(metrics=_points(metrics, 0), tags=tags)
+    start = RunStart(
+        new_run_key(), predictor, None, _now(), _start_tags("evaluate"), model=model, otherwise=own
+    )
+    own_tags = {MODEL_TAG: model_sha256, PREDICTOR_TAG: predictor}
+    update = RunUpdate(metrics=_points(metrics, 0), tags=own_tags | tags)
     _log_once(BufferedRun(address(), start.key, start), update)
 
 

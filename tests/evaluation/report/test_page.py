@@ -257,6 +257,14 @@ def test_scores_from_shared_controls_are_marked_with_one_line_below_their_table(
     assert text.count(f'<p class="note">{SHARED_NOTE}.</p>') == 1
 
 
+def test_correlations_of_conditions_from_shared_controls_are_marked(synthetic):
+    conditions = [replace(each, biased=True) for each in synthetic.data.evaluation.conditions]
+    evaluation = replace(synthetic.data.evaluation, conditions=conditions)
+    text = page.render(replace(synthetic.data, evaluation=evaluation))
+    number = sum(len(each.correlation) for each in conditions)
+    assert number and text.count(f'<abbr title="{SHARED_NOTE}">') == number
+
+
 def test_parameters_are_listed(synthetic, params):
     text = html.unescape(synthetic.text)
     sections = ("model", "train", "data", "splits", "evaluate", "synthesize")

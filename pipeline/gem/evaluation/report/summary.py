@@ -18,6 +18,7 @@ from pipeline.gem.evaluation.catalogue import (
     SKILL_CEILING,
     UNCLEAR,
     WORSE,
+    is_biased,
 )
 from pipeline.gem.evaluation.metrics import METRICS
 
@@ -44,10 +45,8 @@ SHARED_NOTE = f"{SHARED_MARK} {SHARED_CONTROLS}"
 
 
 def is_shared(row: pd.Series) -> bool:
-    """Whether a row of the scores has a value that is biased by shared controls. No reason is an
-    empty text, and missing in a table that was read."""
-    has_reason = pd.notna(row.value) and isinstance(row.reason, str)
-    return has_reason and SHARED_CONTROLS in row.reason
+    """Whether a row of the scores has a value that is biased by shared controls."""
+    return is_biased(row.value, row.reason)
 
 
 @dataclass(frozen=True)

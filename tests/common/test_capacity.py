@@ -154,11 +154,21 @@ print(int(peak) * 1024)
 """
 
 
+CONTEXT_PROGRAMS = {
+    "synthesize.perturbations": 400,
+    "synthesize.tissues": 8,
+    "synthesize.genes": 2000,
+    "synthesize.context_specific_share": 0.2,
+    "synthesize.subpopulations": 4,
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "changes"),
     [
         ("synthesize", {"synthesize.perturbations": 20_000, "synthesize.genes": 500}),
+        ("synthesize", CONTEXT_PROGRAMS),
         ("train", {"model.hidden": 1200, "train.epochs": 1}),
         ("evaluate", {"evaluate.bootstrap": 20_000}),
     ],

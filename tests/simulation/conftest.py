@@ -1,7 +1,7 @@
 """Small simulated cohorts for the tests of the oracles."""
 
 import pytest
-from support.resimulation import SimulatedCohort
+from support.resimulation import KINDS, SimulatedCohort
 
 
 @pytest.fixture(scope="session")
@@ -13,9 +13,12 @@ def small(params):
 
 @pytest.fixture(scope="session", params=["bulk", "single_cell"])
 def simulated(request, small) -> SimulatedCohort:
-    depth = {"bulk": None, "single_cell": 20_000}[request.param]
-    settings = small.model_copy(update={"preset": request.param, "depth": depth})
-    return SimulatedCohort.draw(settings, 8)
+    return SimulatedCohort.draw(small.model_copy(update=KINDS[request.param]), 8)
+
+
+@pytest.fixture(scope="session")
+def every_option(small) -> SimulatedCohort:
+    return SimulatedCohort.draw(small.model_copy(update=KINDS["every_option"]), 8)
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,9 @@ def test_expectation_is_below_the_log_cpm_of_the_mean_and_equal_without_noise():
 # tables
 
 
-@pytest.mark.parametrize("totals", [(7e6, 1.4e7), (9e3, 4.5e4), (1e6, 1e6)])
+@pytest.mark.parametrize(
+    "totals", [(7e6, 1.4e7), (9e3, 4.5e4), (1e6, 1e6), (3e5, 3e7), (1e5, 1e8), (2e4, 2e6)]
+)
 def test_table_agrees_with_the_exact_expectation(rng, totals):
     dispersion = np.exp(rng.uniform(np.log(0.01), np.log(30), 12))
     log_fraction, depth = rng.uniform(-20, 0, (60, 12)), np.exp(rng.uniform(*np.log(totals), 60))

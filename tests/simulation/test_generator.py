@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from pipeline.gem.simulation.expected_log_cpm import ExpectationCache
-from pipeline.gem.simulation.generator import draw_counts, draw_truth
+from pipeline.gem.simulation.generator import SparseEffects, draw_counts, draw_truth
 from pipeline.gem.simulation.oracle import MetadataOracle, OmniscientOracle
 from pipeline.gem.simulation.study_design import draw_design
 from pipeline.gem.simulation.truth import Truth
@@ -33,16 +33,52 @@ def test_counts_are_proportional_to_the_library_size(rng):
     np.testing.assert_allclose(counts[5000:].mean() / counts[:5000].mean(), 100, rtol=0.02)
 
 
-@pytest.mark.parametrize("preset", ["bulk", "single_cell"])
-def test_dispersion_follows_the_formula_of_splatter(params, preset):
-    settings = params.synthesize.model_copy(update={"genes": 3000, "preset": preset})
+@pytest.mark.parametrize(
+    ("preset", "degrees"), [("bulk", 60.0), ("single_cell", 60.0), ("bulk", 3.0)]
+)
+def test_dispersion_follows_the_formula_of_splatter(params, preset, degrees):
+    changes = {"genes": 3000, "preset": preset, "dispersion_degrees": degrees}
+    settings = params.synthesize.model_copy(update=changes)
     truth = draw_truth(settings, np.random.default_rng(0))
     depth = {"bulk": 1e7, "single_cell": 2e4 * 3000 / 20_000}[preset]
     trend = 0.1 + 1 / np.sqrt(depth * np.exp(truth.baseline))
-    # dispersion / trend^2 = 60 / chi2_60: its inverse has mean 1 and variance 2 / 60.
+    # dispersion / trend^2 = n / chi2_n: its inverse has mean 1 and variance 2 / n.
     inverse = trend**2 / truth.dispersion
-    assert inverse.mean() == pytest.approx(1, abs=4.5 * np.sqrt(2 / 60 / 3000))
-    assert inverse.var() == pytest.approx(2 / 60, rel=0.15)
+    assert inverse.mean() == pytest.approx(1, abs=4.5 * np.sqrt(2 / degrees / 3000))
+    assert inverse.var() == pytest.approx(2 / degrees, rel=0.2)
+
+
+@pytest.mark.parametrize("largest", [0.1, 0.6])
+def test_programs_have_the_declared_share_of_genes(params, rng, largest):
+    changes = {"genes": 2000, "mechanisms": 300, "program_share": largest}
+    truth = draw_truth(params.synthesize.model_copy(update=changes), rng)
+    shares = (truth.mechanism != 0).mean(axis=1)
+    assert largest / 20 < shares.min() < largest / 5
+    assert shares.max() == pytest.approx(largest, rel=0.15)
+    assert shares.mean() == pytest.approx(0.55 * largest, rel=0.1)
+
+
+def test_contexts_respond_with_the_declared_spread_and_silence(params, rng):
+    changes = {"tissues": 40, "cell_types_per_tissue": 20, "genes": 20, "contexts_per_study": 2}
+    changes |= {"response_spread": 0.3, "silent_share": 0.1}
+    response = draw_truth(params.synthesize.model_copy(update=changes), rng).response
+    assert (response == 0).mean() == pytest.approx(0.1, abs=0.03)
+    assert np.log(response[response > 0]).std() == pytest.approx(0.3, rel=0.05)
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_sparse_effects_have_the_moments_of_their_quadrature(rng, unit):
+    effects = SparseEffects(0.2, (1.2, 5.0), unit)
+    drawn, (nodes, weights) = effects.draw((400, 500), rng), effects.quadrature()
+    assert weights.sum() == pytest.approx(1)
+    assert (drawn != 0).mean() == pytest.approx(0.2, abs=0.005)
+    for power in (1, 2, 3, 4):
+        error = 4.5 * (drawn**power).std() / np.sqrt(drawn.size)
+        # Two nodes are exact for the cubic on each side; of degree four to a percent.
+        expected = weights @ nodes**power
+        assert (drawn**power).mean() == pytest.approx(expected, abs=error + 0.02 * abs(expected))
+    if unit:
+        assert weights @ nodes**2 == pytest.approx(1)
 
 
 def test_expected_shares_sum_to_one(params, rng):

@@ -6,16 +6,28 @@ library sizes.
 
 import numpy as np
 import pytest
-from support.resimulation import DRAWS, SimulatedCohort, simulate_log_mu
+from support.resimulation import DRAWS, KINDS, SimulatedCohort, simulate_log_mu
 
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.evaluation.baselines.ridge import Design, NormalEquations, Ridge
-from pipeline.gem.simulation import generator
-from pipeline.gem.simulation.generator import draw_counts
-from pipeline.gem.simulation.hidden_factors import draw_perturbation_effects, residual_quadrature
-from pipeline.gem.simulation.oracle import ReferenceControls, expected_log_sum_exp
+from pipeline.gem.simulation.generator import RESIDUAL, draw_counts
+from pipeline.gem.simulation.oracle import (
+    MetadataOracle,
+    ReferenceControls,
+    expected_log_sum_exp,
+)
+from pipeline.gem.simulation.perturbation_outcomes import (
+    KnownPerturbations,
+    draw_perturbation_effects,
+    perturbation_outcomes,
+)
 
 QUERIES = 4  # samples of each kind
+
+
+@pytest.fixture(scope="session", params=list(KINDS))
+def simulated(request, small) -> SimulatedCohort:
+    return SimulatedCohort.draw(small.model_copy(update=KINDS[request.param]), 8)
 
 
 def rows_of_kind(simulated: SimulatedCohort, kind: str) -> np.ndarray:
@@ -133,20 +145,74 @@ def test_expected_log_sum_exp_agrees_with_simulation_also_for_a_dominant_gene(rn
     np.testing.assert_allclose(expected_log_sum_exp(log_mu, 0.25), simulated, atol=1e-3)
 
 
-def test_drawn_effects_of_unknown_perturbations_have_the_moments_of_the_quadrature(simulated):
+def test_drawn_effects_of_unknown_perturbations_have_the_moments_of_the_quadrature(small):
+    simulated = SimulatedCohort.draw(small, 8)
     truth = simulated.truth
     row = np.flatnonzero(simulated.samples["perturbation"].str.startswith("crispri"))[0]
     levels = truth.levels(simulated.samples.iloc[np.full(5000, row)])
-    scale, program = truth.residual_scale(levels)[0], truth.predictable_program(levels)
-    drawn = draw_perturbation_effects(truth, levels, False, np.random.default_rng(6))
+    scale = truth.residual_scale(levels)[0]
+    program = truth.predictable_response(levels, [np.ones(5000)])
+    kind = int(KnownPerturbations.of(truth, set(), None).kinds(levels)[0])
+    drawn = draw_perturbation_effects(truth, levels, kind, np.random.default_rng(6))
     inactive = (drawn == 0).all(axis=1)
     assert inactive.mean() == pytest.approx(float(truth.null_share), abs=0.02)
-    nodes, weights = residual_quadrature()
+    nodes, weights = RESIDUAL.quadrature()
     residual = (drawn - program)[~inactive]
     assert scale > 0
-    assert (residual != 0).mean() == pytest.approx(generator.RESIDUAL_SHARE, rel=0.05)
+    assert (residual != 0).mean() == pytest.approx(RESIDUAL.share, rel=0.05)
     assert (residual**2).mean() == pytest.approx(scale**2 * weights @ nodes**2, rel=0.07)
     assert np.exp(residual).mean() == pytest.approx(weights @ np.exp(scale * nodes), rel=0.003)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_quadrature_of_unknown_effects_has_their_variance(small, number):
+    """Of one perturbation outside training or of two, each with a program in its context: the
+    nodes that are left out hardly count."""
+    settings = small.model_copy(update=KINDS["every_option"])
+    simulated = SimulatedCohort.draw(settings, 8)
+    truth, names = simulated.truth, simulated.samples["perturbation"]
+    size = names.str.count("[|]") + 1
+    rows = np.flatnonzero((names != "control") & (size == number))[:20]
+    levels = truth.levels(simulated.samples.iloc[rows])
+    (kind,) = np.unique(KnownPerturbations.of(truth, set(), None).kinds(levels))
+    outcome = perturbation_outcomes(truth, levels, int(kind))[-1]  # all are active
+    weights = np.array([weight for weight, _ in outcome.nodes])
+    assert weights.sum() == pytest.approx((1 - truth.null_share) ** number)
+    found = sum(weight * unknown[:, 0] ** 2 for weight, unknown in outcome.nodes) / weights.sum()
+    factor = np.ones(len(rows))
+    if number == 2:
+        factor = truth.interaction(levels, [np.ones(len(rows))] * 2)
+    expected, square = 0.0, lambda effects: effects.quadrature()[1] @ effects.quadrature()[0] ** 2
+    for member in levels.members:
+        expected = expected + (factor * truth.residual_scale(member)) ** 2 * square(RESIDUAL)
+        expected = expected + (factor * truth.context_scale(member)) ** 2  # of unit variance
+    np.testing.assert_allclose(found, expected, rtol=0.01)
+
+
+def test_the_oracle_integrates_over_the_program_of_a_pair_outside_training(every_option):
+    """The perturbation is known from other contexts. Against simulation of what is not known."""
+    truth, samples = every_option.truth, every_option.samples
+    treated = np.flatnonzero(truth.active[truth.perturbations_in(samples)[:, 0]] == 1)
+    rows = treated[np.linspace(0, len(treated) - 1, QUERIES).astype(int)]
+    contexts = truth.context_index(samples)
+    training = samples[~np.isin(contexts, contexts[rows])]
+    names = set(truth.perturbations)
+    oracle = MetadataOracle(truth, set(truth.studies), names, training)
+    totals, rng = every_option.totals, np.random.default_rng(14)
+    predicted = oracle.predict(samples.iloc[rows], totals[rows])
+    log_mus = [
+        simulate_log_mu(truth, samples.iloc[row], True, True, None, rng, pair_known=False)
+        for row in rows
+    ]
+    error = simulated_error(every_option, rows, predicted, log_mus, rng)
+    known = every_option.oracle().predict(samples.iloc[rows], totals[rows])
+    assert error < 0.01 * np.mean((known - predicted) ** 2)
+    others = np.flatnonzero(~np.isin(contexts, contexts[rows]))[:100]
+    np.testing.assert_allclose(
+        oracle.predict(samples.iloc[others], totals[others]),
+        every_option.oracle().predict(samples.iloc[others], totals[others]),
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize(

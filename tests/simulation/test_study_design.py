@@ -110,6 +110,42 @@ def test_library_sizes_follow_the_preset_or_the_depth(params, preset, depth, low
     assert np.median(sizes) == pytest.approx(median, rel=0.06)
 
 
+def test_depth_differs_between_studies_by_the_declared_spread(params):
+    truth, design = draw(params.synthesize, studies=300, samples=9000, genes=20, depth_spread=0.8)
+    log_size = pd.Series(np.log(design.library_size))
+    by_study = log_size.groupby(index_of(design.samples["study"], truth.studies))
+    assert by_study.mean().std() == pytest.approx(0.8, rel=0.15)
+    # Within a study the sizes are uniform between 0.7 and 1.4 times the typical one.
+    assert (by_study.max() - by_study.min()).max() <= np.log(2) + 1e-9
+
+
+def test_the_declared_share_of_treatments_are_two_perturbations(params):
+    truth, design = draw(params.synthesize, studies=200, samples=20_000, genes=20, double_share=0.3)
+    treated = design.samples[design.samples["perturbation"] != CONTROL]
+    by_study = treated.drop_duplicates(["study", "perturbation"])
+    doubles = by_study["perturbation"].str.contains("|", regex=False)
+    assert doubles.mean() == pytest.approx(0.3, abs=4.5 * np.sqrt(0.21 / len(by_study)))
+    kinds = dict(zip(truth.perturbations, truth.perturbation_type, strict=True))
+    for row in by_study.itertuples():
+        names = row.perturbation.split("|")
+        assert names == sorted(names)
+        own = {str(kinds[name]) for name in names}
+        assert row.perturbation_type == "|".join(sorted(own))
+        assert (row.perturbation_dose is not None) == ("compound" in own)
+    for _, rows in by_study[doubles].groupby("study"):
+        assert not rows["perturbation"].duplicated().any()
+
+
+def test_subpopulations_of_cells_have_the_shares_of_their_context(params):
+    truth, design = draw(params.synthesize, samples=20_000, genes=20, subpopulations=3)
+    context = truth.context_index(design.samples)
+    for index, shares in enumerate(truth.subpopulation_share):
+        own = design.subpopulation[context == index]
+        found = np.bincount(own, minlength=3) / len(own)
+        assert (np.abs(found - shares) < 4.5 * np.sqrt(0.25 / len(own))).all()
+    assert draw(params.synthesize)[1].subpopulation is None
+
+
 def test_the_default_cohort_has_confounded_studies_replicates_and_missing_metadata():
     params = read_params(ROOT / "params.yaml").synthesize
     rng = np.random.default_rng(params.seed)

@@ -55,6 +55,14 @@ def test_the_same_seed_gives_the_same_bytes(params, source_folder, tmp_path):
         assert path.read_bytes() == again.read_bytes(), path.name
 
 
+def test_the_subpopulation_of_a_cell_is_with_the_truth(params, tmp_path):
+    settings = params.synthesize.model_copy(update={"preset": "single_cell", "subpopulations": 3})
+    write_source(settings, tmp_path)
+    hidden = pd.read_parquet(tmp_path / "truth" / "samples.parquet")
+    assert set(hidden["subpopulation"]) == {0, 1, 2}
+    assert "subpopulation" not in pd.read_parquet(tmp_path / "samples.parquet")
+
+
 def test_memory_does_not_grow_with_the_counts(params, tmp_path, monkeypatch):
     """For four times the samples, the counts alone would need 9.6 MB more."""
     monkeypatch.setattr(write, "CHUNK_VALUES", 2**16)

@@ -14,7 +14,6 @@ from pipeline.gem.simulation.generator import draw_counts, draw_truth
 from pipeline.gem.simulation.oracle import MetadataOracle, OmniscientOracle, ReferenceControls
 from pipeline.gem.simulation.study_design import StudyDesign, draw_design
 from pipeline.gem.simulation.truth import (
-    DIRECT_FOLD,
     DISEASES,
     LAYOUTS,
     PLATFORMS,
@@ -29,6 +28,25 @@ DISEASE_SHARES = [0.6, 0.4 / 3, 0.4 / 3, 0.4 / 3]
 DOSES = {"100 nM": 0.1, "1 uM": 1.0, "10 uM": 10.0}
 HOURS = {"6 hours": 6, "24 hours": 24, "3 days": 72}
 TIME_CONSTANTS = {"compound": 12, "crispri": 48, "overexpression": 24}
+
+# Settings that params.yaml leaves off, all at once.
+EVERY_OPTION = {
+    "program_share": 0.2,
+    "context_specific_share": 0.4,
+    "saturation_fold": 6.0,
+    "hill_spread": 0.7,
+    "double_share": 0.4,
+    "interaction_spread": 0.6,
+    "dispersion_degrees": 4.0,
+    "depth_spread": 0.7,
+    "undetected_share": 0.1,
+    "subpopulations": 3,
+}
+KINDS = {
+    "bulk": {"preset": "bulk"},
+    "single_cell": {"preset": "single_cell", "depth": 20_000},
+    "every_option": {"preset": "single_cell", "depth": 200_000} | EVERY_OPTION,
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,11 @@ class SimulatedCohort:
     @property
     def samples(self) -> pd.DataFrame:
         return self.design.samples
+
+    @property
+    def hidden(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Stratum, donor and subpopulation of each sample."""
+        return self.design.stratum, self.design.donor, self.design.subpopulation
 
     @property
     def totals(self) -> np.ndarray:
@@ -98,8 +121,12 @@ def simulate_log_mu(
     perturbation_known: bool,
     reference: tuple[int, int] | None,
     rng: np.random.Generator,
+    pair_known: bool | None = None,
 ) -> np.ndarray:
     """(DRAWS, G) log mu of one sample, hidden factors drawn by rejection sampling.
+
+    `pair_known`: whether the pairs of context and perturbation are in training, None: as
+    `perturbation_known`.
 
     Donors are proposed by the simulator's rules and accepted if they would be recorded as the
     sample is. `reference` is (stratum, donor) of a control of the same unknown study, whose effects
@@ -146,13 +173,20 @@ def simulate_log_mu(
     elif reference is None:
         log_mu += rng.normal(0, generator.STUDY_SCALE, (DRAWS, genes))
         log_mu += simulate_donors(donors, genes, rng)[every, donor]
+        if truth.undetected_probability is not None:
+            log_mu[rng.random((DRAWS, genes)) < truth.undetected_probability] = -np.inf
     else:
         effect = truth.donor[study, reference[0], reference[1]]
         same_stratum = simulate_donors(donors, genes, rng, reference[1], effect)[every, donor]
         other_stratum = simulate_donors(donors, genes, rng)[every, donor]
         in_same = (stratum[proposals] == reference[0])[:, None]
         log_mu += truth.study[study] + np.where(in_same, same_stratum, other_stratum)
-    return log_mu + simulate_perturbation(truth, row, context, perturbation_known, rng)
+    if truth.subpopulation is not None:
+        shares = truth.subpopulation_share[context]
+        state = rng.choice(len(shares), DRAWS, p=shares / shares.sum())
+        log_mu += truth.subpopulation[context, state]
+    known = perturbation_known, perturbation_known if pair_known is None else pair_known
+    return log_mu + simulate_perturbations(truth, row, context, known, rng)
 
 
 def simulate_donors(
@@ -174,36 +208,91 @@ def simulate_donors(
     return draws + gain[:, None] * (effect - draws[:, known_donor])[:, None, :]
 
 
-def simulate_perturbation(
-    truth: Truth, row: pd.Series, context: int, is_known: bool, rng: np.random.Generator
+def simulate_perturbations(
+    truth: Truth,
+    row: pd.Series,
+    context: int,
+    known: tuple[bool, bool],
+    rng: np.random.Generator,
 ) -> np.ndarray:
-    """(DRAWS, G) the effect of a perturbation; residual and activity of an unknown one are
-    drawn."""
-    genes, index = len(truth.baseline), truth.perturbations.index(row["perturbation"])
-    if index == 0:
-        return np.zeros((DRAWS, genes))
+    """(DRAWS, G) the effect of one perturbation or two. `known`: whether the perturbations, and
+    their pairs with the context, are in training; what is not known is drawn."""
+    genes, names = len(truth.baseline), row["perturbation"].split("|")
+    parts, everyone_active, embeddings = [], np.ones((DRAWS, 1)), []
+    for name in names:
+        index = truth.perturbations.index(name)
+        if index == 0:
+            return np.zeros((DRAWS, genes))
+        active = np.full((DRAWS, 1), truth.active[index])
+        if not known[0]:
+            active = (rng.random((DRAWS, 1)) >= truth.null_share).astype(float)
+        everyone_active = everyone_active * active
+        embeddings.append(truth.embedding[index])
+        program = simulate_program(truth, row, index, context, known, rng)
+        direct = np.zeros(genes)
+        if (kind := str(truth.perturbation_type[index])) != "compound":
+            direct[truth.target[index]] = {"crispri": -1, "overexpression": 1}[kind] * np.log(8)
+        parts.append((active, program, direct))
+    factor = 1.0
+    if len(names) == 2 and truth.interaction_map is not None:
+        exponent = embeddings[0] @ truth.interaction_map @ embeddings[1]
+        factor = np.where(everyone_active == 1, np.exp(exponent), 1.0)
+    response = sum(active * (factor * program + direct) for active, program, direct in parts)
+    if truth.saturation is None:
+        return np.broadcast_to(response, (DRAWS, genes))
+    limit = float(truth.saturation)
+    positive, negative = np.exp(response / limit), np.exp(-response / limit)
+    return limit * (positive - negative) / (positive + negative)
+
+
+def simulate_program(
+    truth: Truth,
+    row: pd.Series,
+    index: int,
+    context: int,
+    known: tuple[bool, bool],
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """(DRAWS, G) the program of an active perturbation, without its direct effect."""
+    genes, strength = len(truth.baseline), 1.0
     kind = str(truth.perturbation_type[index])
-    strength = 1.0
-    if row["perturbation_dose"] is not None:
-        dose = DOSES[row["perturbation_dose"]]
-        strength *= dose / (dose + 0.3 * np.exp(truth.embedding[index] @ truth.potency_map))
+    if row["perturbation_dose"] is not None and kind == "compound":
+        ratio = 0.3 * np.exp(truth.embedding[index] @ truth.potency_map)
+        ratio /= DOSES[row["perturbation_dose"]]
+        hill = 1.0
+        if truth.hill_map is not None:
+            hill = np.exp(truth.embedding[index] @ truth.hill_map)
+        strength /= 1 + ratio**hill
     strength *= 1 - np.exp(-HOURS[row["perturbation_time"]] / TIME_CONSTANTS[kind])
-    program = np.zeros(genes)
+    shared = np.zeros(genes)
     for mechanism in range(len(truth.mechanism)):
         loading = truth.loading_offset[mechanism]
         loading += truth.embedding[index] @ truth.loading_map[:, mechanism]
-        usage = strength * truth.response[context, mechanism] * min(max(loading, 0), 1)
-        program += usage * truth.mechanism[mechanism]
-    if kind != "compound":
-        direction = {"crispri": -1, "overexpression": 1}[kind]
-        program[truth.target[index]] += direction * np.log(DIRECT_FOLD)
-    if is_known:
-        active, residual = truth.active[index], truth.residual[index]
-    else:
-        active = (rng.random((DRAWS, 1)) >= truth.null_share).astype(float)
-        folds = rng.choice([-1, 1], (DRAWS, genes)) * rng.uniform(
-            *np.log(generator.RESIDUAL_FOLD), (DRAWS, genes)
-        )
-        residual = folds * (rng.random((DRAWS, genes)) < generator.RESIDUAL_SHARE)
-    effects = active * (program + strength * truth.response[context, -1] * residual)
-    return np.broadcast_to(effects, (DRAWS, genes))
+        usage = truth.response[context, mechanism] * min(max(loading, 0), 1)
+        shared += usage * truth.mechanism[mechanism]
+    residual = truth.residual[index]
+    if not known[0]:
+        residual = simulate_sparse(generator.RESIDUAL.share, generator.RESIDUAL.folds, genes, rng)
+    own, share = 0.0, 0.0
+    if truth.context_program is not None:
+        share = float(truth.context_share)
+        own = truth.context_program[index, context]
+        if not known[1]:
+            low, high = np.log(generator.CONTEXT_PROGRAM.folds)
+            mean_square = (high**3 - low**3) / 3 / (high - low) * generator.CONTEXT_PROGRAM.share
+            own = simulate_sparse(
+                generator.CONTEXT_PROGRAM.share, generator.CONTEXT_PROGRAM.folds, genes, rng
+            )
+            own = own / np.sqrt(mean_square)
+        own = own * np.sqrt(np.mean(shared**2))
+    program = np.sqrt(1 - share) * shared + np.sqrt(share) * own
+    program = program + truth.response[context, -1] * residual
+    return np.broadcast_to(strength * program, (DRAWS, genes))
+
+
+def simulate_sparse(
+    share: float, folds: tuple[float, float], genes: int, rng: np.random.Generator
+) -> np.ndarray:
+    """(DRAWS, G) signed log folds of a share of the genes."""
+    size = rng.uniform(*np.log(folds), (DRAWS, genes))
+    return rng.choice([-1, 1], size.shape) * size * (rng.random(size.shape) < share)

@@ -67,15 +67,18 @@ def available_memory() -> float:
 def synthesis_needs() -> list[Need]:
     names = ("samples", "genes", "studies", "strata_per_study", "donors_per_stratum", "tissues")
     names += ("cell_types_per_tissue", "perturbations", "mechanisms", "embedding_size")
+    names += ("subpopulations", "context_specific_share")
     keys = tuple(f"synthesize.{name}" for name in names)
 
     def memory(values: Values) -> float:
         samples, genes, studies, strata, donors, tissues, cell_types, *others = (
             values[key] for key in keys
         )
-        perturbations, mechanisms, features = others
+        perturbations, mechanisms, features, subpopulations, context_share = others
         contexts = tissues * cell_types
         effects = studies * strata * donors + contexts + 4 * tissues + perturbations + mechanisms
+        effects += contexts * ((subpopulations > 1) * subpopulations)
+        effects += contexts * ((context_share > 0) * perturbations)
         small = (contexts + features) * mechanisms + perturbations * features
         tables = 8 * 2 * (effects * genes + small)
         return _PROGRAM / 4 + tables + 40 * min(samples * genes, _CHUNK) + _ROW * samples

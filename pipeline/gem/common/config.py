@@ -50,8 +50,20 @@ class Synthesize(Frozen):
     strata_per_study: Count
     donors_per_stratum: Count
     mechanisms: Count
+    program_share: Annotated[float, Field(gt=0, le=1)]
     embedding_size: Count
     null_share: Probability
+    response_spread: number(0, 3)
+    silent_share: Probability
+    context_specific_share: Probability
+    saturation_fold: number(1.1, 1e6) | None
+    hill_spread: number(0, 3)
+    double_share: Probability
+    interaction_spread: number(0, 3)
+    dispersion_degrees: number(1, 1e6)
+    depth_spread: number(0, 3)
+    undetected_share: Share
+    subpopulations: integer(1, 100)
     missing_sex: Probability
     missing_age: Share
     wrong_sex: Share

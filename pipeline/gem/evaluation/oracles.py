@@ -39,9 +39,10 @@ class OraclePredictors:
         self.truth, self.seed = Truth.load(folder), splits.params.seed
         self.genes = pd.Index(self.truth.gene_id).get_indexer(splits.cohort.genes)
         self.hidden = pd.read_parquet(folder / "samples.parquet").set_index("sample_id")
-        self.studies = set(splits.train.samples["study"].dropna())
-        perturbations = set(splits.train.samples["perturbation"].dropna())
-        self.metadata = MetadataOracle(self.truth, self.studies, perturbations)
+        train = splits.train.samples
+        self.studies = set(train["study"].dropna())
+        perturbations = set(train["perturbation"].dropna())
+        self.metadata = MetadataOracle(self.truth, self.studies, perturbations, train)
         self.omniscient = OmniscientOracle(self.metadata.expectations)
         self._latest: tuple[EvaluationSplit, PredictedSplit] | None = None  # of `from_metadata`
 
@@ -83,9 +84,11 @@ class OraclePredictors:
         ]
 
     def from_truth(self, split: EvaluationSplit) -> list[PredictedSplit]:
-        fractions = log_fractions(
-            self.truth, split.samples, *self._strata_and_donors(split.samples)
-        )
+        factors = self._strata_and_donors(split.samples)
+        if self.truth.subpopulation is not None:
+            hidden = self.hidden.loc[split.samples["sample_id"]]
+            factors = (*factors, hidden["subpopulation"].to_numpy())
+        fractions = log_fractions(self.truth, split.samples, *factors)
         return [
             self._predict(split, self.omniscient, fractions, split.totals, uses_study_controls=True)
         ]

@@ -23,7 +23,8 @@ _COARSE, _FINE = 0.25, 0.02  # steps over log fraction: of exact integrals, of t
 _MAX_NOISE_SD = 0.3  # largest standard deviation of Normal noise that the exact integrals allow for
 _NOISE_REACH = 6  # standard deviations that the quadrature over noise covers
 _MARGIN = 1.1  # factor by which tables extend beyond the requested library sizes
-_CHEBYSHEV_NODES = 8  # over log library size
+# Over log library size: at least, and per unit of its range.
+_CHEBYSHEV_NODES, _CHEBYSHEV_DENSITY = 8, 4.0
 _NEGLIGIBLE = 2e-6  # log-CPM: polynomials of library size with smaller coefficients are left out
 
 Range = tuple[float, float]
@@ -64,7 +65,8 @@ class ExpectationGrid:
         grid = np.arange(lowest - margin, highest + margin + _COARSE, _COARSE)
         angles = np.zeros(1)
         if high > low:
-            angles = (np.arange(_CHEBYSHEV_NODES) + 0.5) * np.pi / _CHEBYSHEV_NODES
+            number = max(_CHEBYSHEV_NODES, int(np.ceil(_CHEBYSHEV_DENSITY * np.log(high / low))))
+            angles = (np.arange(number) + 0.5) * np.pi / number
         centre, half_width = (np.log(low) + np.log(high)) / 2, (np.log(high) - np.log(low)) / 2
         depths = np.exp(centre + half_width * np.cos(angles))
         exact = np.stack(
@@ -139,8 +141,10 @@ class ExpectationCache:
 
     def __init__(self, truth: Truth):
         self.dispersion = truth.dispersion
-        # Below a share of 2e-9 the expected log-CPM of a gene is under 0.002.
-        self._log_fractions = (max(float(truth.baseline.min()) - 6, -20.0), 0.0)
+        # Below a share of 2e-9 the expected log-CPM of a gene is under 0.002. That of a gene that a
+        # study does not detect is zero: 1e-5 at the end of a longer table.
+        lowest = max(float(truth.baseline.min()) - 6, -20.0)
+        self._log_fractions = (-25.0 if truth.undetected_probability is not None else lowest, 0.0)
         self._grid: ExpectationGrid | None = None
         self._tables: dict[float, ExpectationTable] = {}
 

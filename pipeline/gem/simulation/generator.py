@@ -4,6 +4,8 @@ The distributions are Splatter's (Zappia et al., Genome Biology 2017) where it h
 of shapes is that of truth.py.
 """
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import pandas as pd
 
@@ -14,6 +16,7 @@ from pipeline.gem.simulation.truth import (
     LAYOUTS,
     PLATFORMS,
     SELECTIONS,
+    Folds,
     Truth,
 )
 
@@ -21,7 +24,7 @@ from pipeline.gem.simulation.truth import (
 MEAN_SHAPE, MEAN_RATE = 0.6, 0.3
 OUTLIER_SHARE, OUTLIER_LOCATION, OUTLIER_SCALE = 0.05, 4.0, 0.5
 BATCH_LOCATION, BATCH_SCALE = 0.1, 0.1
-BCV_FLOOR, BCV_DEGREES = 0.1, 60
+BCV_FLOOR = 0.1
 # compcodeR (Soneson, Bioinformatics 2014) for bulk; the median of perturbation screens for cells.
 BULK_DEPTH, BULK_SPREAD = 1e7, (0.7, 1.4)
 CELL_DEPTH, CELL_SPREAD = 2e4, 0.2
@@ -37,17 +40,53 @@ TISSUE_EFFECT, CELL_TYPE_EFFECT, DISEASE_EFFECT = (0.4, 0.7), (0.3, 0.4), (0.15,
 SEX_EFFECT, AGE_EFFECT = (0.02, 1.0), (0.2, 0.15)
 # Poly-A capture against ribosomal depletion moves genes more than an ordinary batch does.
 SELECTION_FACTOR = 3.0
-# 1 to 10 % of the genes of a program change, half of them down, by factors of 1.2 to 5.
-PROGRAM_SHARE, PROGRAM_FOLD = (0.01, 0.10), (1.2, 5.0)
-RESIDUAL_SHARE, RESIDUAL_FOLD = 0.01, (1.2, 3.0)
-RESPONSE_SCALE = 0.5  # spread over contexts of the log response to a mechanism
-SILENT_SHARE = 0.25  # of contexts that do not express the pathway of a mechanism
+# The smallest program has a tenth of the genes of the largest; half of them go down, by factors of
+# 1.2 to 5.
+PROGRAM_FOLD = (1.2, 5.0)
 # Half of the perturbations use a mechanism, two thirds cause stress.
 LOADING_SCALE, TYPICAL_LOADING, STRESS_LOADING = 1.5, 0.0, 0.5
 POTENCY_SCALE = 1.0  # spread of the logarithm of potency
 AGES = (20, 80)  # years
 DISEASE_SHARES = (0.6, 0.4 / 3, 0.4 / 3, 0.4 / 3)  # of strata, in the order of DISEASES
+# Genes below this quantile of expression may escape a study: its library or annotation lacks them.
+DETECTION_QUANTILE = 0.5
+SUBPOPULATION_EFFECT = (0.3, 0.7)  # share of genes, scale: cell states differ as cell types do
 TYPES, TYPE_SHARES = ("compound", "crispri", "overexpression"), (0.5, 0.3, 0.2)
+
+
+@dataclass(frozen=True)
+class SparseEffects:
+    """Effects of genes: zero, or a signed log fold change, uniform between two folds."""
+
+    share: float  # of genes with an effect
+    folds: Folds
+    unit: bool = False  # divided by the root of the mean square
+
+    @property
+    def _scale(self) -> float:
+        low, high = np.log(self.folds)
+        mean_square = self.share * (low**2 + low * high + high**2) / 3
+        return float(mean_square**-0.5) if self.unit else 1.0
+
+    def draw(self, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+        effects = np.zeros(shape)
+        row, gene = np.nonzero(rng.random(shape, dtype=np.float32) < self.share)
+        signs = rng.choice([-1.0, 1.0], len(row))
+        effects[row, gene] = signs * rng.uniform(*np.log(self.folds), len(row)) * self._scale
+        return effects
+
+    def quadrature(self) -> tuple[np.ndarray, np.ndarray]:
+        """(nodes, weights) of the effect on one gene."""
+        low, high = np.log(self.folds)
+        nodes, weights = np.polynomial.legendre.leggauss(2)
+        sizes = (low + high) / 2 + (high - low) / 2 * nodes
+        weights = weights / weights.sum() / 2 * self.share
+        nodes = np.concatenate([[0.0], sizes, -sizes]) * self._scale
+        return nodes, np.concatenate([[1 - self.share], weights, weights])
+
+
+RESIDUAL = SparseEffects(0.01, (1.2, 3.0))  # of a perturbation, beside what its embedding implies
+CONTEXT_PROGRAM = SparseEffects(0.1, PROGRAM_FOLD, unit=True)  # of a perturbation in one context
 
 
 def typical_depth(params: Synthesize) -> float:
@@ -64,7 +103,8 @@ def draw_truth(params: Synthesize, rng: np.random.Generator) -> Truth:
     genes, contexts = params.genes, params.tissues * params.cell_types_per_tissue
     means = _draw_mean_shares(genes, rng)
     bcv_trend = BCV_FLOOR + 1 / np.sqrt(means * typical_depth(params))
-    bcv = bcv_trend * np.sqrt(BCV_DEGREES / rng.chisquare(BCV_DEGREES, genes))
+    degrees = params.dispersion_degrees
+    bcv = bcv_trend * np.sqrt(degrees / rng.chisquare(degrees, genes))
     tissue = _sparse(rng, (params.tissues, genes), *TISSUE_EFFECT)
     diseases = (len(DISEASES), genes)
     disease = np.stack([_sparse(rng, diseases, *DISEASE_EFFECT) for _ in range(params.tissues)])
@@ -72,7 +112,7 @@ def draw_truth(params: Synthesize, rng: np.random.Generator) -> Truth:
     donors = (params.studies, params.strata_per_study, params.donors_per_stratum, genes)
     donor = rng.normal(0, DONOR_SCALE, donors)
     cell_type = _sparse(rng, (contexts, genes), *CELL_TYPE_EFFECT)
-    return Truth(
+    truth = Truth(
         baseline=np.log(means),
         dispersion=bcv**2,
         context=np.repeat(tissue, params.cell_types_per_tissue, axis=0) + cell_type,
@@ -92,6 +132,48 @@ def draw_truth(params: Synthesize, rng: np.random.Generator) -> Truth:
         null_share=np.array(params.null_share),
         gene_id=np.array([f"GENE{index + 1:05d}" for index in range(genes)]),
     )
+    # Drawn last: what a cohort has not does not change the rest of it.
+    return replace(truth, **_draw_options(params, truth, rng))
+
+
+def _draw_options(
+    params: Synthesize, truth: Truth, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """The fields of the truth that are None without their setting."""
+    (contexts, genes), options = truth.context.shape, {}
+    perturbations, features = truth.embedding.shape
+    if params.context_specific_share:
+        shape = (perturbations * contexts, genes)
+        programs = CONTEXT_PROGRAM.draw(shape, rng).reshape(perturbations, contexts, genes)
+        programs[0] = 0
+        options["context_program"] = programs
+        options["context_share"] = np.array(params.context_specific_share)
+    if params.hill_spread:
+        options["hill_map"] = rng.normal(0, params.hill_spread / np.sqrt(features), features)
+    if params.saturation_fold is not None:
+        options["saturation"] = np.log(np.array(params.saturation_fold))
+    if params.interaction_spread:
+        bilinear = rng.normal(0, params.interaction_spread / features, (features, features))
+        options["interaction_map"] = (bilinear + bilinear.T) / np.sqrt(2)
+    if params.undetected_share:
+        weak = truth.baseline < np.quantile(truth.baseline, DETECTION_QUANTILE)
+        undetected = weak & (rng.random(truth.study.shape) < params.undetected_share)
+        options["study"] = np.where(undetected, -np.inf, truth.study)
+        options["undetected_probability"] = weak * params.undetected_share
+    if params.subpopulations > 1:
+        options |= _draw_subpopulations(params.subpopulations, truth.context.shape, rng)
+    return options
+
+
+def _draw_subpopulations(
+    number: int, shape: tuple[int, int], rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Shares of the subpopulations of each context, uniform, and their effects on genes."""
+    contexts, genes = shape
+    shares = rng.dirichlet(np.ones(number), contexts)
+    effects = _sparse(rng, (contexts, number, genes), *SUBPOPULATION_EFFECT)
+    mean = np.einsum("cq,cqg->cg", shares, effects)
+    return {"subpopulation": effects - mean[:, None, :], "subpopulation_share": shares}
 
 
 def _draw_mean_shares(genes: int, rng: np.random.Generator) -> np.ndarray:
@@ -110,9 +192,7 @@ def _sparse(
     return rng.normal(0, scale, shape) * (rng.random(shape) < share)
 
 
-def _signed_log_folds(
-    rng: np.random.Generator, shape: tuple[int, int], folds: tuple[float, float]
-) -> np.ndarray:
+def _signed_log_folds(rng: np.random.Generator, shape: tuple[int, int], folds: Folds) -> np.ndarray:
     """Natural-log fold changes, half of them down."""
     return rng.choice([-1.0, 1.0], shape) * rng.uniform(*np.log(folds), shape)
 
@@ -138,7 +218,8 @@ def _draw_perturbations(
     mechanism is the stress response."""
     genes, mechanisms = params.genes, params.mechanisms
     features, perturbations = params.embedding_size, params.perturbations + 1
-    shares = rng.uniform(*PROGRAM_SHARE, (mechanisms, 1))
+    largest = params.program_share
+    shares = rng.uniform(largest / 10, largest, (mechanisms, 1))
     in_program = rng.random((mechanisms, genes)) < shares
     kinds = np.concatenate([["control"], rng.choice(TYPES, params.perturbations, p=TYPE_SHARES)])
     offset = np.full(mechanisms, TYPICAL_LOADING)
@@ -146,12 +227,12 @@ def _draw_perturbations(
     active = (rng.random(perturbations) >= params.null_share).astype(float)
     active[0] = 0
     target_genes = rng.integers(0, genes, perturbations)
-    residual = _signed_log_folds(rng, (perturbations, genes), RESIDUAL_FOLD)
-    residual *= rng.random(residual.shape) < RESIDUAL_SHARE
+    residual = _signed_log_folds(rng, (perturbations, genes), RESIDUAL.folds)
+    residual *= rng.random(residual.shape) < RESIDUAL.share
     residual[0] = 0
     mechanism = in_program * _signed_log_folds(rng, (mechanisms, genes), PROGRAM_FOLD)
-    response = np.exp(rng.normal(0, RESPONSE_SCALE, (contexts, mechanisms + 1)))
-    response *= rng.random(response.shape) >= SILENT_SHARE
+    response = np.exp(rng.normal(0, params.response_spread, (contexts, mechanisms + 1)))
+    response *= rng.random(response.shape) >= params.silent_share
     return {
         "mechanism": mechanism,
         "response": response,
@@ -167,9 +248,14 @@ def _draw_perturbations(
 
 
 def log_fractions(
-    truth: Truth, samples: pd.DataFrame, stratum: np.ndarray, donor: np.ndarray
+    truth: Truth,
+    samples: pd.DataFrame,
+    stratum: np.ndarray,
+    donor: np.ndarray,
+    subpopulation: np.ndarray | None = None,
 ) -> np.ndarray:
-    """(N, G) log of the expected share of each gene; hidden factors `stratum` and `donor` (N,)."""
+    """(N, G) log of the expected share of each gene; hidden factors (N,), `subpopulation` only of a
+    truth that has them."""
     levels = truth.levels(samples)
     log_mu = truth.base_log_mu(levels)
     log_mu += truth.donor_trait_effects(
@@ -178,6 +264,8 @@ def log_fractions(
     log_mu += truth.study[levels.study]
     log_mu += truth.donor[levels.study, stratum, donor]
     log_mu += truth.perturbation_effects(levels)
+    if truth.subpopulation is not None:
+        log_mu += truth.subpopulation[levels.context, subpopulation]
     log_mu -= log_mu.max(axis=1, keepdims=True)
     return log_mu - np.log(np.exp(log_mu).sum(axis=1, keepdims=True))
 

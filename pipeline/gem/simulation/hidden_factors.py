@@ -1,8 +1,7 @@
-"""The hidden factors of a sample given its metadata: donor, study effect and perturbation effect.
+"""The hidden factors of a sample given its metadata: donor, study effect and subpopulation.
 
 A hidden donor (with the study effect, where that is hidden too) is one of a few hypotheses, each
-with a weight, an expected effect and Normal noise around it that is independent over genes. The
-effect of a perturbation outside training is one of a few outcomes likewise.
+with a weight, an expected effect and Normal noise around it that is independent over genes.
 
 Donor effects are centred over the D donors of a stratum: x_i = e_i - mean(e) with
 e ~ Normal(0, s^2) and s = DONOR_SCALE. Hence var x_i = s^2 (1 - 1/D), cov(x_i, x_j) = -s^2 / D, and
@@ -22,8 +21,6 @@ from pipeline.gem.simulation.generator import (
     AGES,
     DISEASE_SHARES,
     DONOR_SCALE,
-    RESIDUAL_FOLD,
-    RESIDUAL_SHARE,
     STUDY_SCALE,
 )
 from pipeline.gem.simulation.truth import SEXES, Levels, Truth
@@ -82,6 +79,7 @@ class DonorHypothesis:
     known_donor: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # (N,) each
     donor_weight: float = 1.0
     noise_sd: float = 0.0  # standard deviation of Normal effects around the expected one
+    detected: np.ndarray | None = None  # (G,) probability that the study detects a gene; None: 1
 
     def effects(self, truth: Truth, rows: np.ndarray) -> np.ndarray:
         """(n, G) expected effects on log mu of the samples `rows` (n,)."""
@@ -133,8 +131,10 @@ def _known_study(query: OracleQuery) -> Iterator[DonorHypothesis]:
 
 def _unknown_study(query: OracleQuery, ages: Ages) -> Iterator[DonorHypothesis]:
     noise_sd = float(np.sqrt(STUDY_SCALE**2 + _donor_variance(query.truth)))
+    undetected = query.truth.undetected_probability
+    detected = None if undetected is None else 1 - undetected
     for evidence in _unknown_stratum(query, ages):
-        yield DonorHypothesis(*evidence, noise_sd=noise_sd)
+        yield DonorHypothesis(*evidence, noise_sd=noise_sd, detected=detected)
 
 
 def _given_reference(query: OracleQuery, ages: Ages) -> Iterator[DonorHypothesis]:
@@ -180,62 +180,25 @@ def _unknown_stratum(query: OracleQuery, ages: Ages) -> Iterator[Evidence]:
             yield share * query.likelihood(sex, age), sex, age
 
 
-@dataclass(frozen=True)
-class PerturbationOutcome:
-    """One outcome of the perturbations of N samples, with a residual independent over genes."""
-
-    program: np.ndarray  # (N, G) added to log mu
-    # (probability, (N,) residual added to the log mu of any one gene): quadrature
-    nodes: tuple[tuple[float, np.ndarray], ...]
-    log_mean_factor: np.ndarray  # (N,) log E[exp(residual)]
-    second_moment: np.ndarray  # (N,) E[exp(2 residual)] / E[exp(residual)]^2
-
-
-def perturbation_outcomes(
-    truth: Truth, levels: Levels, in_training: bool
-) -> list[PerturbationOutcome]:
-    """Outcomes of perturbations that are all in training, or all outside it.
-
-    In training the effect is known. Outside it the perturbation is either inactive, or has the
-    effect that follows from its embedding plus a residual.
-    """
-    zero, one = np.zeros(len(levels.study)), np.ones(len(levels.study))
-    if in_training:
-        effects = truth.perturbation_effects(levels)
-        return [PerturbationOutcome(effects, ((1.0, zero),), zero, one)]
-    program, null_share = truth.predictable_program(levels), float(truth.null_share)
-    nodes, weights = residual_quadrature()
-    residual = truth.residual_scale(levels)[:, None] * nodes  # (N, nodes)
-    mean, square = np.exp(residual) @ weights, np.exp(2 * residual) @ weights
-    no_effect = np.broadcast_to(0.0, program.shape)
-    inactive = PerturbationOutcome(no_effect, ((null_share, zero),), zero, one)
-    weighted_nodes = tuple(zip((1 - null_share) * weights, residual.T, strict=True))
-    active = PerturbationOutcome(program, weighted_nodes, np.log(mean), square / mean**2)
-    return [inactive, active]
+def subpopulations(
+    truth: Truth, levels: Levels
+) -> list[tuple[np.ndarray | float, np.ndarray | float]]:
+    """((N, 1) share, (N, G) effect) of each subpopulation of the samples' contexts."""
+    if truth.subpopulation is None:
+        return [(1.0, 0.0)]
+    shares, effects = truth.subpopulation_share[levels.context], truth.subpopulation
+    return [
+        (shares[:, number, None], effects[levels.context, number])
+        for number in range(shares.shape[1])
+    ]
 
 
-def residual_quadrature() -> tuple[np.ndarray, np.ndarray]:
-    """(nodes, weights) of one gene's residual: zero, or a signed log fold uniform in its range."""
-    low, high = np.log(RESIDUAL_FOLD)
-    nodes, weights = np.polynomial.legendre.leggauss(2)
-    sizes = (low + high) / 2 + (high - low) / 2 * nodes
-    weights = weights / weights.sum() / 2 * RESIDUAL_SHARE
-    weights = np.concatenate([[1 - RESIDUAL_SHARE], weights, weights])
-    return np.concatenate([[0.0], sizes, -sizes]), weights
-
-
-def draw_perturbation_effects(
-    truth: Truth, levels: Levels, in_training: bool, rng: np.random.Generator
-) -> np.ndarray:
-    """(N, G) effects on log mu of perturbations that are all in training, or all outside it.
-
-    Rows are independent draws.
-    """
-    if in_training:
-        return truth.perturbation_effects(levels)
-    effects, scale = truth.predictable_program(levels), truth.residual_scale(levels)
-    row, gene = np.nonzero(rng.random(effects.shape, dtype=np.float32) < RESIDUAL_SHARE)
-    signs = rng.choice([-1.0, 1.0], len(row))
-    effects[row, gene] += scale[row] * signs * rng.uniform(*np.log(RESIDUAL_FOLD), len(row))
-    effects[rng.random(len(effects)) < truth.null_share] = 0
-    return effects
+def draw_subpopulations(
+    truth: Truth, levels: Levels, rng: np.random.Generator
+) -> np.ndarray | None:
+    """(N,) subpopulation of each sample; None of a truth without them."""
+    if truth.subpopulation is None:
+        return None
+    cumulative = np.cumsum(truth.subpopulation_share[levels.context], axis=1)
+    drawn = (cumulative < rng.random(len(cumulative))[:, None]).sum(axis=1)
+    return np.minimum(drawn, cumulative.shape[1] - 1)

@@ -24,10 +24,15 @@ from pipeline.gem.simulation.generator import draw_counts
 from pipeline.gem.simulation.hidden_factors import (
     DonorHypothesis,
     OracleQuery,
-    PerturbationOutcome,
     age_distribution,
     age_quadrature,
     donor_hypotheses,
+    draw_subpopulations,
+    subpopulations,
+)
+from pipeline.gem.simulation.perturbation_outcomes import (
+    KnownPerturbations,
+    PerturbationOutcome,
     draw_perturbation_effects,
     perturbation_outcomes,
 )
@@ -52,18 +57,26 @@ class MetadataOracle:
 
     Summed over: the donor and, where sex or age is missing or may be wrong, the stratum; for a
     study outside training the population of studies and donors; for a perturbation outside training
-    its residual and whether it is active (its embedding and its target gene are public).
+    its residual and whether it is active (its embedding and its target gene are public); for a pair
+    of context and perturbation outside training the program that it has in this context only; the
+    subpopulation of a cell.
 
     Reference controls, if given, reveal their study effect, stratum and donor effect. This is
     informative where the reference is of the sample's own study and that study is outside training:
     the sample's donor is then the reference's, one of the same stratum, or of another.
     """
 
-    def __init__(self, truth: Truth, training_studies: set, training_perturbations: set):
+    def __init__(
+        self,
+        truth: Truth,
+        training_studies: set,
+        training_perturbations: set,
+        training_samples: pd.DataFrame | None = None,
+    ):
+        """`training_samples` say which pairs are in training; None: all of known perturbations."""
         self.truth, self.expectations = truth, ExpectationCache(truth)
         self.study_in_training = np.isin(truth.studies, list(training_studies))
-        self.perturbation_in_training = np.isin(truth.perturbations, list(training_perturbations))
-        self.perturbation_in_training[0] = True  # the control has no effect to learn
+        self.known = KnownPerturbations.of(truth, training_perturbations, training_samples)
 
     def predict(
         self,
@@ -76,10 +89,10 @@ class MetadataOracle:
         result = np.zeros((len(query.totals), len(truth.baseline)))
         if len(result):
             self.expectations.extend_to(query.totals)
-        for rows, study_in_training, perturbation_in_training in self._blocks(query):
+        for rows, study_in_training, kind in self._blocks(query):
             block = query.take(rows)
             hypotheses = donor_hypotheses(block, study_in_training, age_quadrature())
-            outcomes = perturbation_outcomes(truth, block.levels, perturbation_in_training)
+            outcomes = perturbation_outcomes(truth, block.levels, kind)
             result[rows] = self._expected(block, hypotheses, outcomes)
         return result
 
@@ -94,13 +107,15 @@ class MetadataOracle:
         """(N, G) counts with these expected totals; arguments as in `predict`."""
         query, truth = self._query(samples, totals, references), self.truth
         result = np.zeros((len(query.totals), len(truth.baseline)), dtype=np.int64)
-        for rows, study_in_training, perturbation_in_training in self._blocks(query):
+        for rows, study_in_training, kind in self._blocks(query):
             block = query.take(rows)
-            log_mu = truth.base_log_mu(block.levels) + draw_perturbation_effects(
-                truth, block.levels, perturbation_in_training, rng
-            )
+            levels = block.levels
+            log_mu = truth.base_log_mu(levels)
+            log_mu += draw_perturbation_effects(truth, levels, kind, rng)
             hypotheses = donor_hypotheses(block, study_in_training, age_distribution())
             log_mu += self._draw_donor_effects(hypotheses, log_mu.shape, rng)
+            if (drawn := draw_subpopulations(truth, levels, rng)) is not None:
+                log_mu += truth.subpopulation[levels.context, drawn]
             log_fraction = log_mu - expected_log_sum_exp(log_mu)[:, None]
             result[rows] = draw_counts(log_fraction, block.totals, truth.dispersion, rng)
         return result
@@ -116,15 +131,15 @@ class MetadataOracle:
         stratum = np.where(informative, references.stratum, -1)
         return replace(query, stratum=stratum, donor=np.where(informative, references.donor, -1))
 
-    def _blocks(self, query: OracleQuery) -> Iterator[tuple[np.ndarray, bool, bool]]:
-        """(rows, study in training, perturbation in training) of blocks of one kind."""
+    def _blocks(self, query: OracleQuery) -> Iterator[tuple[np.ndarray, bool, int]]:
+        """(rows, study in training, kind of perturbation) of blocks of which the same is known."""
         study_in_training = self.study_in_training[query.levels.study]
-        perturbation_in_training = self.perturbation_in_training[query.levels.perturbation]
-        kind = 4 * study_in_training + 2 * perturbation_in_training + (query.stratum >= 0)
-        for value in np.unique(kind):
-            rows = np.flatnonzero(kind == value)
+        perturbation = self.known.kinds(query.levels)
+        keys = np.stack([study_in_training, perturbation, query.stratum >= 0], axis=1)
+        for key in np.unique(keys, axis=0):
+            rows = np.flatnonzero((keys == key).all(axis=1))
             for start in range(0, len(rows), _BLOCK):
-                yield rows[start : start + _BLOCK], bool(value & 4), bool(value & 2)
+                yield rows[start : start + _BLOCK], bool(key[0]), int(key[1])
 
     def _expected(
         self,
@@ -132,25 +147,44 @@ class MetadataOracle:
         hypotheses: list[DonorHypothesis],
         outcomes: list[PerturbationOutcome],
     ) -> np.ndarray:
-        """(N, G) log-CPM, the sum over hypotheses, outcomes and quadrature nodes."""
+        """(N, G) log-CPM, the sum over hypotheses, subpopulations, outcomes and nodes."""
         base = self.truth.base_log_mu(query.levels)
         result = np.zeros(base.shape)
         for weight, hypothesis in zip(_probabilities(hypotheses), hypotheses, strict=True):
             rows = np.flatnonzero(weight > _NEGLIGIBLE)
             if not len(rows):
                 continue
-            noise_sd, totals = hypothesis.noise_sd, query.totals[rows]
-            table = self.expectations.table(query.totals, noise_sd)
+            some = query.take(rows)
             donor_log_mu = base[rows] + hypothesis.effects(self.truth, rows)
-            for outcome in outcomes:
-                log_mu = donor_log_mu + outcome.program[rows]
-                normaliser = expected_log_sum_exp(log_mu, noise_sd, outcome.second_moment[rows])
-                normaliser = normaliser + outcome.log_mean_factor[rows]
-                for probability, residual in outcome.nodes:
-                    log_fraction = log_mu + (residual[rows] - normaliser)[:, None]
-                    expected = table(log_fraction, totals)
-                    result[rows] += (weight[rows] * probability)[:, None] * expected
+            expected = sum(
+                (share * self._given_donor(some, hypothesis, outcomes, rows, donor_log_mu + effect))
+                for share, effect in subpopulations(self.truth, some.levels)
+            )
+            result[rows] += weight[rows][:, None] * expected
         return result
+
+    def _given_donor(
+        self,
+        query: OracleQuery,
+        hypothesis: DonorHypothesis,
+        outcomes: list[PerturbationOutcome],
+        rows: np.ndarray,
+        untreated: np.ndarray,
+    ) -> np.ndarray:
+        """(n, G) log-CPM of the samples `rows`, given log mu without the perturbation."""
+        noise_sd, detected = hypothesis.noise_sd, hypothesis.detected
+        table = self.expectations.table(query.totals, noise_sd)
+        result = np.zeros(untreated.shape)
+        for outcome in outcomes:
+            log_mu = untreated + outcome.program[rows]
+            log_mean, second_moment = outcome.moments(rows)
+            if detected is not None:
+                log_mean, second_moment = log_mean + np.log(detected), second_moment / detected
+            normaliser = expected_log_sum_exp(log_mu + log_mean, noise_sd, second_moment)
+            log_fraction = log_mu - normaliser[:, None]
+            for probability, deviation in outcome.deviations(rows):
+                result += probability * table(log_fraction + deviation, query.totals)
+        return result if detected is None else detected * result
 
     def _draw_donor_effects(
         self, hypotheses: list[DonorHypothesis], shape: tuple[int, int], rng: np.random.Generator
@@ -159,12 +193,16 @@ class MetadataOracle:
         cumulative = np.cumsum(_probabilities(hypotheses), axis=0)
         draw = (cumulative < rng.random(shape[0])).sum(axis=0)
         noise_sd = np.array([hypothesis.noise_sd for hypothesis in hypotheses])[draw]
-        effects = np.zeros(shape)
+        effects, detected = np.zeros(shape), np.ones(shape)
         for index in np.unique(draw):
             rows = np.flatnonzero(draw == index)
             effects[rows] = hypotheses[index].effects(self.truth, rows)
+            if hypotheses[index].detected is not None:
+                detected[rows] = hypotheses[index].detected
         if noise_sd.any():
             effects = effects + noise_sd[:, None] * rng.standard_normal(shape)
+        if (detected < 1).any():
+            effects = np.where(rng.random(shape) < detected, effects, -np.inf)
         return effects
 
 
@@ -222,11 +260,12 @@ def expected_log_sum_exp(
     """(N,) E[log of the sum over genes of exp(log mu + noise)], for log mu (N, G).
 
     Noise is independent over genes: Normal of standard deviation `noise_sd`, times a factor of mean
-    one and this second moment. Delta method: E[log S] = log E[S] - var S / (2 E[S]^2).
+    one and this second moment, of all genes or (N, G) or (N, 1). Delta method: E[log S] =
+    log E[S] - var S / (2 E[S]^2).
     """
     highest = log_mu.max(axis=1)
     shares = np.exp(log_mu - highest[:, None])
     total = shares.sum(axis=1)
-    dominance = np.einsum("ng,ng->n", shares, shares) / total**2
-    variance = (second_moment * np.exp(noise_sd**2) - 1) / 2 * dominance
+    excess = np.broadcast_to(second_moment * np.exp(noise_sd**2) - 1, shares.shape)
+    variance = np.einsum("ng,ng,ng->n", shares, shares, excess) / (2 * total**2)
     return highest + np.log(total) + noise_sd**2 / 2 - variance

@@ -6,12 +6,14 @@ import numpy as np
 import pandas as pd
 
 from pipeline.gem.common.config import Synthesize
+from pipeline.gem.data.labels import SEPARATOR
 from pipeline.gem.simulation.generator import (
     BULK_SPREAD,
     CELL_SPREAD,
     log_fractions,
     typical_depth,
 )
+from pipeline.gem.simulation.hidden_factors import draw_subpopulations
 from pipeline.gem.simulation.truth import (
     DISEASES,
     LAYOUTS,
@@ -36,10 +38,13 @@ class StudyDesign:
     stratum: np.ndarray  # (N,)
     donor: np.ndarray  # (N,) index within the stratum
     library_size: np.ndarray  # (N,) expected total counts
+    subpopulation: np.ndarray | None = None  # (N,) of a truth that has them
 
     def log_fractions(self, truth: Truth, rows: slice = slice(None)) -> np.ndarray:
         """(n, G) log of the expected share of each gene in the samples `rows`."""
-        return log_fractions(truth, self.samples.iloc[rows], self.stratum[rows], self.donor[rows])
+        subpopulation = None if self.subpopulation is None else self.subpopulation[rows]
+        factors = self.stratum[rows], self.donor[rows], subpopulation
+        return log_fractions(truth, self.samples.iloc[rows], *factors)
 
 
 def draw_design(params: Synthesize, truth: Truth, rng: np.random.Generator) -> StudyDesign:
@@ -75,7 +80,11 @@ def draw_design(params: Synthesize, truth: Truth, rng: np.random.Generator) -> S
         library_size = depth * rng.uniform(*BULK_SPREAD, len(samples))
     else:
         library_size = rng.lognormal(np.log(depth), CELL_SPREAD, len(samples))
-    return StudyDesign(samples, stratum, donor, library_size)
+    if params.depth_spread:
+        log_depth = rng.normal(0, params.depth_spread, params.studies)
+        library_size *= np.exp(log_depth)[index_of(samples["study"], truth.studies)]
+    subpopulation = draw_subpopulations(truth, truth.levels(samples), rng)
+    return StudyDesign(samples, stratum, donor, library_size, subpopulation)
 
 
 def _perturbation_rotation(perturbations: int, slots: int, rng: np.random.Generator) -> np.ndarray:
@@ -96,28 +105,45 @@ def _draw_study(
     in_tissue = order // params.cell_types_per_tissue == main_tissue
     contexts = np.concatenate([order[in_tissue], order[~in_tissue]])[: params.contexts_per_study]
     conditions = []
-    for perturbation in perturbations:
-        is_compound = truth.perturbation_type[perturbation] == "compound"
-        doses = rng.choice(DOSES, 2, replace=False).tolist() if is_compound else [None]
+    for members in _treatments(params, perturbations, rng):
+        has_compound = "compound" in truth.perturbation_type[list(members)]
+        doses = rng.choice(DOSES, 2, replace=False).tolist() if has_compound else [None]
         time = str(rng.choice(TIMES))
-        conditions += [
-            (context, perturbation, dose, time) for context in contexts for dose in doses
-        ]
+        conditions += [(context, members, dose, time) for context in contexts for dose in doses]
     controls = min(max(round(params.control_share * size), len(contexts)), size)
     rng.shuffle(conditions)
-    rows = [(contexts[index % len(contexts)], 0, None, None) for index in range(controls)]
+    rows = [(contexts[index % len(contexts)], (0,), None, None) for index in range(controls)]
     # Fewer conditions with all of their replicates, instead of all conditions with one sample each.
     treated = max(size - controls, 0)
     conditions = conditions[: max(1, min(len(conditions), treated // REPLICATES))]
     rows += [conditions[index % len(conditions)] for index in range(treated)]
-    names, pairs, kinds = truth.perturbations, truth.contexts, truth.perturbation_type
+    names, pairs, kinds = np.array(truth.perturbations), truth.contexts, truth.perturbation_type
     cells = [
-        (*pairs[context], names[perturbation], str(kinds[perturbation]), dose, time)
-        for context, perturbation, dose, time in rows
+        (*pairs[context], _label_set(names[[*members]]), _label_set(kinds[[*members]]), dose, time)
+        for context, members, dose, time in rows
     ]
     columns = ["tissue", "cell_type", "perturbation", "perturbation_type"]
     columns += ["perturbation_dose", "perturbation_time"]
     return pd.DataFrame(cells, columns=columns)
+
+
+def _treatments(
+    params: Synthesize, perturbations: np.ndarray, rng: np.random.Generator
+) -> list[tuple[int, ...]]:
+    """Each perturbation of a study, alone or with another one of the study."""
+    treatments = [(int(perturbation),) for perturbation in perturbations]
+    if not params.double_share or len(treatments) < 2:
+        return treatments
+    for number, (perturbation,) in enumerate(treatments):
+        if rng.random() < params.double_share:
+            partner = rng.choice(perturbations[perturbations != perturbation])
+            treatments[number] = (perturbation, int(partner))
+    return treatments
+
+
+def _label_set(labels: np.ndarray) -> str:
+    """Distinct labels in alphabetical order, as one label."""
+    return SEPARATOR.join(sorted({str(label) for label in labels}))
 
 
 def _record_donors(

@@ -55,6 +55,8 @@ def _write_tables(truth: Truth, design: StudyDesign, folder: Path) -> None:
     features.insert(0, "perturbation", names[1:])
     target_genes = truth.gene_id[truth.target[genetic]]
     hidden = {"stratum": design.stratum, "donor": design.donor, "library_size": design.library_size}
+    if design.subpopulation is not None:
+        hidden["subpopulation"] = design.subpopulation
     tables = {
         "samples": design.samples,
         "genes": pd.DataFrame({"gene_id": truth.gene_id}),

@@ -35,7 +35,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path)
-    parser.add_argument("cohorts", metavar="COHORT", nargs="*", help="default: all, and synthetic")
+    parser.add_argument(
+        "cohorts", metavar="COHORT", nargs="*", help="default: all, and the simulated ones"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--name", default="default", help="of the run and its output folder")
     parser.add_argument("--folds", type=int, help=f"of a cohort at most (its YAML, else {FOLDS})")

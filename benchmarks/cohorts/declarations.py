@@ -19,7 +19,7 @@ from pipeline.gem.common.files import sha256
 from pipeline.gem.common.yaml_file import Document, flatten, set_dotted
 
 SHIPPED = Path(__file__).parent
-SYNTHETIC = "synthetic"  # the simulated cohort, which needs no .h5ad
+SYNTHETIC = ("synthetic", "synthetic_experiment")  # simulated cohorts, which need no .h5ad
 FOLDS = 10
 
 # Of params.yaml these name columns and tables of another cohort.
@@ -98,10 +98,10 @@ def _is_path(key: str) -> bool:
 
 
 def cohort_names(folder: Path) -> list[str]:
-    """The cohorts of a folder in alphabetical order, and the simulated one. InputError without."""
+    """The cohorts of a folder in alphabetical order, and the simulated ones. InputError without."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give one with .h5ad files")
-    return [*sorted(path.stem for path in folder.glob("*.h5ad")), SYNTHETIC]
+    return [*sorted(path.stem for path in folder.glob("*.h5ad")), *SYNTHETIC]
 
 
 def read_task(name: str, folder: Path, params: Params, folds: int | None = None) -> CohortTask:

@@ -159,9 +159,11 @@ def _cohorts(comparison: Comparison) -> str:
         cells = [_pair(by_name, model) for model in MODELS]
         best = f"{_pair(by_name, simple['mse'])} {simple['mse']}"
         if simple.get("pearson") not in (None, simple["mse"]):
-            best += f"; {_number(by_name.loc[simple['pearson'], 'pearson'], 2)} {simple['pearson']}"
+            best += (
+                f"; {number_text(by_name.loc[simple['pearson'], 'pearson'], 2)} {simple['pearson']}"
+            )
         tops = [_top(by_name, GEM), _top(by_name, simple["mse"])]
-        calibration = _number(by_name.loc[GEM, "calibration"], 2)
+        calibration = number_text(by_name.loc[GEM, "calibration"], 2)
         line = [
             name,
             str(rows["folds"].max()),
@@ -171,7 +173,7 @@ def _cohorts(comparison: Comparison) -> str:
             _pair(by_name, ceiling(by_name)),
         ]
         lines.append([*line, *tops, calibration])
-    return f"{_table(header, lines)}\n\n{_NOTE}"
+    return f"{text_table(header, lines)}\n\n{_NOTE}"
 
 
 def ceiling(by_name: pd.DataFrame) -> str:
@@ -192,10 +194,10 @@ def best_simple(by_name: pd.DataFrame) -> dict[str, str]:
 
 def _rank_table(comparison: Comparison) -> str:
     lines = [
-        [row.predictor, _number(row.mse, 1), _number(row.pearson, 1)]
+        [row.predictor, number_text(row.mse, 1), number_text(row.pearson, 1)]
         for row in comparison.ranks.itertuples()
     ]
-    return _table(["predictor", "mean rank by mse", "mean rank by correlation"], lines)
+    return text_table(["predictor", "mean rank by mse", "mean rank by correlation"], lines)
 
 
 def _wins(comparison: Comparison) -> str:
@@ -220,7 +222,7 @@ def _wins(comparison: Comparison) -> str:
         "interval without 0",
         "lost",
     ]
-    return _table(header, lines)
+    return text_table(header, lines)
 
 
 def _difference(found: pd.DataFrame) -> str:
@@ -237,18 +239,18 @@ def _pair(by_name: pd.DataFrame, name: str) -> str:
     if name not in by_name.index:
         return ""
     row = by_name.loc[name]
-    return f"{_number(row['mse'], 3)} / {_number(row['pearson'], 2)}"
+    return f"{number_text(row['mse'], 3)} / {number_text(row['pearson'], 2)}"
 
 
 def _top(by_name: pd.DataFrame, name: str) -> str:
     row = by_name.loc[name]
-    return f"{_number(row['top_pearson'], 2)} / {_number(row['top_direction'], 2)}"
+    return f"{number_text(row['top_pearson'], 2)} / {number_text(row['top_direction'], 2)}"
 
 
-def _number(value: float | None, digits: int) -> str:
+def number_text(value: float | None, digits: int) -> str:
     return "–" if value is None or pd.isna(value) else f"{value:.{digits}f}"
 
 
-def _table(header: list[str], lines: list[list[str]]) -> str:
+def text_table(header: list[str], lines: list[list[str]]) -> str:
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

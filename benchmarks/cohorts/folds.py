@@ -6,6 +6,7 @@ and any controls do.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +93,7 @@ class _Candidates:
     mappings: list[dict[str, str]]
     contexts: list[str]  # of pairs, conditions and contexts
     perturbations: list[frozenset[str]]
+    labels: dict[str, set[str]]  # of each perturbation
     with_controls: set[str]  # contexts
     controls: list[int]  # that leave training with each
     all_controls: int
@@ -128,6 +130,7 @@ class _Candidates:
             ],
             contexts=list(entities.context[first.index]),
             perturbations=list(of_key[first]),
+            labels={name: entities.labels(name) for names in of_key for name in names},
             with_controls=set(entities.context[entities.control]),
             controls=[int(of_controls.get(name, 0)) for name in first],
             all_controls=int(entities.control.sum()),
@@ -137,6 +140,7 @@ class _Candidates:
         """The first of `order`, at most `number`, that leave the parts of each in training."""
         contexts = Counter(self.contexts)
         perturbations = Counter(name for names in self.perturbations for name in names)
+        labels = Counter(label for names in self.perturbations for label in self._labels(names))
         chosen: list[int] = []
         controls = self.all_controls
         for index in order:
@@ -146,10 +150,18 @@ class _Candidates:
                 "levels": controls > self.controls[index],
                 "studies": controls > self.controls[index],
             }.get(self.hold_out, context in self.with_controls or contexts[context] > 1)
-            stays &= all(perturbations[name] > 1 for name in names)
+            for name in names:
+                own = self.labels[name]
+                # Training knows a set from its labels too.
+                in_parts = len(own) > 1 and all(labels[label] > 1 for label in own)
+                stays &= perturbations[name] > 1 or in_parts
             if stays and len(chosen) < number:
                 contexts[context] -= 1
                 controls -= self.controls[index]
                 perturbations.subtract(names)
+                labels.subtract(self._labels(names))
                 chosen.append(index)
         return chosen
+
+    def _labels(self, names: Iterable[str]) -> set[str]:
+        return set().union(*(self.labels[name] for name in names))

@@ -17,7 +17,7 @@ from benchmarks.cohorts.controls import VISIBLE, matched_controls
 from pipeline.gem.common.config import Data, Numeric
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.encoder import MetadataEncoder
-from pipeline.gem.data.labels import join_keys, label_key, label_texts
+from pipeline.gem.data.labels import SET_KINDS, join_keys, label_key, label_texts, split_labels
 from pipeline.gem.data.references import SampleGroups
 from pipeline.gem.evaluation.baselines.ridge import Design
 
@@ -79,10 +79,27 @@ class Rivals:
         found = dict.fromkeys(RIVALS, control) | {"ridge_levels": self._ridge(samples)}
         if len(rows):
             found["treatment_mean"] = self._mean(rows)
-        if effects := self._effects(rows):
-            found["additive_at_time"] = control + np.mean(list(effects.values()), axis=0)
-            found["nearest_at_time"] = control + self._nearest(context, effects)
+        # Of a set of perturbations that is nowhere else: the sum of those of its labels.
+        parts = (
+            [rows] if len(rows) else [self._same_treatment(each) for each in self._apart(samples)]
+        )
+        effects = [self._effects(each) for each in parts]
+        if effects and all(effects):
+            means = [np.mean(list(each.values()), axis=0) for each in effects]
+            found["additive_at_time"] = control + sum(means)
+            found["nearest_at_time"] = control + sum(
+                self._nearest(context, each) for each in effects
+            )
         return found
+
+    def _apart(self, samples: pd.DataFrame) -> list[pd.DataFrame]:
+        """The samples with each label of their set of perturbations; none without a set."""
+        column = self.data.control.column
+        covariate = self.data.covariates.all().get(column)
+        if covariate is None or covariate.kind not in SET_KINDS:
+            return []
+        labels = split_labels(samples[column].iloc[0])
+        return [samples.assign(**{column: label}) for label in labels] if len(labels) > 1 else []
 
     def _mean(self, rows: np.ndarray) -> np.ndarray:
         return np.average(self.values[rows], axis=0, weights=self.sizes[rows])

@@ -161,6 +161,18 @@ class Entities:
         """Whether each sample has one of the perturbations; "a|b" has "a" if multilabel."""
         return self._has(self.perturbation, self._labels if self.multilabel else None, names)
 
+    def perturbations_lacking(self, rows: pd.Series, elsewhere: pd.Series) -> set[str]:
+        """The perturbations of the samples `rows` (N,) that the samples `elsewhere` (N,) do not
+        know. They know a set "a|b" also from its labels, each alone or in another set."""
+        known = set(self.perturbation[elsewhere].dropna())
+        lacking = set(self.perturbation[rows].dropna()) - known
+        if not self.multilabel:
+            return lacking
+        labels = set().union(*(self._labels[name] for name in known))
+        return {
+            name for name in lacking if len(self._labels[name]) < 2 or self._labels[name] - labels
+        }
+
     def has_level(self, names: Iterable[str]) -> pd.Series:
         """The same of the values of data.level_column."""
         covariate = self.data.covariates.all().get(self.data.level_column)
@@ -178,6 +190,10 @@ class Entities:
         return column.isin(
             [value for value, own in labels.items() if any(part <= own for part in sets)]
         )
+
+    def labels(self, perturbation: str) -> set[str]:
+        """Of a set "a|b" its labels; else the perturbation itself."""
+        return self._labels[perturbation] if self.multilabel else {perturbation}
 
     @cached_property
     def _labels(self) -> dict[str, set[str]]:

@@ -14,6 +14,7 @@ import pandas as pd
 from pipeline.gem.common.capacity import cores
 from pipeline.gem.common.config import Evaluate
 from pipeline.gem.data.expression import log_cpm
+from pipeline.gem.data.labels import label_texts, split_labels
 from pipeline.gem.data.splits import SELECTION_SPLITS
 from pipeline.gem.evaluation.baselines.bilinear import Bilinear
 from pipeline.gem.evaluation.baselines.profiles import Profiles
@@ -99,10 +100,21 @@ def _fit_baselines(splits: EvaluationSplits) -> dict[str, Predictor]:
 
 
 def perturbation_features(splits: EvaluationSplits) -> pd.DataFrame | None:
-    """(perturbations, features) the declared features of the perturbation column, if any."""
+    """(perturbations, features) the declared features of the perturbation column, if any; of a set
+    of labels their sum."""
     control = splits.data.control
     table = splits.cohort.features.get(control.column) if control else None
-    return None if table is None else pd.DataFrame(table.values, index=list(table.labels))
+    if table is None:
+        return None
+    features = pd.DataFrame(table.values, index=list(table.labels))
+    texts = label_texts(splits.cohort.samples[control.column]).dropna().unique()
+    sets = {text: split_labels(text) for text in texts if text not in features.index}
+    sums = {
+        text: features.reindex(labels).sum()
+        for text, labels in sorted(sets.items())
+        if len(labels) > 1
+    }
+    return pd.concat([features, pd.DataFrame(sums).T]) if sums else features
 
 
 def _predict_baseline(

@@ -91,6 +91,7 @@ class _Assignment:
         ):
             self._assign(name, rows, self._why_absent(name))
         self._note_listed_elsewhere(lists)
+        self._note_new_sets()
         for name in ("test_context", "test_level"):
             self._note_new_perturbations(name)
 
@@ -123,6 +124,17 @@ class _Assignment:
             self.notes.append(f"no control in training, so not in test_context: contexts {names}")
         columns = self.data.context_columns
         return draw_contexts(entities, is_free, lists, share, columns, self.rng)
+
+    def _note_new_sets(self) -> None:
+        """Notes the sets of perturbations that training has only apart."""
+        perturbation, held_out = self.entities.perturbation, self.split == "test_combination"
+        known = set(perturbation[self.split == ""].dropna())
+        new = perturbation[held_out & perturbation.notna() & ~perturbation.isin(known)]
+        if len(new):
+            self.notes.append(
+                f"{len(new)} of {int(held_out.sum())} samples of test_combination have sets of "
+                f"perturbations that training has only apart: {examples(sorted(new.unique()))}"
+            )
 
     def _note_new_perturbations(self, name: str) -> None:
         """Notes the samples of a split of contexts or levels whose perturbation is new as well."""

@@ -1,11 +1,13 @@
 """Held-out entities that are drawn at random, where params.yaml has a share.
 
 Training keeps what a test of the entity takes for granted: of a pair the context, in its controls
-or in another pair, and the perturbation, in another context; of a condition its pair, in another
-condition; of a context its controls, and its perturbations, in other contexts; of a level of
-data.level_column its perturbations, at other levels.
+or in another pair, and the perturbation, in another context, or the labels of a set "a|b" in other
+pairs; of a condition its pair, in another condition; of a context its controls, and its
+perturbations, in other contexts; of a level of data.level_column its perturbations, at other
+levels.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -125,13 +127,18 @@ def select_pairs(
     with_controls = entities.context[stays & entities.control].drop_duplicates()
     in_context = table["context"].value_counts().add(with_controls.value_counts(), fill_value=0)
     of_perturbation = table["perturbation"].value_counts()
+    of_label = Counter(label for name in table["perturbation"] for label in entities.labels(name))
     drawn: list[str] = []
     for row in table.iloc[rng.permutation(len(table))].itertuples():
         if len(drawn) == tests + validations:
             break
-        if in_context[row.context] > 1 and of_perturbation[row.perturbation] > 1:
+        labels = entities.labels(row.perturbation)
+        known = of_perturbation[row.perturbation] > 1
+        known |= len(labels) > 1 and all(of_label[label] > 1 for label in labels)
+        if in_context[row.context] > 1 and known:
             in_context[row.context] -= 1
             of_perturbation[row.perturbation] -= 1
+            of_label.subtract(labels)
             drawn.append(row.pair)
     tests = min(tests, -(-len(drawn) * tests // max(1, tests + validations)))
     return HeldOutPairs(

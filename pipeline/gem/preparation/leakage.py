@@ -40,11 +40,12 @@ def check_split_leakage(samples: pd.DataFrame, split: pd.Series, data: Data) -> 
         ("validation_combination", "pairs"),
         ("test_condition", "conditions"),
     ):
-        for part, names in (
-            ("perturbation", entities.perturbation),
-            ("context", entities.known_context),
+        rows, contexts = split == name, entities.known_context
+        for part, missing in (
+            ("perturbation", entities.perturbations_lacking(rows, training)),
+            ("context", set(contexts[rows].dropna()) - set(contexts[training].dropna())),
         ):
-            if missing := set(names[split == name].dropna()) - set(names[training].dropna()):
+            if missing:
                 problems.append(
                     f"{name} holds out {plural} of the {part} {examples(sorted(missing))}, "
                     "which is absent from training"

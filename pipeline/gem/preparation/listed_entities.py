@@ -217,12 +217,18 @@ def check_parts_in_training(
         (in_pairs, _PAIRS, "combination", "context"),
         (in_conditions, KINDS["condition"], "condition", "condition"),
     ):
-        entity = getattr(entities, kind.attribute)
-        for part, names, missing in (
-            ("context", entities.known_context, "neither a control nor another perturbation"),
-            ("perturbation", entities.perturbation, f"no other {elsewhere}"),
+        entity, known_context = getattr(entities, kind.attribute), entities.known_context
+        no_context = set(known_context[rows].dropna()) - set(known_context[stays].dropna())
+        for part, names, lacking, missing in (
+            ("context", known_context, no_context, "neither a control nor another perturbation"),
+            (
+                "perturbation",
+                entities.perturbation,
+                entities.perturbations_lacking(rows, stays),
+                f"no other {elsewhere}",
+            ),
         ):
-            for name in sorted(set(names[rows].dropna()) - set(names[stays].dropna())):
+            for name in sorted(lacking):
                 held_out = entity[rows & (names == name)].unique()
                 problems.append(
                     f"{source}: splits: with {examples(held_out)} held out, training has {missing} "

@@ -49,6 +49,18 @@ def test_each_condition_is_a_fold_that_names_its_time(samples, params):
     assert (mapping,) in [fold.mappings for fold in folds]
 
 
+def test_a_set_of_perturbations_known_apart_is_a_fold(samples, params):
+    """Also where no other donor has it; a set with a label that nothing else has is none."""
+    only = (samples["donor"] == "donor 1") & (samples["perturbation"] == "drug B")
+    kinds = {"covariates.perturbation.perturbation": {"kind": "multilabel"}}
+    multilabel = params.override({f"data.{key}": value for key, value in kinds.items()})
+    for text, is_fold in (("drug A|drug B", True), ("drug B|drug C", False)):
+        changed = samples.assign(perturbation=samples["perturbation"].mask(only, text))
+        name = f"donor 1 / {text}"
+        assert (name in {fold.name for fold in folds_of(changed, multilabel)}) == is_fold
+        assert name not in {fold.name for fold in folds_of(changed, params)}
+
+
 def test_a_perturbation_of_one_context_is_not_held_out(samples, params):
     only = samples[(samples["perturbation"] != "drug B") | (samples["donor"] == "donor 1")]
     assert {fold.name for fold in folds_of(only, params)} == {

@@ -6,7 +6,7 @@ import pytest
 from support.settings import ROOT
 
 from benchmarks.cohorts.declarations import read_task
-from benchmarks.cohorts.rivals import PENALTY, RIVALS, rival_predictions
+from benchmarks.cohorts.rivals import PENALTY, RIVALS, Rivals, rival_predictions
 from pipeline.gem.common.config import read_params
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.sources import open_source
@@ -65,6 +65,26 @@ def test_effects_are_those_of_other_contexts_at_the_same_time(prepared):
     own = profile("donor 0")
     nearest = max(effects, key=lambda donor: np.corrcoef(own, profile(donor))[0, 1])
     assert found["nearest_at_time"] == pytest.approx(control + effects[nearest], abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["multilabel", "categorical"])
+def test_the_effects_of_the_labels_of_an_unknown_set_are_summed(cohorts, samples, kind):
+    params = read_task("tiny", cohorts, DEFAULTS).params
+    data = params.override({"data.covariates.perturbation.perturbation": {"kind": kind}}).data
+    rows = samples[samples["batch"] == "batch 0"].reset_index(drop=True)
+    effects = {"control": [0.0, 0.0], "drug A": [1.0, 2.0], "drug B": [-3.0, 5.0]}
+    base = rows["donor"].map({"donor 0": 2.0, "donor 1": 3.0, "donor 2": 7.0}).to_numpy()
+    # Profiles that are not constant over genes have a correlation.
+    values = base[:, None] * [1.0, 1.5] + np.stack([effects[n] for n in rows["perturbation"]])
+    rivals = Rivals(data, rows, np.ones(len(rows)), values)
+    found = rivals.predict(rows.iloc[[2]].assign(perturbation="drug A|drug B", donor="donor 2"))
+    control = 7.0 * np.array([1.0, 1.5])
+    expected = control + np.array([-2.0, 7.0]) if kind == "multilabel" else control
+    for name in ("additive_at_time", "nearest_at_time"):
+        np.testing.assert_allclose(found[name], expected)
+    assert found["no_change_at_time"] == pytest.approx(control)
+    other = rivals.predict(rows.iloc[[2]].assign(perturbation="drug A|drug C", donor="donor 2"))
+    np.testing.assert_allclose(other["additive_at_time"], control)
 
 
 def test_the_ridge_is_that_of_all_samples_with_a_level_of_each_time(prepared):

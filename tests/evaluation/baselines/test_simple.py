@@ -362,3 +362,43 @@ def test_unusual_cohorts_get_finite_predictions(data, many_contexts, baseline, c
     for query in (samples, unknown, samples.iloc[:0]):
         predicted = fitted.predict(query)
         assert predicted.shape == (len(query), GENES) and np.isfinite(predicted).all()
+
+
+# --- sets of perturbations ---
+
+
+@pytest.fixture(scope="module")
+def sets(data) -> Data:
+    covariates = data.covariates.model_dump()
+    covariates["perturbation"]["perturbation"] = {"kind": "multilabel"}
+    return data.model_copy(update={"covariates": Covariates.model_validate(covariates)})
+
+
+def screen() -> tuple[pd.DataFrame, np.ndarray]:
+    """Two perturbations apart in two tissues, and one set; effects and tissues add up."""
+    effects = {"control": 0 * GENE, "x": GENE, "y": -2.0 * GENE**2, "x|z": 7.0 + GENE}
+    rows = [("a", tissue, name, None) for tissue in ("liver", "lung") for name in effects]
+    samples = table(*rows, ("a", "liver", "z", None))
+    effects |= {"z": 100.0 * GENE}
+    base = samples["tissue"].map({"liver": 3.0, "lung": 5.0}).to_numpy()[:, None]
+    return samples, base + np.stack([effects[name] for name in samples["perturbation"]])
+
+
+@pytest.mark.parametrize("baseline", [Additive, AdditiveNearest])
+def test_the_effect_of_an_unknown_set_is_the_sum_of_those_of_its_labels(sets, baseline):
+    fitted = baseline(profiles(sets, *screen()))
+    query = table(*(("a", "lung", name, None) for name in ("x|y", "x|z", "x", "q|x", "x|y|z")))
+    predicted = fitted.predict(query) - 5.0
+    np.testing.assert_allclose(predicted[0], GENE - 2.0 * GENE**2)
+    np.testing.assert_allclose(predicted[1], 7.0 + GENE)  # a set that training has
+    np.testing.assert_allclose(predicted[2], GENE)
+    np.testing.assert_allclose(predicted[4], GENE - 2.0 * GENE**2 + 100.0 * GENE)
+    # A label that training lacks: the effect of any unknown perturbation.
+    unknown = fitted.predict(table(("a", "lung", "q", None))) - 5.0
+    np.testing.assert_allclose(predicted[3], unknown[0])
+
+
+def test_a_text_with_a_bar_is_no_set_unless_the_column_has_sets(data):
+    fitted = Additive(profiles(data, *screen()))
+    predicted = fitted.predict(table(*(("a", "lung", name, None) for name in ("x|y", "q"))))
+    np.testing.assert_allclose(*predicted)

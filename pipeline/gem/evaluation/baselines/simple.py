@@ -4,6 +4,7 @@ Ridge regression is in `ridge.py`, the bilinear model in `bilinear.py`. N sample
 T treatments, C contexts. Expression is log-CPM, an effect a difference of log-CPM.
 """
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ import pandas as pd
 from scipy.sparse import csr_array
 
 from pipeline.gem.common.config import Data
-from pipeline.gem.data.labels import join_keys, label_key
+from pipeline.gem.data.labels import SET_KINDS, join_keys, label_key, label_texts, split_labels
 from pipeline.gem.data.references import SampleGroups
 from pipeline.gem.evaluation.baselines.profiles import (
     GroupMeans,
@@ -33,6 +34,33 @@ def training_mean(train: Profiles, rows: int) -> np.ndarray:
 def treatment_keys(groups: SampleGroups) -> list[pd.Series]:
     """Perturbation, dose and time (all covariates of the group); perturbation."""
     return [groups.treatment, groups.perturbation]
+
+
+def add_up_sets(
+    effects: Callable[[pd.DataFrame], np.ndarray],
+    samples: pd.DataFrame,
+    data: Data,
+    known: Collection[str],
+) -> np.ndarray:
+    """(N, G) `effects` of treated samples; of a set of perturbations "a|b" that is not `known` the
+    sum of those of its labels, if each is known alone."""
+    result, column = effects(samples), data.control.column
+    covariate = data.covariates.all().get(column)
+    if covariate is None or covariate.kind not in SET_KINDS:
+        return result
+    texts = label_texts(samples[column])
+    for text in texts.dropna().unique():
+        labels = split_labels(text)
+        if len(labels) > 1 and text not in known and all(label in known for label in labels):
+            rows = (texts == text).to_numpy()
+            parts = (samples[rows].assign(**{column: label}) for label in labels)
+            result[rows] = sum(effects(part) for part in parts)
+    return result
+
+
+def known_perturbations(treated: pd.DataFrame, data: Data) -> frozenset[str]:
+    """The texts of the perturbations of treated samples."""
+    return frozenset(label_texts(treated[data.control.column]).dropna())
 
 
 class PerturbedMean:
@@ -68,13 +96,14 @@ class Additive:
 
     Controls match by context and study, else by context, else all. The effect is the mean over
     contexts of the same perturbation, dose and time; else of the perturbation; else of all treated
-    samples.
+    samples. That of a set which training lacks is the sum of those of its labels.
     """
 
     def __init__(self, train: Profiles):
         train.require_both()
         self.data, self.controls = train.data, train.control_means
         self.effects = GroupMeans.fit(self._effect_keys(train.treated.samples), train.shifts)
+        self.known = known_perturbations(train.treated.samples, train.data)
 
     def _effect_keys(self, samples: pd.DataFrame) -> list[pd.Series]:
         groups = SampleGroups(samples, self.data)
@@ -88,7 +117,12 @@ class Additive:
         """(N, G)"""
         treated = ~SampleGroups(samples, self.data).control.to_numpy()
         prediction = self.no_change(samples)
-        prediction[treated] += self.effects.lookup(self._effect_keys(samples[treated]))
+        prediction[treated] += add_up_sets(
+            lambda part: self.effects.lookup(self._effect_keys(part)),
+            samples[treated],
+            self.data,
+            self.known,
+        )
         return prediction
 
 
@@ -146,7 +180,8 @@ class AdditiveNearest:
     sample's own context is the most similar one; others are ordered by the correlation over genes
     of their mean training controls (all studies pooled). Where no similarity is known (a context
     that training lacks, or without controls), the effect is the treatment's mean over contexts;
-    for an unknown perturbation, the mean effect in the sample's context, else overall.
+    for an unknown perturbation, the mean effect in the sample's context, else overall. That of a
+    set which training lacks is the sum of those of its labels.
     """
 
     def __init__(self, train: Profiles):
@@ -167,14 +202,20 @@ class AdditiveNearest:
         """(N, G)"""
         prediction = self.additive.no_change(samples)
         treated = ~SampleGroups(samples, self.data).control.to_numpy()
-        groups = SampleGroups(samples[treated], self.data)
+        prediction[treated] += add_up_sets(
+            self._effects, samples[treated], self.data, self.additive.known
+        )
+        return prediction
+
+    def _effects(self, samples: pd.DataFrame) -> np.ndarray:
+        """(N, G) of treated samples."""
+        groups = SampleGroups(samples, self.data)
         effects = self.fallback.lookup(self._fallback_keys(groups))
         # The most specific level comes last and overwrites.
         for level, key in zip(self.levels[::-1], treatment_keys(groups)[::-1], strict=True):
             nearest = level.nearest(key, groups.context, self.similarity)
             effects = np.where(np.isnan(nearest), effects, nearest)
-        prediction[treated] += effects
-        return prediction
+        return effects
 
 
 def context_similarity(profiles: pd.DataFrame) -> pd.DataFrame:

@@ -25,7 +25,7 @@ from pipeline.gem.evaluation.metrics import METRICS
 MAIN_METRICS = ("mse", "skill", "delta_pearson", "discrimination", "calibration")
 SPLIT_MEANING = {
     "test_random": "New samples of conditions in training",
-    "test_combination": "Combinations of context and perturbation that are not in training",
+    "test_combination": "New combinations of context and perturbation, or of several perturbations",
     "test_condition": "Known perturbations at a new dose or time, in a context in training",
     "test_context": "New contexts (a donor, a cell type) of which only controls are in training",
     "test_level": "New donors, doses or times (data.level_column) without a sample in training",

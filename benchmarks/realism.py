@@ -1,4 +1,4 @@
-"""How realistic simulated counts are: cohorts beside two real ones, statistic by statistic.
+"""How realistic simulated counts are: cohorts beside real ones, statistic by statistic.
 
 Reads   COHORT: folders that `prepare` wrote; only their training split is measured
 Writes  realism.csv and realism.png into the output folder; prints the table as Markdown
@@ -91,6 +91,11 @@ STATISTICS = {
         "316 genes for dexamethasone, 18 hours",
         "Himes et al., PLoS ONE 2014",
     ),
+    "context_correlation": Info(
+        "correlation",
+        "effects over genes of one perturbation in two contexts, without noise: strong effects "
+        "count most",
+    ),
     "target_fold": Info(
         "fold",
         "change of the target gene of a genetic perturbation, up or down: median over contrasts",
@@ -108,7 +113,7 @@ STATISTICS = {
 
 
 def real_cohorts() -> dict[str, CohortStatistics]:
-    """The statistics of the two real cohorts, as stored beside this module."""
+    """The statistics of the real cohorts, as stored beside this module."""
     records = json.loads(REAL.read_text(encoding="utf-8"))
     return {name: CohortStatistics.from_json(record) for name, record in records.items()}
 

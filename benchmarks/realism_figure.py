@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -35,7 +36,7 @@ def draw(cohorts: Cohorts, real: Cohorts, path: Path) -> None:
     styles |= {name: Style(next(real_colours), "--", "s") for name in real}
     cohorts = cohorts | real
     figure, ((bcv, zeros, sizes), (pearson, differential, target)) = plt.subplots(
-        2, 3, figsize=(13, 6.6)
+        2, 3, figsize=(16, 7.8)
     )
     _draw_bcv(bcv, cohorts, styles)
     _draw_zeros(zeros, cohorts, styles)
@@ -43,12 +44,12 @@ def draw(cohorts: Cohorts, real: Cohorts, path: Path) -> None:
     _draw_correlations(pearson, cohorts, styles)
     _draw_differential(differential, cohorts, styles)
     _draw_target_ranks(target, cohorts, styles)
-    figure.tight_layout(h_pad=2.5, w_pad=2.0, rect=(0, 0, 1, 0.93))
+    figure.tight_layout(h_pad=2.5, w_pad=2.0, rect=(0, 0.03, 1, 0.94))
     handles = bcv.get_legend_handles_labels()
     figure.legend(
         *handles, loc="upper left", ncols=len(cohorts), bbox_to_anchor=(0.005, 1.0), fontsize=10
     )
-    figure.text(0.995, 0.985, LEGEND, ha="right", va="top", color=MUTED)
+    figure.text(0.995, 0.01, LEGEND, ha="right", va="bottom", color=MUTED)
     save_figure(figure, path)
 
 
@@ -138,7 +139,7 @@ def _plot_intervals(
         style = styles[name]
         if statistic.value is None:
             where = {"va": "center", "transform": axis.get_yaxis_transform()}
-            axis.text(0.02, row, statistic.reason, color=MUTED, fontsize=8, **where)
+            axis.text(0.02, row, fill(statistic.reason, 40), color=MUTED, fontsize=7, **where)
             continue
         low, lower, _, upper, high = (scale * value for value in statistic.quantiles)
         line = {"color": style.colour, "solid_capstyle": "butt"}

@@ -17,6 +17,7 @@ import pandas as pd
 from scipy.special import polygamma
 from scipy.stats import rankdata
 
+from benchmarks.realism_effects import context_correlations
 from pipeline.gem.common.config import Data
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.expression import log_cpm
@@ -32,6 +33,7 @@ FDR = 0.05
 TOP = 0.01  # the top genes, as a share of all
 BCV_FROM = 10.0  # counts: below, a moment estimate from few replicates is mostly Poisson noise
 SCATTER_FROM = 100.0  # counts: Poisson's part of the variance is small beside a BCV of 0.2
+EFFECTS_FROM = 50.0  # counts: below, the log-CPM of a replicate is mostly count noise
 TESTED_FROM = 1.0  # counts, of the mean over all samples, which keeps the level of the test
 BINS = 10 ** np.arange(-2, 6.01, 0.5)  # edges of mean depth-adjusted counts
 BIN_GENES = 10  # genes that a bin needs
@@ -91,6 +93,7 @@ class CohortStatistics:
     replicate_pearson: Statistic
     replicate_spearman: Statistic
     differential_share: Statistic
+    context_correlation: Statistic
     target_fold: Statistic
     target_first: Statistic
     target_top: Statistic
@@ -222,6 +225,9 @@ def cohort_statistics(table: CountTable, seed: int) -> CohortStatistics:
         replicate_pearson=Statistic.median(pearson, single),
         replicate_spearman=Statistic.median(spearman, single),
         differential_share=Statistic.median(differential, no_contrast),
+        context_correlation=context_correlation(
+            expression[:, mean >= EFFECTS_FROM], table.samples.iloc[rows], table.data, seed
+        ),
         **target_statistics(expression, genes, groups, table.targets),
         bcv_curve=bcv_curve,
         zero_curve=curve(mean, zeros, poisson, mean > 0, average=True),
@@ -312,6 +318,18 @@ def differential_shares(
         return np.empty(0)
     contrasts = groups.contrasts()
     return np.array([differential_genes(tested[a], tested[b], FDR)[0].mean() for a, b in contrasts])
+
+
+def context_correlation(
+    expression: np.ndarray, samples: pd.DataFrame, data: Data, seed: int
+) -> Statistic:
+    """Of the effects of a treatment in two contexts: the sum over pairs of their covariances over
+    that of proportional effects, so that strong effects count most."""
+    samples = samples.reset_index(drop=True)
+    covariance, proportional = context_correlations(expression, samples, data, seed)
+    if not len(covariance):
+        return Statistic(None, reason="no treatment with replicates and an effect in two contexts")
+    return Statistic(float(covariance.sum() / proportional.sum()), n=len(covariance))
 
 
 def target_statistics(

@@ -9,6 +9,7 @@ import pytest
 from support.settings import ROOT, SHARED_DATA
 
 from benchmarks import realism, realism_statistics
+from benchmarks.cohorts.declarations import read_task
 from benchmarks.realism import STATISTICS, comparison_table, real_cohorts
 from benchmarks.realism_figure import draw
 from benchmarks.realism_statistics import (
@@ -189,6 +190,51 @@ def test_a_contrast_uses_the_controls_of_its_study_and_context():
     ]
 
 
+# --- contexts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+@pytest.mark.parametrize("noise", [0.1, 1.0])
+def test_the_correlation_between_contexts_has_no_noise(rng, share, noise):
+    """Of effects of which this share of the variance is of one context; a factor of the context
+    and the noise of replicates do not count."""
+    tables = [
+        sample_table({"control": 6, "drug": 6, "idle": 6}, "one").assign(tissue=tissue)
+        for tissue in ("a", "b", "c")
+    ]
+    samples = pd.concat(tables, ignore_index=True)
+    samples["sample_id"] = [f"s{index:03d}" for index in range(len(samples))]
+    genes, drug = 4000, (samples["perturbation"] == "drug").to_numpy()
+    expression, shared = 5 + noise * rng.normal(size=(len(samples), genes)), rng.normal(size=genes)
+    for tissue, factor in (("a", 1.0), ("b", 0.6), ("c", 1.5)):
+        own = rng.normal(size=genes)
+        effect = factor * (np.sqrt(1 - share) * shared + np.sqrt(share) * own)
+        expression[drug & (samples["tissue"] == tissue).to_numpy()] += effect
+    data = declarations(("tissue",))
+    found = realism_statistics.context_correlation(expression, samples, data, 0)
+    assert found.n == 3  # the idle one has no effect in any context
+    assert found.value == pytest.approx(1 - share, abs=0.05)
+
+
+def test_an_effect_is_measured_against_controls_of_its_time(rng):
+    """What changes with time in controls too is no effect."""
+    table = sample_table({"control": 4, "drug": 4})
+    table["perturbation_time"] = ["1 h", "1 h", "9 h", "9 h"] * 2
+    samples = pd.concat([table.assign(tissue=tissue) for tissue in "ab"], ignore_index=True)
+    late = (samples["perturbation_time"] == "9 h").to_numpy()[:, None]
+    drug = (samples["perturbation"] == "drug").to_numpy()[:, None]
+    effects = np.where(
+        (samples["tissue"] == "a").to_numpy()[:, None], *rng.normal(size=(2, 1, 3000))
+    )
+    expression = 0.01 * rng.normal(size=(8 * 2, 3000)) + late * rng.normal(size=3000) * 5
+    expression += drug * effects
+    covariates = declarations(("tissue",)).covariates.model_dump()
+    covariates["perturbation"]["perturbation_time"] = {"kind": "numeric", "scale": "log"}
+    data = declarations(("tissue",), covariates=covariates)
+    found = realism_statistics.context_correlation(expression, samples, data, 0)
+    assert found.n == 2 and abs(found.value) < 0.1
+
+
 # --- missing values -------------------------------------------------------------------------------
 
 
@@ -196,7 +242,8 @@ def test_statistics_without_data_are_none_with_a_reason(rng):
     samples = sample_table({"control": 1, "drug": 1})
     statistics = measure(simulated(samples, np.full(50, 100.0), 0.01, rng))
     empty = {name for name in STATISTICS if getattr(statistics, name).value is None}
-    assert empty == {"bcv", "bcv_scatter", "zero_excess", "differential_share"} | {
+    expected = {"bcv", "bcv_scatter", "zero_excess", "differential_share", "context_correlation"}
+    assert empty == expected | {
         name for name in STATISTICS if name.startswith(("replicate_", "target_"))
     }
     assert all(getattr(statistics, name).reason for name in empty)
@@ -333,17 +380,26 @@ def flat(record: object, path: str = "") -> dict[str, object]:
     return {k: v for name, part in items for k, v in flat(part, f"{path}/{name}").items()}
 
 
-@pytest.mark.skipif(not SHARED_DATA.exists(), reason="the real cohorts are not on this machine")
-def test_the_stored_statistics_of_real_cohorts_are_reproduced():
+def real_statistics() -> dict[str, CohortStatistics]:
+    """Of the real cohorts, from their counts."""
     yeast = declarations(("organism_strain",), source=str(SHARED_DATA / "yeast_snf2.h5ad"))
     airway = declarations(source=str(SHARED_DATA / "airway.h5ad"))  # replicates: donors
     snf2 = pd.DataFrame({"perturbation": ["snf2"], "gene_id": ["YOR290C"]})
-    measured = {
+    defaults = read_params(ROOT / "params.yaml")
+    contexts = {
+        name: source_statistics(read_task(name, SHARED_DATA, defaults).params.data, None)
+        for name in ("bmdm_mtb", "cglabrata_phosphate")
+    }
+    return {
         "yeast_snf2": source_statistics(yeast, snf2),
         "airway": source_statistics(airway, None),
-    }
+    } | contexts
+
+
+@pytest.mark.skipif(not SHARED_DATA.exists(), reason="the real cohorts are not on this machine")
+def test_the_stored_statistics_of_real_cohorts_are_reproduced():
     stored = flat(json.loads(realism.REAL.read_text()))
-    records = {name: asdict(statistics) for name, statistics in measured.items()}
+    records = {name: asdict(statistics) for name, statistics in real_statistics().items()}
     recomputed = flat(json.loads(json.dumps(records)))
     assert list(recomputed) == list(stored)
     for path, value in recomputed.items():

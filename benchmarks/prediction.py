@@ -116,7 +116,7 @@ def random_model_and_query(rows: int, genes: int, hidden: int) -> tuple[TrainedG
     encoder = MetadataEncoder.fit(samples, Covariates.model_validate(COVARIATES))
     names = np.array([f"G{gene}" for gene in range(genes)])
     torch.manual_seed(0)
-    gem = TrainedGEM.build(names, encoder, TargetGenes(None, {}), params, None, support)
+    gem = TrainedGEM.build(names, encoder, TargetGenes(None, {}, sets=False), params, None, support)
     gem.network.decoder[-1].bias.data = torch.from_numpy(rng.normal(3, 2, genes).astype(np.float32))
     gem.network.linear_decoder.weight.data *= 3
     gem.network.eval()

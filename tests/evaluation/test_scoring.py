@@ -186,11 +186,12 @@ class Definitions:
         return np.mean(result) if result else math.nan
 
     def target_bias(self, conditions) -> float:
-        rows = [row for row in self.rows(conditions) if self.split.target[row] >= 0]
-        target = self.split.target[rows]
-        if not rows:
-            return math.nan
-        return np.mean(self.values[rows, target] - self.observed[rows, target])
+        bias = [
+            np.mean([self.values[row, gene] - self.observed[row, gene] for gene in genes])
+            for row in self.rows(conditions)
+            if len(genes := self.split.target[row][self.split.target[row] >= 0])
+        ]
+        return np.mean(bias) if bias else math.nan
 
 
 def welch_genes(values, control: Controls, rows, context: str) -> np.ndarray:
@@ -326,7 +327,7 @@ def simulated(rng) -> tuple[EvaluationSplit, np.ndarray, tuple[np.ndarray, np.nd
         expected + rng.normal(0, 0.2, expected.shape),
         condition,
         control,
-        target=np.abs(effect).argmax(axis=1)[condition],
+        target=np.abs(effect).argmax(axis=1)[condition][:, None],
         perturbed_centroid=np.tile(effect.mean(axis=0) + level, (SAMPLES, 1)),
     )
     return split, expected, ((effect != 0)[condition], effect[condition])
@@ -536,7 +537,7 @@ def test_metrics_that_a_split_cannot_have_are_null_with_a_reason(simulated, miss
         predicted = predictions["x"][0]
     if missing == "treated predictions":
         treated = split.condition > 3
-        split = replace(split, treated=treated, target=np.where(treated, split.target, -1))
+        split = replace(split, treated=treated, target=np.where(treated[:, None], split.target, -1))
         predicted = PredictedSplit(np.where(treated[:, None], np.nan, expected))
     result = scores(split, predicted)
     assert list(result) == list(METRICS)

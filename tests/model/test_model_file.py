@@ -373,7 +373,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "interactions above memory": (with_model(interactions=2**16), "weights do not fit"),
     "latents above memory": (with_model(latent=TOO_WIDE), "weights do not fit"),
     "unknown model parameter": (with_model(hidden="many"), "model.hidden"),
-    "other version": (with_key("format_version", 4), "format_version: Input should be 9"),
+    "other version": (with_key("format_version", 4), "format_version: Input should be 10"),
     "no genes": (with_key("genes", []), "genes"),
     "term of an unknown covariate": (with_term(covariate="nothing"), "the covariates lack"),
     "smooth term of labels": (with_term(kind="smooth"), "the covariates lack"),
@@ -394,10 +394,17 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "other gene hash": (with_key("gene_list_sha256", "0"), "not the hash of the genes"),
     "no metadata": (with_key("metadata", {}), "metadata"),
     "target beyond the genes": (
-        with_key("targets", {"column": None, "genes": {"x": 10**6}}),
+        with_key("targets", {"column": None, "genes": {"x": [10**6]}, "sets": False}),
         "x target none of the",
     ),
-    "negative target": (with_key("targets", {"column": None, "genes": {"x": -1}}), "x target none"),
+    "negative target": (
+        with_key("targets", {"column": None, "genes": {"x": [0, -1]}, "sets": False}),
+        "x target none",
+    ),
+    "repeated target": (
+        with_key("targets", {"column": None, "genes": {"x": [1, 1]}, "sets": False}),
+        "x target a gene twice",
+    ),
     "NaN temperature": (with_key("temperatures", {"tissue": float("nan")}), "temperatures"),
     "negative temperature": (with_key("temperatures", {"tissue": -1.0}), "temperatures"),
     "no temperatures": (with_key("temperatures", {}), "temperatures are not those of its label"),
@@ -412,7 +419,10 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "number as study": (with_key("hidden_study", 3), "hidden_study"),
     "missing key": (lambda d, _: d.pop("model"), "model: Field required"),
     "unknown key": (with_key("a\nb", 1), r"a\\nb: Extra inputs are not permitted"),
-    "unknown nested key": (with_key("targets", {"column": None, "genes": {}, "x": 1}), "targets.x"),
+    "unknown nested key": (
+        with_key("targets", {"column": None, "genes": {}, "sets": False, "x": 1}),
+        "targets.x",
+    ),
 }
 
 

@@ -273,11 +273,13 @@ def test_an_interaction_is_the_sum_over_programs_of_response_times_loading(gener
     assert (module.strength(biological, torch.zeros(2, 2)) == 0).all()
 
 
-def test_a_target_effect_changes_the_target_gene_only(small_model, generator):
+def test_a_target_effect_changes_the_target_genes_only(small_model, generator):
     decoded = torch.randn(3, 9, generator=generator)
-    target_gene, effect = torch.tensor([4, 0, -1]), torch.tensor([1.5, -2.0, 4.0])
+    target_gene = torch.tensor([[4, 7], [0, -1], [-1, -1]])
+    effect = torch.tensor([1.5, -2.0, 4.0])
     expected = decoded.clone()
     expected[0, 4] += 1.5
+    expected[0, 7] += 1.5
     expected[1, 0] -= 2.0
     result = network(small_model).add_target_effect(decoded, target_gene, effect)
     assert_close(result, expected)

@@ -137,9 +137,10 @@ def terms_by_sample(net: Network, data: Batch) -> dict[str, torch.Tensor]:
                 mean = net.decode(others)[0].detach() + weight @ z[0]
             else:
                 mean = net.decode(z)[0]
-            if data.target_gene[row] >= 0:
-                change = torch.zeros(GENES).index_fill(0, data.target_gene[row], 1.0) * effect
-                mean = mean + (change.detach() if name == "nll_unseen_study" else change)
+            for gene in data.target_gene[row]:
+                if gene >= 0:
+                    change = torch.zeros(GENES).index_fill(0, gene, 1.0) * effect
+                    mean = mean + (change.detach() if name == "nll_unseen_study" else change)
             if name == "nll_reference":
                 mean = mean + net.reference_residual(shifted, net.decode(control.mean))[0]
                 mean = mean - data.batch_effect[row]
@@ -204,7 +205,7 @@ def test_terms_do_not_depend_on_the_batch_size_in_expectation(small_model, gener
 @torch.no_grad()
 def test_duplicated_genes_double_the_likelihood_terms_and_leave_the_divergence(small_model):
     net, double = network(small_model), network(small_model, genes=2 * GENES)
-    data = replace(batch(), target_gene=torch.full((6,), -1))
+    data = replace(batch(), target_gene=torch.full((6, 1), -1))
     state = net.state_dict()
     for name, value in state.items():
         if value.shape[0] == GENES:

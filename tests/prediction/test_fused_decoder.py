@@ -51,7 +51,8 @@ def random_model(samples: pd.DataFrame, **changes: object) -> TrainedGEM:
     values = {f"model.{name}": value for name, value in (SIZES | changes).items()}
     values = {"model.observation": "normal"} | values
     encoder = MetadataEncoder.fit(samples, Covariates.model_validate(COVARIATES))
-    targets = TargetGenes("perturbation", {f"perturbation_{level}": level for level in range(1, 5)})
+    genes = {f"perturbation_{level}": (level, 0) for level in range(1, 5)}
+    targets = TargetGenes("perturbation", genes, sets=False)
     params = read_params(ROOT / "params.yaml").override(values).model
     torch.manual_seed(1)
     gem = TrainedGEM.build(np.arange(GENES).astype(str), encoder, targets, params)

@@ -54,7 +54,7 @@ def test_a_spelling_predicts_the_same(gem, names, written, spelled):
 
 
 def test_the_target_gene_and_the_extrapolation_do_not_depend_on_the_order(gem, names):
-    target = gem.targets.genes.get(names["first"], 0)
+    target = gem.targets.genes.get(names["first"], (0,))
     label = "|".join(sorted([names["first"], names["second"]]))
     support = gem.training_support
     seen = (*(names[column] if column != "perturbation" else label for column in support.columns),)

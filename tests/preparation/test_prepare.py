@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.gem.common.errors import InputError, IntegrityError
 from pipeline.gem.data.cohort import Cohort, with_checksum
+from pipeline.gem.data.labels import LabelForm
 from pipeline.gem.data.shards import ShardWriter, read_shard
 from pipeline.gem.model.query import TargetGenes
 
@@ -45,6 +46,8 @@ def test_the_target_of_a_sample_is_the_position_of_its_gene_in_the_cohort(cohort
         TargetGenes.from_cohort(cohort).positions(cohort.samples),
         cohort.samples["perturbation"],
     )
+    assert positions.shape == (len(cohort.samples), 1)
+    positions = positions[:, 0]
     has_target = positions >= 0
     assert has_target.any() and (perturbations[~has_target] == "control").any()
     expected = cohort.targets[perturbations[has_target]].tolist()
@@ -105,6 +108,40 @@ def test_labels_and_names_of_csv_tables_are_texts(prepare, source, params):
     assert set(cohort.samples["perturbation"]) == {"control", *rename.values()}
     assert set(cohort.targets) <= set(name_of.values()) and len(cohort.targets)
     assert not [note for note in cohort.manifest["notes"] if "features" in note]
+
+
+def test_a_perturbation_may_have_several_targets_and_a_set_has_those_of_its_labels(
+    prepare, params, source
+):
+    """Of a set in the table its own; a target that no other filter keeps is kept."""
+    targets = pd.read_parquet(source / "targets.parquet")
+    first, second, third = targets["perturbation"].iloc[:3]
+    genes = pd.read_parquet(source / "genes.parquet")["gene_id"].iloc[:5].tolist()
+    rows = [
+        *((first, genes[0]), (first, genes[1]), (second, genes[1]), (second, genes[2])),
+        (f"{third}|{first}", genes[3]),
+    ]
+    pd.DataFrame(rows, columns=["perturbation", "gene_id"]).to_parquet(source / "targets.parquet")
+    names = {"both": f"{second}|{first}", "own": f"{first}|{third}", "new": f"{second}|{third}"}
+    singles = ["control", first, second, third]
+
+    def with_sets(samples: pd.DataFrame) -> pd.DataFrame:
+        return samples.assign(perturbation=np.resize([*singles, *names.values()], len(samples)))
+
+    edit(source / "samples.parquet", with_sets)
+    kinds = identities(params)
+    for kind, sets in (("multilabel", True), ("categorical", False)):
+        kinds["perturbation"]["perturbation"] = {"kind": kind}
+        cohort = prepare(source, kind, covariates=kinds, highly_variable=1)
+        queries = [*singles, *names.values(), None, "never"]
+        query = LabelForm.of(cohort.declared).table(pd.DataFrame({"perturbation": queries}))
+        positions = TargetGenes.from_cohort(cohort).positions(query)
+        found = [[cohort.genes[gene] for gene in row if gene >= 0] for row in positions]
+        of_first, of_second, none = genes[:2], genes[1:3], []
+        expected = [none, of_first, of_second, none]
+        expected += [genes[:3], [genes[3]], of_second] if sets else [none, none, none]
+        assert list(map(set, found)) == list(map(set, [*expected, none, none]))
+        assert all(len(set(own)) == len(own) for own in found)
 
 
 def test_a_target_gene_outside_the_cohort_has_no_position(prepare, source):

@@ -126,7 +126,7 @@ def simple_split(
         pair=names,
         condition_name=names,
         perturbed_centroid=None,
-        target=np.full(number, -1),
+        target=np.full((number, 1), -1),
         condition=condition,
         entity=condition,
         entity_kind="condition",

@@ -77,13 +77,18 @@ def batch(size=6, genes=GENES, sizes=METADATA_SIZES, heads=HEADS, seed=1) -> Bat
     def integers(low, high):
         return torch.randint(low, high, (size,), generator=generator)
 
+    def targets():
+        """(size, 2) none, one or two distinct genes."""
+        first = integers(-1, genes)
+        return torch.stack([first, torch.where(first > 2, first - 3, -1)], dim=1)
+
     labels = [integers(-1, classes) for _, classes in heads.values()]
     return Batch(
         observed=Observed(5 * uniform(size, genes)),
         noise=latent_noise(size),
         reference=5 * uniform(size, genes),
         batch_effect=torch.randn(size, genes, generator=generator),
-        target_gene=integers(-1, genes),
+        target_gene=targets(),
         unseen_study=binary(4, sizes["technical"]),
         partial_metadata={group: sparse(torch.zeros(4, width)) for group, width in sizes.items()},
         metadata={group: binary(4, width) for group, width in sizes.items()},

@@ -6,7 +6,7 @@ genes.parquet     gene_id of the kept genes, in the order of the counts
 splits.parquet    sample_id, split
 sizes.csv         a row per split: samples, studies, contexts, perturbations, pairs, conditions,
                   controls
-targets.parquet   perturbation, gene_id of its target gene; empty if unknown
+targets.parquet   perturbation, gene_id of a target gene, a row for each; empty if unknown
 embeddings/       a table of features per embedding covariate, by its position
 counts/           train-*.parquet, validation-*.parquet, test-*.parquet (never read in training),
                   in random order

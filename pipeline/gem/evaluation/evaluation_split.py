@@ -63,7 +63,7 @@ class EvaluationSplit:
     pair: np.ndarray  # context and perturbation
     condition_name: np.ndarray  # context, perturbation, dose and time
     perturbed_centroid: np.ndarray | None  # (N, G) mean of the centroids of training perturbations
-    target: np.ndarray  # (N,) position of the perturbation's target gene, -1 without
+    target: np.ndarray  # (N, K) positions of the perturbation's target genes, -1 without
     condition: np.ndarray  # (N,) index
     entity: np.ndarray  # (N,) index of what the split holds out, as in HELD_OUT; else the condition
     entity_kind: str

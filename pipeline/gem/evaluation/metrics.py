@@ -82,14 +82,15 @@ def skill(error: np.ndarray, baseline: np.ndarray, ideal: np.ndarray) -> np.ndar
 
 
 def target_bias(observed: np.ndarray, predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(N,) predicted minus observed log-CPM (N, G) of the gene with index `target` (N,).
-
-    NaN for a sample without a target (-1).
+    """(N,) predicted minus observed log-CPM (N, G), mean over the genes with indices `target`
+    (N, K), -1 for none. NaN for a sample without a target.
     """
-    rows = np.arange(len(target))
+    rows = np.arange(len(target))[:, None]
     # Index -1 reads the last gene, whose value is discarded.
     bias = np.subtract(predicted[rows, target], observed[rows, target], dtype=np.float64)
-    return np.where(target < 0, np.nan, bias)
+    number = (target >= 0).sum(axis=1)
+    sums = np.where(target < 0, 0.0, bias).sum(axis=1)
+    return np.divide(sums, number, out=np.full(len(target), np.nan), where=number > 0)
 
 
 # --- correlations of levels and changes ---------------------------------------------------------

@@ -209,7 +209,7 @@ class TrainedGEM:
             rows = torch.from_numpy(reference_index).to(self.device)
             posterior, residual = posterior.rows(rows), residual[rows]
         latents = self.network.condition(prior, posterior, conditioning)
-        source = torch.full_like(target_gene, LatentSource.REFERENCE)
+        source = torch.full_like(target_gene[:, 0], LatentSource.REFERENCE)
         return DecoderInput(latents, target_gene, effect, source, residual)
 
     def _mixed_query(self, encoded: Mapping[str, EncodedGroup]) -> MixedQuery:

@@ -32,7 +32,7 @@ from pipeline.gem.model.query import TargetGenes
 from pipeline.gem.model.training_support import TrainingSupport
 
 MODEL_FILE = "model.safetensors"  # of a model directory
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 _BLOCK_TENSORS = 6  # of a residual block
 _TRAIN_AGAIN = "train the model again"
 _WEIGHTS, _FEATURES, _MIXED = "network.", "features.", "mixed."  # prefixes of tensor names
@@ -109,7 +109,7 @@ class MixedState(Frozen):
 class ModelDescription(Frozen):
     """A trained model without its tensors; its fields are the keys of the JSON."""
 
-    format_version: Literal[9] = FORMAT_VERSION
+    format_version: Literal[10] = FORMAT_VERSION
     genes: Annotated[tuple[str, ...], Field(min_length=1)]
     gene_list_sha256: str
     metadata: MetadataState
@@ -232,9 +232,11 @@ def _inconsistencies(description: ModelDescription, tensors: Mapping[str, Tensor
         problems.append(f"genes: {twice} occurs twice")
     if sha256_of(genes) != description.gene_list_sha256:
         problems.append("gene_list_sha256: not the hash of the genes")
-    targets = description.targets.genes
-    if outside := [name for name, gene in targets.items() if not 0 <= gene < len(genes)]:
+    targets = description.targets.genes.items()
+    if outside := [name for name, own in targets if not all(0 <= g < len(genes) for g in own)]:
         problems.append(f"targets: {examples(outside)} target none of the {len(genes)} genes")
+    if twice := [name for name, own in targets if len(set(own)) < len(own)]:
+        problems.append(f"targets: {examples(twice)} target a gene twice")
     # Even without memory for its weights, a network of many blocks takes seconds to build.
     blocks = 2 * (description.model.blocks + description.model.prior_blocks)
     if _BLOCK_TENSORS * blocks > len(tensors):

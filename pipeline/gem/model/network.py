@@ -233,10 +233,10 @@ class Network(nn.Module):
 
     @staticmethod
     def add_target_effect(decoded: Tensor, target_gene: Tensor, effect: Tensor) -> Tensor:
-        """Decoded (B, G) plus an effect (B,) on each sample's target gene (B,), -1 without one; in
-        place."""
-        effect = torch.where(target_gene >= 0, effect, 0.0)
-        return decoded.scatter_add_(1, target_gene.clamp_min(0)[:, None], effect[:, None])
+        """Decoded (B, G) plus an effect (B,) on each of a sample's target genes (B, K), -1 for
+        none; in place."""
+        effects = torch.where(target_gene >= 0, effect[:, None], 0.0)
+        return decoded.scatter_add_(1, target_gene.clamp_min(0), effects)
 
     def reference_residual(self, reference: Tensor, decoded: Tensor) -> Tensor:
         """(B, G) to add to predictions from references (B, G) whose posterior means are decoded to

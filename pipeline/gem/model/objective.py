@@ -63,7 +63,7 @@ class Batch:
     observed: Observed
     metadata: Mapping[str, MetadataRows]  # by group: distinct rows
     index: Mapping[str, Tensor]  # by group: (B,) row of `metadata`
-    target_gene: Tensor  # (B,) position of the perturbation's own target gene, -1 without
+    target_gene: Tensor  # (B, K) positions of the perturbation's own target genes, -1 without
     labels: Tensor  # (B, heads) class index, -1 missing
     noise: LatentNoise
     # Each of the following is empty where the objective leaves its term out.
@@ -155,7 +155,7 @@ def _decode_all(
     if references:
         # The references themselves, for their residuals: decoded without a target effect.
         rows = torch.cat([drawn, reference_posterior.mean])
-        target_gene = F.pad(target_gene, (0, references), value=-1)
+        target_gene = F.pad(target_gene, (0, 0, 0, references), value=-1)
         effects, sizes = F.pad(effects, (0, references)), [*sizes, references]
     decoded = network.add_target_effect(network.decode(rows), target_gene, effects).split(sizes)
     if references:

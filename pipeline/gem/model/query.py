@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.gem.data.cohort import Cohort
-from pipeline.gem.data.labels import label_texts
+from pipeline.gem.data.labels import SET_KINDS, label_texts, split_labels
 from pipeline.gem.model.metadata.rows import MetadataRows
 from pipeline.gem.model.mixed.mixed_model import MixedModel
 from pipeline.gem.model.network import Gaussian, Network
@@ -21,25 +21,43 @@ from pipeline.gem.model.network import Gaussian, Network
 
 @dataclass(frozen=True)
 class TargetGenes:
-    """The target gene of each genetic perturbation."""
+    """The target genes of each perturbation: K of one at most."""
 
     column: str | None  # the covariate that names the perturbation
-    genes: dict[str, int]  # perturbation to position among the genes
+    genes: dict[str, tuple[int, ...]]  # perturbation to distinct positions among the genes
+    sets: bool  # "a|b" has the targets of "a" and of "b"
 
     @classmethod
     def from_cohort(cls, cohort: Cohort) -> "TargetGenes":
         control = cohort.declared.control
         if control is None:
-            return cls(None, {})
+            return cls(None, {}, sets=False)
         positions = {gene: position for position, gene in enumerate(cohort.genes)}
-        targets = cohort.targets.items()
-        return cls(control.column, {name: positions[g] for name, g in targets if g in positions})
+        genes: dict[str, tuple[int, ...]] = {}
+        for name, gene in cohort.targets.items():
+            if gene in positions:
+                genes[name] = (*genes.get(name, ()), positions[gene])
+        covariate = cohort.declared.covariates.all().get(control.column)
+        return cls(control.column, genes, covariate is not None and covariate.kind in SET_KINDS)
 
     def positions(self, samples: pd.DataFrame) -> np.ndarray:
-        """(N,) int64 position of each sample's target gene, -1 without."""
+        """(N, K) int64 positions of each sample's target genes; -1 after the last of them."""
         if self.column is None or self.column not in samples:
-            return np.full(len(samples), -1)
-        return label_texts(samples[self.column]).map(self.genes).fillna(-1).to_numpy(dtype=np.int64)
+            return np.full((len(samples), 1), -1)
+        code, names = pd.factorize(label_texts(samples[self.column]))
+        targets = [self._of(name) for name in names]
+        # A row more, for a missing perturbation: code -1.
+        table = np.full((len(names) + 1, max(1, *map(len, targets), 1)), -1)
+        for row, own in enumerate(targets):
+            table[row, : len(own)] = own
+        return table[code]
+
+    def _of(self, perturbation: str) -> tuple[int, ...]:
+        if perturbation in self.genes or not self.sets:
+            return self.genes.get(perturbation, ())
+        labels = split_labels(perturbation)
+        found = (gene for label in labels for gene in self.genes.get(label, ()))
+        return tuple(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
@@ -72,8 +90,8 @@ class DecoderInput(NamedTuple):
     """Everything that the decoder needs for N samples."""
 
     latents: Gaussian  # (N, L)
-    target_gene: Tensor  # (N,) position of the perturbation's own target gene, -1 without
-    target_effect: Tensor  # (N,) effect on that gene, log-CPM
+    target_gene: Tensor  # (N, K) positions of the perturbation's own target genes, -1 without
+    target_effect: Tensor  # (N,) effect on each of these genes, log-CPM
     source: Tensor  # (N,) LatentSource, which decides the observation noise
     reference_residual: Tensor | None = None  # (N, G) to add to the decoded values, log-CPM
     # (N, 3) number of each group's distinct metadata; None if latents depend on a reference
@@ -94,10 +112,10 @@ def add_offsets(
     decoded: Tensor, inputs: DecoderInput, rows: slice | Tensor = slice(None)
 ) -> Tensor:
     """Adds to decoded values (B, G) of B rows, in place, what does not depend on the latents: the
-    effect on the target gene, the mixed model's prediction, and the reference's residual."""
+    effect on the target genes, the mixed model's prediction, and the reference's residual."""
     target_gene = inputs.target_gene[rows]
-    samples = (target_gene >= 0).nonzero().squeeze(1)
-    decoded[samples, target_gene[samples]] += inputs.target_effect[rows][samples]
+    samples, place = (target_gene >= 0).nonzero(as_tuple=True)
+    decoded[samples, target_gene[samples, place]] += inputs.target_effect[rows][samples]
     if inputs.mixed is not None:
         whole = isinstance(rows, slice) and rows == slice(None)
         (inputs.mixed if whole else inputs.mixed[rows]).blend(decoded)

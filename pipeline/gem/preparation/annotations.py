@@ -128,12 +128,9 @@ def _read_targets(data: Data, known_genes: set[str]) -> pd.DataFrame:
         table["perturbation"] = table["perturbation"].map(texts)
         table = table.dropna()
     problems = _unknown_genes(table["gene_id"], known_genes, path, data)
-    if duplicates := sorted(table["perturbation"][table["perturbation"].duplicated()].unique()):
-        names = examples(duplicates)
-        problems.append(f"{path}: duplicate perturbations {names}; expected one target gene each")
     if problems:
         raise InputError(*problems)
-    return table.reset_index(drop=True)
+    return table.drop_duplicates(ignore_index=True)
 
 
 def _read_gene_list(data: Data, known_genes: set[str]) -> list[str] | None:

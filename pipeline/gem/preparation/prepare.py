@@ -23,7 +23,13 @@ from pipeline.gem.data.cohort import (
     embedding_files,
     with_checksum,
 )
-from pipeline.gem.data.labels import LabelForm, label_texts, list_cell_problems
+from pipeline.gem.data.labels import (
+    SET_KINDS,
+    LabelForm,
+    label_texts,
+    list_cell_problems,
+    split_labels,
+)
 from pipeline.gem.data.sources import Source, check_unique
 from pipeline.gem.data.splits import SPLIT_ROLES, TRAIN, date_problems, role_of, split_sizes
 from pipeline.gem.data.tables import RESERVED_COLUMNS, reserved_name_problems
@@ -190,8 +196,11 @@ def _target_genes(targets: pd.DataFrame, samples: pd.DataFrame, data: Data) -> s
     """The target genes of the perturbations of the samples."""
     if data.control is None:
         return set()
-    labels = label_texts(samples[data.control.column])
-    return set(targets["gene_id"][targets["perturbation"].isin(labels)])
+    names = set(label_texts(samples[data.control.column]).dropna())
+    covariate = data.covariates.all().get(data.control.column)
+    if covariate is not None and covariate.kind in SET_KINDS:
+        names |= {label for name in names for label in split_labels(name)}
+    return set(targets["gene_id"][targets["perturbation"].isin(names)])
 
 
 def _declarations(data: Data) -> dict:

@@ -38,7 +38,7 @@ class EncodedRows:
     metadata: dict[str, MetadataRows]  # by group: distinct rows
     index: dict[str, Tensor]  # by group: (B,) row of `metadata`
     labels: Tensor  # (B, heads) class index, -1 missing
-    target_gene: Tensor  # (B,) position of the perturbation's own target gene, -1 without
+    target_gene: Tensor  # (B, K) positions of the perturbation's own target genes, -1 without
     totals: Tensor  # (B,) counts
 
 

@@ -51,7 +51,7 @@ def _sums(network: Network, samples: EncodedRows, draws: int, generator: torch.G
     prior = network.joint_prior(samples.metadata, samples.index)
     effects = network.target_effect(samples.metadata["perturbation"])
     effect = effects[samples.index["perturbation"]]
-    source = torch.full_like(samples.target_gene, LatentSource.PRIOR)
+    source = torch.full_like(samples.target_gene[:, 0], LatentSource.PRIOR)
     inputs = DecoderInput(prior, samples.target_gene, effect, source)
     observed, totals = samples.observed.rows(rows), samples.totals[rows]
     score, decoded = predictive_log_likelihood(network, observed, inputs, draws, generator, rows)

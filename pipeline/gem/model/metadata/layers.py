@@ -70,7 +70,8 @@ class LinearPrior(MetadataLinear):
 
 
 class TargetEffect(nn.Module):
-    """The effect of a genetic perturbation on its own target gene, from its type, dose and time."""
+    """The effect of a perturbation on each of its own target genes, from its type (knock-out,
+    interference, activation, over-expression), dose and time."""
 
     WIDTH = 16
 
@@ -85,7 +86,7 @@ class TargetEffect(nn.Module):
         nn.init.zeros_(self.narrow.bias)
 
     def forward(self, rows: MetadataRows) -> Tensor:
-        """(U,) log-CPM to add to the target gene, for encoded perturbations."""
+        """(U,) log-CPM to add to the target genes, for encoded perturbations."""
         masked = rows.scale(self.columns[rows.columns])
         return self.narrow(F.relu(self.widen(masked))).squeeze(1)
 

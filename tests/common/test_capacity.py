@@ -135,7 +135,8 @@ fit(data, params, 1, checkpoint=Checkpoint(folder / "fit"))
     "evaluate": """
 from pipeline.gem.evaluation import bootstrap, metrics
 values = np.random.default_rng(0).normal(size=(60, 1000))
-metrics.gene_pearson(values, values, bootstrap.Bootstrap(np.arange(60), draws, 0))
+resamples = bootstrap.Bootstrap(np.arange(60), draws, 0)
+metrics.gene_pearson(metrics.GeneMoments(values, resamples), values)
 """,
 }
 HEAD = """

@@ -10,6 +10,7 @@ from sklearn.metrics import mean_absolute_error, mean_squared_error
 from pipeline.gem.evaluation.bootstrap import Bootstrap
 from pipeline.gem.evaluation.metrics import (
     METRICS,
+    GeneMoments,
     absolute_error,
     calibration,
     delta_pearson,
@@ -82,7 +83,7 @@ def test_errors_and_correlations_of_rows_are_those_of_scikit_learn_and_scipy(
 def test_gene_pearson_is_the_variance_weighted_correlation_over_samples(pair):
     observed, predicted = pair[0] * np.linspace(0.1, 3, GENES), pair[1]
     resamples = Bootstrap(CONDITION, 7, 0)
-    values = gene_pearson(observed, predicted, resamples)
+    values = gene_pearson(GeneMoments(observed, resamples), predicted)
     for value, weights in zip(values, resamples.weights, strict=True):
         rows = np.repeat(np.arange(SAMPLES), weights[CONDITION].astype(int))
         genes = zip(observed[rows].T, predicted[rows].T, strict=True)
@@ -236,7 +237,7 @@ def test_a_resample_without_transforms_has_no_calibration():
 def test_a_mirrored_prediction_has_correlation_minus_one_and_the_lowest_rank(pair):
     change = pair[0] - pair[0].mean(axis=0)
     resamples = Bootstrap(CONDITION, 0, 0)
-    assert gene_pearson(change, -change, resamples)[0] == pytest.approx(-1, abs=1e-12)
+    assert gene_pearson(GeneMoments(change, resamples), -change)[0] == pytest.approx(-1, abs=1e-12)
     assert delta_pearson(change, -change) == pytest.approx(-1, abs=1e-12)
     np.testing.assert_array_equal(discrimination(change, -change), 0)
 
@@ -247,7 +248,7 @@ def test_a_shuffled_prediction_scores_as_by_chance(rng):
     # A standard error is 1 / sqrt(values), that of a uniform rank 0.29 / sqrt(values).
     assert abs(sample_pearson(observed, shuffled).mean()) < 5 / np.sqrt(400 * 50)
     resamples = Bootstrap(condition, 0, 0)
-    assert abs(gene_pearson(observed, shuffled, resamples)[0]) < 5 / np.sqrt(400 * 50)
+    assert abs(gene_pearson(GeneMoments(observed, resamples), shuffled)[0]) < 5 / np.sqrt(400 * 50)
     rank = discrimination(observed, shuffled).mean()
     assert rank == pytest.approx(0.5, abs=4 * 0.29 / np.sqrt(400))
     assert squared_error(observed, shuffled).mean() == pytest.approx(2, rel=0.05)
@@ -263,7 +264,7 @@ def test_a_constant_has_no_correlation_even_if_binary_numbers_cannot_hold_it(rng
         assert np.isnan(metric(observed, constant)).all()
         assert np.isnan(metric(constant, observed)).all()
     for predicted in (constant, per_gene):
-        assert np.isnan(gene_pearson(observed, predicted, resamples)).all()
+        assert np.isnan(gene_pearson(GeneMoments(observed, resamples), predicted)).all()
         assert np.isnan(spread_pearson(observed, predicted))
     one_row = observed.copy()
     one_row[3] = 1.0
@@ -281,15 +282,15 @@ def test_fewer_than_two_samples_have_no_distribution(rng, metric):
 def test_a_gene_predicted_constant_has_correlation_zero(pair):
     predicted, variance = pair[0].copy(), pair[0].var(axis=0)
     predicted[:, :5] = 1.0
-    values = gene_pearson(pair[0], predicted, Bootstrap(CONDITION, 0, 0))
+    values = gene_pearson(GeneMoments(pair[0], Bootstrap(CONDITION, 0, 0)), predicted)
     assert values[0] == pytest.approx(variance[5:].sum() / variance.sum(), rel=1e-10)
 
 
 def test_a_gene_observed_constant_has_no_weight(pair):
     observed, resamples = pair[0].copy(), Bootstrap(CONDITION, 0, 0)
     observed[:, 0] = 3.0
-    expected = gene_pearson(observed[:, 1:], pair[1][:, 1:], resamples)[0]
-    values = gene_pearson(observed, pair[1], resamples)
+    expected = gene_pearson(GeneMoments(observed[:, 1:], resamples), pair[1][:, 1:])[0]
+    values = gene_pearson(GeneMoments(observed, resamples), pair[1])
     assert values[0] == pytest.approx(expected, rel=1e-10)
 
 

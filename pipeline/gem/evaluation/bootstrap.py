@@ -97,12 +97,16 @@ class MetricDraws:
         return cls(None, reason=reason)
 
 
-def condition_sums(values: np.ndarray, condition: np.ndarray, number: int) -> np.ndarray:
-    """(C, ...) float64 sums of per-sample values (N, ...) by condition (N,); `number` is C."""
-    samples = len(condition)
+def condition_sums(
+    values: np.ndarray, condition: np.ndarray, number: int, rows: np.ndarray | None = None
+) -> np.ndarray:
+    """(C, ...) float64 sums of per-sample values (N, ...) by condition (N,); `number` is C.
+
+    `rows` (n,): of these alone, whose condition is `condition` (n,); the others may be NaN.
+    """
+    samples = len(values)
+    rows = np.arange(samples) if rows is None else rows
     # A sparse product is ten times as fast as np.add.at.
-    member = csr_matrix(
-        (np.ones(samples), (condition, np.arange(samples))), shape=(number, samples)
-    )
+    member = csr_matrix((np.ones(len(rows)), (condition, rows)), shape=(number, samples))
     flat = values.reshape(samples, math.prod(values.shape[1:])).astype(np.float64, copy=False)
     return (member @ flat).reshape(number, *values.shape[1:])

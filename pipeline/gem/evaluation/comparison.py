@@ -32,8 +32,7 @@ from pipeline.gem.evaluation.scoring import (
     MetricDraws,
     SplitContext,
     TrueChange,
-    changes,
-    condition_delta_pearson,
+    condition_deltas,
     measure,
     score,
 )
@@ -163,15 +162,15 @@ def _comparison_table(
     deltas, delta_entity = _entity_deltas(predictions, context)
     if split.shared_control:  # the bias differs between predictors that do and do not use controls
         deltas = {}
-    rows = []
+    rows, resamples = [], {}
     for model, other in COMPARISONS:
         if model in errors and other in errors:
             gain = errors[other] - errors[model]
-            row = _paired_difference(gain, split.entity, params)
+            row = _paired_difference(gain, split.entity, params, resamples)
             rows.append({"predictor": model, "against": other, "metric": "mse"} | row)
         if model in deltas and other in deltas:
             gain = deltas[model] - deltas[other]
-            row = _paired_difference(gain, delta_entity, params)
+            row = _paired_difference(gain, delta_entity, params, resamples)
             rows.append({"predictor": model, "against": other, "metric": "delta_pearson"} | row)
     table = pd.DataFrame(rows).assign(split=split.name, of=split.entity_kind)
     return _with_numbers(table.reindex(columns=COMPARISON_COLUMNS))
@@ -187,9 +186,10 @@ def _entity_deltas(
     split = context.split
     pairs = np.stack([split.condition, split.entity])
     within = np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1)
-    context = replace(
-        context, split=replace(split, condition=within), resamples=Bootstrap(within, 0, 0)
-    )
+    if not np.array_equal(within, split.condition):
+        context = replace(
+            context, split=replace(split, condition=within), resamples=Bootstrap(within, 0, 0)
+        )
     compared = {name for pair in COMPARISONS for name in pair}
     deltas = {}
     for name, predicted in predictions.items():
@@ -204,17 +204,20 @@ def seed_mean_delta_pearson(
     predicted: list[PredictedSplit], context: SplitContext
 ) -> np.ndarray | None:
     """(T,) delta_pearson of the treated conditions, mean over seeds; None without controls."""
-    pairs = [changes(seed, context) for seed in predicted]
-    if any(pair is None for pair in pairs):
-        return None
-    return np.mean([condition_delta_pearson(*pair) for pair in pairs], axis=0)
+    deltas = [condition_deltas(seed, context) for seed in predicted]
+    return None if any(delta is None for delta in deltas) else np.mean(deltas, axis=0)
 
 
-def _paired_difference(gain: np.ndarray, entity: np.ndarray, params: Evaluate) -> dict[str, object]:
-    """The mean gain (n,) of samples or conditions, leaving out NaN, resampled by entity (n,)."""
+def _paired_difference(
+    gain: np.ndarray, entity: np.ndarray, params: Evaluate, drawn: dict[bytes, Bootstrap]
+) -> dict[str, object]:
+    """The mean gain (n,) of samples or conditions, leaving out NaN, resampled by entity (n,).
+    `drawn`: the resamples so far, by the entities of the samples."""
     valid = np.isfinite(gain)
     index = np.unique(entity[valid], return_inverse=True)[1]
-    resamples = Bootstrap(index, params.bootstrap, params.seed)
+    key = index.tobytes()
+    resamples = drawn.get(key) or Bootstrap(index, params.bootstrap, params.seed)
+    drawn[key] = resamples
     result = Score.null("no condition has both")
     if valid.any():
         result = resamples.score(resamples.mean(gain[valid]))

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from pipeline.gem.evaluation.bootstrap import Bootstrap
+from pipeline.gem.evaluation.bootstrap import Bootstrap, condition_sums
 from pipeline.gem.evaluation.catalogue import MODELS, REFERENCE_SUFFIX
 from pipeline.gem.evaluation.evaluation_split import EvaluationSplit
 from pipeline.gem.evaluation.metrics import squared_error
@@ -98,7 +98,8 @@ def project_on_groups(
     after another, and the residual."""
     rest, parts = np.asarray(distance, dtype=np.float64), {}
     for name, group in groupings.items():
-        means = pd.DataFrame(rest).groupby(group).transform("mean").to_numpy()
-        rest = rest - means
-        parts[name] = np.square(means).mean(axis=1)
-    return parts | {RESIDUAL: np.square(rest).mean(axis=1)}
+        code, names = pd.factorize(group)
+        means = condition_sums(rest, code, len(names)) / np.bincount(code)[:, None]
+        rest = rest - means[code]
+        parts[name] = np.square(means).mean(axis=1)[code]
+    return parts | {RESIDUAL: np.einsum("ng,ng->n", rest, rest) / rest.shape[1]}

@@ -63,12 +63,14 @@ METRICS = {
 
 def squared_error(observed: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """(N,) mean over genes of the squared error of (N, G), log-CPM squared, in float64."""
-    return np.square(np.subtract(observed, predicted, dtype=np.float64)).mean(axis=1)
+    error = np.subtract(observed, predicted, dtype=np.float64)
+    return np.einsum("ng,ng->n", error, error) / error.shape[1]
 
 
 def absolute_error(observed: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """(N,) mean over genes of the absolute error of (N, G), log-CPM, in float64."""
-    return np.abs(np.subtract(observed, predicted, dtype=np.float64)).mean(axis=1)
+    error = np.subtract(observed, predicted, dtype=np.float64)
+    return np.abs(error, out=error).mean(axis=1)
 
 
 def skill(error: np.ndarray, baseline: np.ndarray, ideal: np.ndarray) -> np.ndarray:
@@ -101,20 +103,31 @@ def sample_pearson(observed: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     return _row_correlation(observed, predicted)
 
 
-def gene_pearson(observed: np.ndarray, predicted: np.ndarray, resamples: Bootstrap) -> np.ndarray:
+class GeneMoments:
+    """Centred values (N, G) of genes in float64, and their means and variances in resamples, each
+    (R + 1, G)."""
+
+    def __init__(self, values: np.ndarray, resamples: Bootstrap):
+        number = resamples.sums(np.ones(len(values)))[:, None]
+        self.resamples = resamples
+        self.weight = np.divide(1, number, out=np.zeros_like(number), where=number > 0)
+        self.values = values - values.mean(axis=0, dtype=np.float64)
+        self.mean = self.of(self.values)
+        self.variance = self.of(np.square(self.values)) - np.square(self.mean)
+
+    def of(self, values: np.ndarray) -> np.ndarray:
+        """(R + 1, G) means of values (N, G); 0 for a resample without a sample."""
+        return self.resamples.sums(values) * self.weight
+
+
+def gene_pearson(observed: GeneMoments, predicted: np.ndarray) -> np.ndarray:
     """(R + 1,) correlation per gene over samples, averaged with the observed variance as weight.
 
     A gene predicted constant counts as 0. NaN where every gene is, or a resample has no sample.
-    Centred sums in float64.
     """
-    observed = observed - observed.mean(axis=0, dtype=np.float64)
-    predicted = predicted - predicted.mean(axis=0, dtype=np.float64)
-    number = resamples.sums(np.ones(len(observed)))[:, None]
-    weight = np.divide(1, number, out=np.zeros_like(number), where=number > 0)
-    mean_o, mean_p = resamples.sums(observed) * weight, resamples.sums(predicted) * weight
-    variance_o = resamples.sums(observed**2) * weight - mean_o**2
-    variance_p = resamples.sums(predicted**2) * weight - mean_p**2
-    covariance = resamples.sums(observed * predicted) * weight - mean_o * mean_p
+    moments = GeneMoments(predicted, observed.resamples)
+    covariance = observed.of(observed.values * moments.values) - observed.mean * moments.mean
+    variance_o, variance_p = observed.variance, moments.variance
     varies = variance_p > 1e-12 * np.maximum(variance_o, 1e-12)
     with np.errstate(divide="ignore", invalid="ignore"):
         correlation = np.where(
@@ -152,9 +165,10 @@ def _row_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Pearson correlation of each row, in float64; NaN where a side is constant to rounding."""
     first = first - first.mean(axis=1, keepdims=True, dtype=np.float64)
     second = second - second.mean(axis=1, keepdims=True, dtype=np.float64)
-    squares = (first**2).sum(axis=1), (second**2).sum(axis=1)
+    squares = [np.einsum("ng,ng->n", side, side) for side in (first, second)]
     with np.errstate(divide="ignore", invalid="ignore"):
-        correlation = (first * second).sum(axis=1) / np.sqrt(squares[0] * squares[1])
+        product = np.einsum("ng,ng->n", first, second)
+        correlation = product / np.sqrt(squares[0] * squares[1])
     return np.where((squares[0] > ROUNDING) & (squares[1] > ROUNDING), correlation, np.nan)
 
 

@@ -3,9 +3,9 @@
 N samples of a split, G genes. Expression is log-CPM.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,8 @@ from pipeline.gem.simulation.oracle import (
 )
 from pipeline.gem.simulation.truth import Truth
 
-_RANK_DRAWS = 9  # the rank of an observation among nine draws falls into one of ten bins
+RANK_DRAWS = 9  # the rank of an observation among nine draws falls into one of ten bins
+RANK_GENES = 256  # at most, spread over all: draws of counts are most of the time
 
 
 class OraclePredictors:
@@ -60,28 +61,29 @@ class OraclePredictors:
         return np.abs(change) >= np.log(CHANGED_FOLD), change
 
     def from_metadata(self, split: EvaluationSplit) -> list[PredictedSplit]:
-        predicted = self._predict(split, self.metadata, split.samples, split.totals)
+        predicted = self._predict(split.counts, self.metadata, split.samples, split.totals)
         self._latest = (split, predicted)
         return [predicted]
 
     def from_reference(self, split: EvaluationSplit) -> list[PredictedSplit]:
-        references = split.reference_samples
-        if references is None:
+        if split.reference_samples is None:
             return [PredictedSplit(None, reason=NO_REFERENCE)]
-        same_split = self._latest is not None and self._latest[0] is split
-        if same_split and split.samples["study"].isin(self.studies).all():
-            # A reference adds nothing for a study of the training split: the same prediction.
-            return [replace(self._latest[1], uses_study_controls=True)]
-        return [
-            self._predict(
-                split,
-                self.metadata,
-                split.samples,
-                split.totals,
-                ReferenceControls(references, *self._strata_and_donors(references)),
-                uses_study_controls=True,
-            )
-        ]
+        if self._latest is None or self._latest[0] is not split:
+            self.from_metadata(split)
+        # A reference adds nothing for a study of the training split: the same prediction.
+        predicted = replace(self._latest[1], uses_study_controls=True)
+        new = ~split.samples["study"].isin(self.studies).to_numpy()
+        if not new.any():
+            return [predicted]
+        references = split.reference_samples[new]
+        controls = ReferenceControls(references, *self._strata_and_donors(references))
+        inputs = split.samples[new], split.totals[new], controls
+        own = self._predict(split.counts[new], self.metadata, *inputs)
+        arrays = {}
+        for name in ("values", "draw", "pit"):
+            arrays[name] = getattr(predicted, name).copy()
+            arrays[name][new] = getattr(own, name)
+        return [replace(predicted, **arrays)]
 
     def from_truth(self, split: EvaluationSplit) -> list[PredictedSplit]:
         factors = self._strata_and_donors(split.samples)
@@ -89,30 +91,26 @@ class OraclePredictors:
             hidden = self.hidden.loc[split.samples["sample_id"]]
             factors = (*factors, hidden["subpopulation"].to_numpy())
         fractions = log_fractions(self.truth, split.samples, *factors)
-        return [
-            self._predict(split, self.omniscient, fractions, split.totals, uses_study_controls=True)
-        ]
+        predicted = self._predict(split.counts, self.omniscient, fractions, split.totals)
+        return [replace(predicted, uses_study_controls=True)]
 
     def _strata_and_donors(self, samples: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
         hidden = self.hidden.loc[samples["sample_id"]]
         return hidden["stratum"].to_numpy(), hidden["donor"].to_numpy()
 
     def _predict(
-        self,
-        split: EvaluationSplit,
-        oracle: MetadataOracle | OmniscientOracle,
-        *inputs,
-        uses_study_controls: bool = False,
+        self, counts: np.ndarray, oracle: MetadataOracle | OmniscientOracle, *inputs
     ) -> PredictedSplit:
-        """`inputs`: the arguments of the oracle's `predict` and `draw`."""
-        values = oracle.predict(*inputs)
+        """Of samples with observed counts (N, G). `inputs`: the arguments of the oracle's `predict`
+        and `draw`. The transforms are those of some genes."""
+        values = oracle.predict(*inputs)[:, self.genes].astype(np.float32)
         rng = np.random.default_rng(self.seed)
-        draw = partial(oracle.draw, *inputs, rng=rng)
-        first = draw()
-        draws = (first if number == 0 else draw() for number in range(_RANK_DRAWS))
-        observed = split.counts.astype(np.int64)
-        pit = rank_pit(observed, (counts[:, self.genes] for counts in draws), rng)
-        one_draw = log_cpm(first, first.sum(axis=1))[:, self.genes]
-        return PredictedSplit(
-            values[:, self.genes], one_draw, pit, uses_study_controls=uses_study_controls
-        )
+        drawn = oracle.draw(*inputs, rng=rng)
+        one_draw = log_cpm(drawn, drawn.sum(axis=1))[:, self.genes]
+        number = len(self.genes)
+        ranked = np.unique(np.linspace(0, number - 1, min(number, RANK_GENES)).astype(int))
+        genes = self.genes[ranked]
+        more = (oracle.draw(*inputs, rng=rng, genes=genes) for _ in range(RANK_DRAWS - 1))
+        draws = itertools.chain([drawn[:, genes]], more)
+        pit = rank_pit(counts[:, ranked].astype(np.int64), draws, rng)
+        return PredictedSplit(values, one_draw, pit)

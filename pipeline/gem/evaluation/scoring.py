@@ -78,21 +78,48 @@ class SplitContext:
         control = self.split.observed_control
         if control is None:
             return None
-        change = self.split.observed - control.mean
         genes = differential_genes_by_condition(self.split.observed, control, self)
-        return genes, self.mean(change, np.isfinite(change[:, 0]))
+        valid = np.isfinite(control.mean[:, 0])
+        return genes, self.mean(self.split.observed, valid) - self.mean(control.mean, valid)
 
     def mean(self, values: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """(T, G) mean of values (N, G) over the valid (N,) samples of each treated condition.
 
         NaN rows for conditions without one.
         """
-        number, rows = len(self.conditions), valid[self.split.treated]
-        condition = self.condition[rows]
+        number, used = len(self.conditions), valid[self.split.treated]
+        condition, rows = self.condition[used], np.flatnonzero(self.split.treated & valid)
         counts = np.bincount(condition, minlength=number)[:, None]
-        sums = condition_sums(values[self.split.treated][rows], condition, number)
-        empty = np.full((number, values.shape[1]), np.nan)
-        return np.divide(sums, counts, out=empty, where=counts > 0)
+        sums = condition_sums(values, condition, number, rows)
+        with np.errstate(invalid="ignore"):
+            return np.divide(sums, counts, out=sums)
+
+    def mean_of_all(self, values: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """`mean`, of values that all predictors share: the last result is kept."""
+        key = id(values)
+        kept = self._means.get(key)
+        if kept is None or not np.array_equal(kept[0], valid):
+            kept = self._means[key] = valid, self.mean(values, valid)
+        return kept[1]
+
+    @cached_property
+    def _means(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """By the id of values (N, G) of the split."""
+        return {}
+
+    @cached_property
+    def deltas(self) -> dict[int, np.ndarray | None]:
+        """What `condition_deltas` has computed, by the id of a prediction of the split."""
+        return {}
+
+    @cached_property
+    def observed_moments(self) -> metrics.GeneMoments:
+        return metrics.GeneMoments(self.split.observed, self.resamples)
+
+    @cached_property
+    def observed_projection(self) -> np.ndarray:
+        """(N, D)"""
+        return self.split.observed @ self.axes
 
     def over_conditions(self, values: np.ndarray) -> MetricDraws:
         """The mean of values (T,) of the treated conditions, leaving out NaN."""
@@ -156,18 +183,31 @@ def changes(
     observed_control, own_control = split.observed_control, split.control_of(predicted)
     if not len(context.conditions) or observed_control is None or own_control is None:
         return None
-    observed = split.observed - observed_control.mean
-    own = predicted.values - own_control.mean
-    valid = np.isfinite(observed[:, 0]) & np.isfinite(own[:, 0])
+    first = predicted.values, observed_control.mean, own_control.mean
+    valid = np.all([np.isfinite(values[:, 0]) for values in first], axis=0)
     if not valid[split.treated].any():
         return None
-    return context.mean(observed, valid), context.mean(own, valid)
+    observed = context.mean_of_all(split.observed, valid)
+    observed = observed - context.mean_of_all(observed_control.mean, valid)
+    own = context.mean(predicted.values, valid)
+    return observed, own - context.mean_of_all(own_control.mean, valid)
+
+
+def condition_deltas(predicted: PredictedSplit, context: SplitContext) -> np.ndarray | None:
+    """(T,) delta_pearson of the treated conditions; None without controls."""
+    key = id(predicted)
+    if key not in context.deltas:
+        pair = changes(predicted, context)
+        context.deltas[key] = None if pair is None else condition_delta_pearson(*pair)
+    return context.deltas[key]
 
 
 def condition_delta_pearson(observed: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """(T,) delta_pearson of changes (T, G); NaN if not predicted, 0 if no change is predicted."""
-    values = metrics.delta_pearson(np.nan_to_num(observed), np.nan_to_num(predicted))
-    return np.where(np.isfinite(predicted[:, 0]), np.nan_to_num(values), np.nan)
+    valid, result = np.isfinite(predicted[:, 0]), np.full(len(predicted), np.nan)
+    every = slice(None) if valid.all() else valid
+    result[valid] = np.nan_to_num(metrics.delta_pearson(observed[every], predicted[every]))
+    return result
 
 
 def differential_genes_by_condition(
@@ -253,13 +293,20 @@ class _Measurement:
         return self._with_coverage(self.context.over_samples(values))
 
     def gene_pearson(self) -> MetricDraws:
-        resamples = self.context.resamples.of_rows(self.covered)
-        draws = metrics.gene_pearson(*self._covered_rows(), resamples)
+        resamples, (observed, values) = self.context.resamples, self._covered_rows()
+        if self.covered.all():
+            moments = self.context.observed_moments
+        else:
+            resamples = resamples.of_rows(self.covered)
+            moments = metrics.GeneMoments(observed, resamples)
+        draws = metrics.gene_pearson(moments, values)
         if not np.isfinite(draws[0]):
             raise _Undefined("every gene is predicted constant over the samples")
         return self._with_coverage(MetricDraws(draws, len(np.unique(resamples.condition))))
 
     def _covered_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        if self.covered.all():
+            return self.observed, self.values
         return self.observed[self.covered], self.values[self.covered]
 
     def _with_coverage(self, draws: MetricDraws) -> MetricDraws:
@@ -289,15 +336,18 @@ class _Measurement:
         observed, predicted = self.changes
         if np.nanmax(np.abs(predicted)) <= metrics.ROUNDING:
             raise _Undefined("no change is predicted in any condition")
-        return self.context.over_conditions(condition_delta_pearson(observed, predicted))
+        values = condition_delta_pearson(observed, predicted)
+        self.context.deltas[id(self.predicted)] = values
+        return self.context.over_conditions(values)
 
     def delta_pearson_systema(self) -> MetricDraws:
         self._require_treated()
         centroid = self.split.perturbed_centroid
         if centroid is None:
             raise _Undefined("training has no perturbation, or no control is declared")
-        observed = self.context.mean(self.observed - centroid, self.covered)
-        predicted = self.context.mean(self.values - centroid, self.covered)
+        centre = self.context.mean_of_all(centroid, self.covered)
+        observed = self.context.mean_of_all(self.observed, self.covered) - centre
+        predicted = self.context.mean(self.values, self.covered) - centre
         return self.context.over_conditions(condition_delta_pearson(observed, predicted))
 
     def discrimination(self) -> MetricDraws:
@@ -312,8 +362,9 @@ class _Measurement:
     def de_direction(self) -> MetricDraws:
         self._require_treated()
         control = self._control_of_effects()
-        change = self.values - control.mean
-        predicted = self.context.mean(change, np.isfinite(change[:, 0]))
+        valid = self.covered & np.isfinite(control.mean[:, 0])
+        predicted = self.context.mean(self.values, valid)
+        predicted -= self.context.mean_of_all(control.mean, valid)
         values = np.full(len(predicted), np.nan)
         for index, (genes, true_change) in enumerate(zip(*self.context.effects, strict=True)):
             if genes is not None and np.isfinite(predicted[index, 0]):
@@ -378,9 +429,12 @@ class _Measurement:
     def e_distance(self) -> MetricDraws:
         draws_or_mean = self.values if self.predicted.draw is None else self.predicted.draw
         valid = np.isfinite(draws_or_mean[:, 0])
-        observed = self.observed @ self.context.axes
-        predicted = np.where(valid[:, None], draws_or_mean, 0) @ self.context.axes
-        return self._over_rows(metrics.e_distance, predicted, observed, valid)
+        if not valid.all():
+            draws_or_mean = np.where(valid[:, None], draws_or_mean, 0)
+        predicted = draws_or_mean @ self.context.axes
+        return self._over_rows(
+            metrics.e_distance, predicted, self.context.observed_projection, valid
+        )
 
     def spread_pearson(self) -> MetricDraws:
         draw = self._draw()

@@ -5,7 +5,7 @@ their gradients: autograd would read and write each array several times as often
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -85,12 +85,17 @@ def mean_log_likelihoods(
     return _MeanLogLikelihoods.apply(value, log_variances, tuple(means), *means.values())
 
 
-def normal_log_mass(centre: Tensor, width: Tensor) -> Tensor:
+def normal_log_mass(width: Tensor) -> Callable[[Tensor], Tensor]:
     """Log probability of intervals narrower than NARROW under a standard Normal, to 1e-4 up to 20
-    deviations from the mean."""
-    log_density = -0.5 * (centre.square() + math.log(2 * math.pi))
-    curvature = width.square() * (centre.square() - 1) / 24
-    return torch.log(width) + log_density + torch.log1p(curvature.clamp_min(-0.5))
+    deviations from the mean: a function of their centres, which it overwrites."""
+    constant, curvature = width.log() - 0.5 * math.log(2 * math.pi), width.square() / 24
+
+    def of(centre: Tensor) -> Tensor:
+        squares = centre.square_()
+        correction = (squares - 1).mul_(curvature).clamp_(min=-0.5).log1p_()
+        return squares.mul_(-0.5).add_(constant).add_(correction)
+
+    return of
 
 
 def normal_log_mass_between(low: Tensor, high: Tensor) -> Tensor:

@@ -118,20 +118,24 @@ class Normal(Observation):
         middle, width = ((low + high) / 2).float(), (high - low).float()
         low, high, root = low.float(), high.float(), math.sqrt(2)
         low_edge, high_edge = low / root, high / root
-        wide = ~(width < NARROW)  # an infinite interval too
+        narrow = width < NARROW  # not if infinite
+        wide = (~narrow).flatten().nonzero()[:, 0]
+        low, high, sample = low.view(-1)[wide], high.view(-1)[wide], wide // counts.shape[1]
+        middle, log_mass = torch.where(narrow, middle, 0), normal_log_mass(width.where(narrow, 1))
+        narrow, inverse = narrow.to(width), 1 / deviation
 
         def probabilities(decoded: Tensor) -> CountProbabilities:
-            centre = decoded / deviation
-            fewer = (torch.erf(low_edge - centre / root) + 1) / 2
-            at_most = (torch.erf(high_edge - centre / root) + 1) / 2
-            mass = at_most - fewer
-            nats = torch.where(wide, mass.log(), normal_log_mass(middle - centre, width))
-            tail = wide & (mass < LARGE_MASS)
-            of_tail = normal_log_mass_between(low[tail] - centre[tail], high[tail] - centre[tail])
-            nats[tail] = of_tail.float()
-            return CountProbabilities(
-                fewer, torch.maximum(at_most, fewer), nats.sum(1, dtype=torch.float64)
-            )
+            centre = decoded * inverse
+            fewer = torch.sub(low_edge, centre, alpha=1 / root).erf_().add_(1).mul_(0.5)
+            at_most = torch.sub(high_edge, centre, alpha=1 / root).erf_().add_(1).mul_(0.5)
+            mass, of_wide = (at_most - fewer).view(-1)[wide], centre.view(-1)[wide]
+            nats, tail = mass.log().double(), (mass < LARGE_MASS).nonzero()[:, 0]
+            edges = (edge[tail] - of_wide[tail] for edge in (low, high))
+            nats[tail] = normal_log_mass_between(*edges)
+            # A narrow interval needs no difference of probabilities.
+            of_narrow = log_mass(torch.sub(middle, centre, out=centre)).mul_(narrow)
+            total = of_narrow.sum(1).double().index_add_(0, sample, nats)
+            return CountProbabilities(fewer, torch.maximum(at_most, fewer), total)
 
         return probabilities
 

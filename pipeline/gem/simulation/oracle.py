@@ -103,10 +103,13 @@ class MetadataOracle:
         references: ReferenceControls | None = None,
         *,
         rng: np.random.Generator,
+        genes: np.ndarray | slice = slice(None),
     ) -> np.ndarray:
-        """(N, G) counts with these expected totals; arguments as in `predict`."""
+        """(N, G) counts with these expected totals, of some `genes` alone; arguments as in
+        `predict`."""
         query, truth = self._query(samples, totals, references), self.truth
-        result = np.zeros((len(query.totals), len(truth.baseline)), dtype=np.int64)
+        dispersion = truth.dispersion[genes]
+        result = np.zeros((len(query.totals), len(dispersion)), dtype=np.int64)
         for rows, study_in_training, kind in self._blocks(query):
             block = query.take(rows)
             levels = block.levels
@@ -116,8 +119,8 @@ class MetadataOracle:
             log_mu += self._draw_donor_effects(hypotheses, log_mu.shape, rng)
             if (drawn := draw_subpopulations(truth, levels, rng)) is not None:
                 log_mu += truth.subpopulation[levels.context, drawn]
-            log_fraction = log_mu - expected_log_sum_exp(log_mu)[:, None]
-            result[rows] = draw_counts(log_fraction, block.totals, truth.dispersion, rng)
+            log_fraction = log_mu[:, genes] - expected_log_sum_exp(log_mu)[:, None]
+            result[rows] = draw_counts(log_fraction, block.totals, dispersion, rng)
         return result
 
     def _query(
@@ -220,11 +223,16 @@ class OmniscientOracle:
         return np.concatenate(parts).astype(float)
 
     def draw(
-        self, log_fraction: np.ndarray, totals: np.ndarray, *, rng: np.random.Generator
+        self,
+        log_fraction: np.ndarray,
+        totals: np.ndarray,
+        *,
+        rng: np.random.Generator,
+        genes: np.ndarray | slice = slice(None),
     ) -> np.ndarray:
-        """(N, G) counts with these expected totals."""
-        totals = np.asarray(totals, dtype=float)
-        return draw_counts(log_fraction, totals, self.expectations.dispersion, rng)
+        """(N, G) counts with these expected totals, of some `genes` alone."""
+        dispersion, totals = self.expectations.dispersion[genes], np.asarray(totals, dtype=float)
+        return draw_counts(log_fraction[:, genes], totals, dispersion, rng)
 
 
 def true_effects(truth: Truth, samples: pd.DataFrame) -> np.ndarray:

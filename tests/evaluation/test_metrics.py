@@ -1,7 +1,5 @@
 """Metrics against independent computations, at extremes, known traps, and invariances."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 from scipy.stats import energy_distance, kstest, pearsonr, poisson, rankdata
@@ -17,6 +15,7 @@ from pipeline.gem.evaluation.metrics import (
     discrimination,
     e_distance,
     gene_pearson,
+    pit_genes,
     pit_histogram,
     randomised_pit,
     rank_pit,
@@ -34,7 +33,9 @@ OF_ARRAYS = {
     "mse": squared_error,
     "mae": absolute_error,
     "sample_pearson": sample_pearson,
-    "gene_pearson": partial(gene_pearson, resamples=Bootstrap(CONDITION, 5, 0)),
+    "gene_pearson": lambda first, second: gene_pearson(
+        GeneMoments(first, Bootstrap(CONDITION, 5, 0)), second
+    ),
     "delta_pearson": delta_pearson,
     "discrimination": discrimination,
     "e_distance": e_distance,
@@ -422,3 +423,10 @@ def test_metrics_leave_their_inputs_unchanged(pair, name):
     before = [side.copy() for side in pair]
     OF_ARRAYS[name](*pair)
     np.testing.assert_array_equal(pair, before)
+
+
+@pytest.mark.parametrize("number", [1, 3, 256, 257, 44_592])
+def test_transforms_are_of_genes_spread_over_all(number):
+    genes = pit_genes(number)
+    assert len(genes) == min(number, 256) and genes[0] == 0 and genes[-1] == number - 1
+    assert len(genes) == 1 or np.ptp(np.diff(genes)) <= 1

@@ -1,5 +1,7 @@
 """The oracles as predictors, against counts drawn from the truth of the cohort."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -39,3 +41,19 @@ def test_the_true_change_is_zero_for_controls_and_marks_a_fifth_or_more(evaluati
     changed, change = evaluation.predictors.true_change(split)
     assert not change[~split.treated].any() and changed[split.treated].any()
     np.testing.assert_array_equal(changed, np.abs(change) >= np.log(1.2))
+
+
+def test_a_reference_changes_the_prediction_of_samples_of_new_studies_alone(evaluation):
+    split, predictions = evaluation.by_split["test_study"]
+    oracles, samples = evaluation.predictors.by_name["oracle_reference"].__self__, split.samples
+    known = np.arange(len(samples)) % 2 == 0
+    study = samples["study"].astype(object).where(~known, min(oracles.studies))
+    mixed = replace(split, samples=samples.assign(study=study))
+    metadata, reference = oracles.from_metadata(mixed)[0], oracles.from_reference(mixed)[0]
+    for name in ("values", "draw", "pit"):
+        of_metadata, of_reference = getattr(metadata, name), getattr(reference, name)
+        np.testing.assert_array_equal(of_reference[known], of_metadata[known])
+        assert (of_reference[~known] != of_metadata[~known]).any(axis=1).all()
+    assert reference.uses_study_controls and not metadata.uses_study_controls
+    own = predictions["oracle_reference"][0].values[~known]
+    np.testing.assert_allclose(reference.values[~known], own, atol=1e-5)

@@ -297,3 +297,15 @@ def test_mass_of_a_narrow_interval_is_that_between_its_edges(limit, tolerance):
         rtol=0,
         atol=tolerance,
     )
+
+
+@pytest.mark.parametrize("name", ["normal", "negative_binomial", "multinomial"])
+def test_cumulative_probabilities_of_some_genes_are_those_of_all(name, rng):
+    counts, genes = rng.poisson(5, (4, 6)), torch.tensor([1, 4])
+    decoded = torch.from_numpy(rng.normal(10, 1, (4, 6))).float()
+    arguments = observed(counts), torch.from_numpy(counts.sum(1)), 0
+    whole = model_of(name, 6).count_probabilities(*arguments)(decoded)
+    part = model_of(name, 6).count_probabilities(*arguments, genes)(decoded)
+    torch.testing.assert_close(part.fewer, whole.fewer[:, genes])
+    torch.testing.assert_close(part.at_most, whole.at_most[:, genes])
+    torch.testing.assert_close(part.log_likelihood, whole.log_likelihood)

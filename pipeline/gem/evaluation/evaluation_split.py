@@ -88,8 +88,7 @@ class PredictedSplit:
 
     values: np.ndarray | None  # (N, G) expected log-CPM, NaN rows if not predicted; None: `reason`
     draw: np.ndarray | None = None  # (N, G) log-CPM, one draw per sample of its distribution
-    # (N, G) probability integral transform of the observed counts; an oracle's of some genes
-    pit: np.ndarray | None = None
+    pit: np.ndarray | None = None  # (N, g) probability integral transform of counts of `pit_genes`
     log_likelihood: np.ndarray | None = None  # (N,) nats, of the observed counts of a sample
     reason: str = ""
     uses_study_controls: bool = False  # from a reference or the truth: also of a new study

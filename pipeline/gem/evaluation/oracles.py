@@ -17,7 +17,7 @@ from pipeline.gem.evaluation.evaluation_split import (
     EvaluationSplits,
     PredictedSplit,
 )
-from pipeline.gem.evaluation.metrics import rank_pit
+from pipeline.gem.evaluation.metrics import pit_genes, rank_pit
 from pipeline.gem.simulation.generator import log_fractions
 from pipeline.gem.simulation.oracle import (
     CHANGED_FOLD,
@@ -29,7 +29,6 @@ from pipeline.gem.simulation.oracle import (
 from pipeline.gem.simulation.truth import Truth
 
 RANK_DRAWS = 9  # the rank of an observation among nine draws falls into one of ten bins
-RANK_GENES = 256  # at most, spread over all: draws of counts are most of the time
 
 
 class OraclePredictors:
@@ -102,13 +101,12 @@ class OraclePredictors:
         self, counts: np.ndarray, oracle: MetadataOracle | OmniscientOracle, *inputs
     ) -> PredictedSplit:
         """Of samples with observed counts (N, G). `inputs`: the arguments of the oracle's `predict`
-        and `draw`. The transforms are those of some genes."""
+        and `draw`."""
         values = oracle.predict(*inputs)[:, self.genes].astype(np.float32)
         rng = np.random.default_rng(self.seed)
         drawn = oracle.draw(*inputs, rng=rng)
         one_draw = log_cpm(drawn, drawn.sum(axis=1))[:, self.genes]
-        number = len(self.genes)
-        ranked = np.unique(np.linspace(0, number - 1, min(number, RANK_GENES)).astype(int))
+        ranked = pit_genes(len(self.genes))
         genes = self.genes[ranked]
         more = (oracle.draw(*inputs, rng=rng, genes=genes) for _ in range(RANK_DRAWS - 1))
         draws = itertools.chain([drawn[:, genes]], more)

@@ -34,7 +34,7 @@ from pipeline.gem.evaluation.evaluation_split import (
     EvaluationSplits,
     PredictedSplit,
 )
-from pipeline.gem.evaluation.metrics import randomised_pit
+from pipeline.gem.evaluation.metrics import pit_genes, randomised_pit
 from pipeline.gem.evaluation.oracles import OraclePredictors
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.predictive import predictive_distribution
@@ -140,7 +140,13 @@ def _predict_gem(
         reference = split.reference if from_reference else None
         query = gem.decoder_input(split.samples, reference, unknown="missing")
         distribution = predictive_distribution(
-            gem, query, split.counts, split.totals, params.prior_draws, params.seed
+            gem,
+            query,
+            split.counts,
+            split.totals,
+            params.prior_draws,
+            params.seed,
+            pit_genes(split.counts.shape[1]),
         )
         rng = np.random.default_rng(params.seed)
         return PredictedSplit(

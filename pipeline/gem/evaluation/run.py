@@ -176,7 +176,6 @@ def write_predictions(
         pq.write_table(
             pa.table(columns),
             temporary,
-            compression="zstd",
-            compression_level=1,
-            use_byte_stream_split=False,
+            compression="lz4",
+            use_dictionary=["condition"],
         )

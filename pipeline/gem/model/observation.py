@@ -27,6 +27,8 @@ class LatentSource(IntEnum):
 
 
 Source = LatentSource | Tensor  # one for all samples, or one for each (B,)
+Genes = slice | Tensor  # all, or (g,) positions
+EVERY_GENE = slice(None)
 
 
 class GeneMoments(NamedTuple):
@@ -55,8 +57,8 @@ class GeneMoments(NamedTuple):
 class CountProbabilities(NamedTuple):
     """Probabilities of observed counts."""
 
-    fewer: Tensor  # (B, G) of fewer counts than observed
-    at_most: Tensor  # (B, G) of at most the observed counts
+    fewer: Tensor  # (B, g) of fewer counts than observed
+    at_most: Tensor  # (B, g) of at most the observed counts
     log_likelihood: Tensor  # (B,) nats, of all counts of a sample
 
 
@@ -147,10 +149,11 @@ class Observation(nn.Module, ABC):
 
     @abstractmethod
     def count_probabilities(
-        self, observed: Observed, totals: Tensor, source: Source
+        self, observed: Observed, totals: Tensor, source: Source, genes: Genes = EVERY_GENE
     ) -> Callable[[Tensor], CountProbabilities]:
         """A function from decoded values (B, G) to the probabilities of the observed counts, which
-        compare between observation models."""
+        compare between observation models: the cumulative ones of g `genes`, which take most of the
+        time, and those of whole samples."""
 
     @abstractmethod
     def precision(self) -> Tensor:

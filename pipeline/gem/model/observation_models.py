@@ -24,8 +24,10 @@ from pipeline.gem.model.normal import (
     sample_normal,
 )
 from pipeline.gem.model.observation import (
+    EVERY_GENE,
     CountProbabilities,
     GeneMoments,
+    Genes,
     LatentSource,
     Observation,
     Observed,
@@ -105,7 +107,7 @@ class Normal(Observation):
         return round_to_totals(counts, library)
 
     def count_probabilities(
-        self, observed: Observed, totals: Tensor, source: Source
+        self, observed: Observed, totals: Tensor, source: Source, genes: Genes = EVERY_GENE
     ) -> Callable[[Tensor], CountProbabilities]:
         """The Normal's mass on the interval that rounds to a count; for a count of zero the
         interval has no lower end."""
@@ -117,7 +119,7 @@ class Normal(Observation):
         # Before rounding to float32, which cannot tell a million counts from a million and one.
         middle, width = ((low + high) / 2).float(), (high - low).float()
         low, high, root = low.float(), high.float(), math.sqrt(2)
-        low_edge, high_edge = low / root, high / root
+        edges = [(edge / root)[:, genes] for edge in (low, high)]
         narrow = width < NARROW  # not if infinite
         wide = (~narrow).flatten().nonzero()[:, 0]
         low, high, sample = low.view(-1)[wide], high.view(-1)[wide], wide // counts.shape[1]
@@ -126,12 +128,13 @@ class Normal(Observation):
 
         def probabilities(decoded: Tensor) -> CountProbabilities:
             centre = decoded * inverse
-            fewer = torch.sub(low_edge, centre, alpha=1 / root).erf_().add_(1).mul_(0.5)
-            at_most = torch.sub(high_edge, centre, alpha=1 / root).erf_().add_(1).mul_(0.5)
-            mass, of_wide = (at_most - fewer).view(-1)[wide], centre.view(-1)[wide]
+            of_genes = centre[:, genes] / root
+            fewer, at_most = (torch.erf(edge - of_genes).add_(1).mul_(0.5) for edge in edges)
+            of_wide = centre.view(-1)[wide]
+            lower, upper = low - of_wide, high - of_wide
+            mass = (torch.erf(upper / root) - torch.erf(lower / root)).div_(2)
             nats, tail = mass.log().double(), (mass < LARGE_MASS).nonzero()[:, 0]
-            edges = (edge[tail] - of_wide[tail] for edge in (low, high))
-            nats[tail] = normal_log_mass_between(*edges)
+            nats[tail] = normal_log_mass_between(lower[tail], upper[tail])
             # A narrow interval needs no difference of probabilities.
             of_narrow = log_mass(torch.sub(middle, centre, out=centre)).mul_(narrow)
             total = of_narrow.sum(1).double().index_add_(0, sample, nats)
@@ -230,7 +233,7 @@ class NegativeBinomial(CountModel):
         return rng.poisson(rng.gamma(np.broadcast_to(theta, mean.shape), mean / theta))
 
     def count_probabilities(
-        self, observed: Observed, totals: Tensor, source: Source
+        self, observed: Observed, totals: Tensor, source: Source, genes: Genes = EVERY_GENE
     ) -> Callable[[Tensor], CountProbabilities]:
         log_theta, counts = self.log_inverse_dispersion(source).double(), observed.counts64
         log_factorials = torch.lgamma(counts + 1)
@@ -240,7 +243,8 @@ class NegativeBinomial(CountModel):
             nats = negative_binomial_terms(counts, log_mean, log_theta) - log_factorials
             # P(X <= c) = I_p(theta, c + 1) with p = theta / (theta + m)
             theta, p = log_theta.exp().expand_as(counts), torch.sigmoid(log_theta - log_mean)
-            fewer, at_most = _cumulative(incomplete_beta(theta, counts + 1, p), nats)
+            of_genes = incomplete_beta(*(part[:, genes] for part in (theta, counts + 1, p)))
+            fewer, at_most = _cumulative(of_genes, nats[:, genes])
             return CountProbabilities(fewer, at_most, nats.sum(1))
 
         return probabilities
@@ -267,14 +271,14 @@ class Multinomial(CountModel):
         return numpy_generator(generator).multinomial(library, fractions)
 
     def count_probabilities(
-        self, observed: Observed, totals: Tensor, source: Source
+        self, observed: Observed, totals: Tensor, source: Source, genes: Genes = EVERY_GENE
     ) -> Callable[[Tensor], CountProbabilities]:
-        counts, library = observed.counts64, observed.library
+        counts, library = observed.counts64[:, genes], observed.library
         others = library - counts  # counts of the other genes
         log_choose = torch.lgamma(library + 1) - torch.lgamma(counts + 1) - torch.lgamma(others + 1)
 
         def probabilities(decoded: Tensor) -> CountProbabilities:
-            p = torch.softmax(decoded.double(), dim=1)
+            p = torch.softmax(decoded.double(), dim=1)[:, genes]
             # Each gene alone is binomial.
             nats = log_choose + torch.xlogy(counts, p) + torch.special.xlog1py(others, -p)
             # P(X <= c) = I_{1 - p}(n - c, c + 1) for c < n

@@ -75,7 +75,7 @@ class Rivals:
         control = self._control(samples.iloc[[0]])[0]
         rows = self._same_treatment(samples)
         if control is None:
-            control = self._mean(np.arange(len(self.rows)))  # nothing is known of the context
+            control = self._control_of_any_context(samples.iloc[[0]])
         found = dict.fromkeys(RIVALS, control) | {"ridge_levels": self._ridge(samples)}
         if len(rows):
             found["treatment_mean"] = self._mean(rows)
@@ -107,6 +107,13 @@ class Rivals:
     def _control(self, samples: pd.DataFrame) -> list[np.ndarray | None]:
         found = matched_controls(samples, self.rows, self.data)
         return [self._mean(rows) if len(rows) else None for rows in found]
+
+    def _control_of_any_context(self, samples: pd.DataFrame) -> np.ndarray:
+        """(G,) for a context without controls: those of all contexts, at the same time where there
+        are such; the mean of all samples if there is no control."""
+        data = self.data.model_copy(update={"context_columns": ()})
+        (rows,) = matched_controls(samples, self.rows, data)
+        return self._mean(rows if len(rows) else np.arange(len(self.rows)))
 
     def _same_treatment(self, samples: pd.DataFrame) -> np.ndarray:
         """Rows of the same perturbation, dose and time; else of the perturbation at any."""

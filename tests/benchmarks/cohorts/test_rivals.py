@@ -112,12 +112,34 @@ def test_the_ridge_is_that_of_all_samples_with_a_level_of_each_time(prepared):
     assert np.abs(found - mean).max() > 0.5
 
 
-def test_an_unknown_context_and_treatment_have_the_prediction_of_no_knowledge(prepared):
+def test_an_unknown_context_and_treatment_have_the_controls_of_all_contexts(prepared):
     samples = prepared.rows(["test_condition"]).assign(donor="donor 9", perturbation="drug Z")
     found = rival_predictions(prepared, {"it": samples})
-    _, expression = visible(prepared)
+    known, expression = visible(prepared)
+    control = (known["perturbation"] == "control") & (known["perturbation_time"] == "3 hours")
+    expected = expression[control].mean(axis=0)
+    assert np.abs(expected - expression.mean(axis=0)).max() > 0.1
     for name in ("no_change_at_time", "treatment_mean", "additive_at_time", "nearest_at_time"):
-        assert found[name]["it"] == pytest.approx(expression.mean(axis=0), abs=1e-4), name
+        assert found[name]["it"] == pytest.approx(expected, abs=1e-4), name
+
+
+def test_an_unknown_context_has_its_known_effect_beside_the_controls_of_all_contexts(prepared):
+    samples = prepared.rows(["test_condition"])
+    found = rival_predictions(prepared, {"it": samples, "new": samples.assign(donor="donor 9")})
+    effect = found["additive_at_time"]["it"] - found["no_change_at_time"]["it"]
+    new = found["additive_at_time"]["new"] - found["no_change_at_time"]["new"]
+    assert new == pytest.approx(effect, abs=1e-6)
+
+
+def test_without_any_control_in_training_the_mean_is_known(prepared):
+    samples = prepared.rows(["test_condition"])
+    rivals = Rivals.fit(prepared)
+    treated = (rivals.rows["perturbation"] != "control").to_numpy()
+    rivals = Rivals(
+        rivals.data, rivals.rows[treated], rivals.sizes[treated], rivals.values[treated]
+    )
+    expected = np.average(rivals.values, axis=0, weights=rivals.sizes)
+    assert rivals.predict(samples)["no_change_at_time"] == pytest.approx(expected)
 
 
 def test_without_controls_there_are_no_rivals(prepared):

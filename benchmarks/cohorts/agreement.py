@@ -19,7 +19,7 @@ from scipy.stats import kendalltau
 
 from benchmarks.cohorts.declarations import SYNTHETIC
 from benchmarks.cohorts.scores import SCORES
-from benchmarks.cohorts.table import RANKED, number_text, text_table
+from benchmarks.cohorts.table import NEAR, RANKED, number_text, text_table
 from pipeline.gem.common.errors import InputError, did_you_mean, exit_with
 from pipeline.gem.evaluation.catalogue import GEM
 
@@ -28,9 +28,10 @@ MINIMUM = 3  # runs: with two, a rank correlation is one sign
 
 _NOTE = (
     "Runs are ordered by the mean score of GEM over folds. Kendall: tau-b, mean and range over "
-    "real cohorts; chance is 0. Pairs: share of the pairs of runs of which the same one is better, "
-    "mean over real cohorts; chance is 0.5. Best, worst: share of the real cohorts with the same "
-    "best, worst run; chance is 1 / runs. Between real cohorts: each pair of them."
+    "real cohorts; chance is 0. Clear pairs: pairs of runs that differ by more than 2 % (mse) or "
+    "0.02 (correlation) in both cohorts, over all real cohorts, and the share of them of which the "
+    "same run is better; chance is 0.5. Best, worst: share of the real cohorts with the same best, "
+    "worst run; chance is 1 / runs. Between real cohorts: each pair of them."
 )
 
 
@@ -39,26 +40,35 @@ class Agreement:
     """Of the order of runs by one cohort with the order by another."""
 
     kendall: float | None  # tau-b; None if one cohort scores all runs equally
-    pairs: float  # share of pairs of runs with the same sign of the difference
+    pairs: int  # of runs that differ clearly in both cohorts
+    same: int  # of these: the same run is better
     best: bool  # the same run is best
     worst: bool
 
     @classmethod
-    def of(cls, first: np.ndarray, second: np.ndarray, higher: bool) -> "Agreement":
-        """From the scores (R,) of the same runs; `higher`: more is better."""
-        sign = 1 if higher else -1
-        first, second = sign * np.asarray(first), sign * np.asarray(second)
+    def of(cls, first: np.ndarray, second: np.ndarray, score: str) -> "Agreement":
+        """From the values (R,) of a score for the same runs."""
         tau = float(kendalltau(first, second).statistic)
-        same = [
-            np.sign(first[a] - first[b]) == np.sign(second[a] - second[b])
-            for a, b in combinations(range(len(first)), 2)
-        ]
+        signs = _signs(first, score) * _signs(second, score)
+        best = np.argmax if SCORES[score][1] else np.argmin
+        worst = np.argmin if SCORES[score][1] else np.argmax
         return cls(
             None if np.isnan(tau) else tau,
-            float(np.mean(same)),
-            bool(first.argmax() == second.argmax()),
-            bool(first.argmin() == second.argmin()),
+            int(np.count_nonzero(signs)),
+            int(np.sum(signs > 0)),
+            bool(best(first) == best(second)),
+            bool(worst(first) == worst(second)),
         )
+
+
+def _signs(values: np.ndarray, score: str) -> np.ndarray:
+    """Of the differences of all pairs of runs: 1, -1, or 0 for one that is not clear."""
+    one, other = np.triu_indices(len(values), 1)
+    difference = values[one] - values[other]
+    least = NEAR - 1
+    if score == "mse":
+        least = least * np.minimum(values[one], values[other])
+    return np.where(np.abs(difference) > least, np.sign(difference), 0)
 
 
 def scores_by_run(runs: Mapping[str, pd.DataFrame], score: str) -> pd.DataFrame:
@@ -77,7 +87,8 @@ def scores_by_run(runs: Mapping[str, pd.DataFrame], score: str) -> pd.DataFrame:
 
 def agreement_table(scores: pd.DataFrame, simulated: set[str], score: str) -> pd.DataFrame:
     """A row per simulated cohort, and one for the real cohorts among themselves: cohort, kendall,
-    kendall_low, kendall_high, pairs, best, worst, cohorts (real ones that it is compared with).
+    kendall_low, kendall_high, pairs (clear ones), same (share of them), best, worst, cohorts (real
+    ones that it is compared with).
 
     `scores`: of `scores_by_run`. InputError without a simulated and a real cohort.
     """
@@ -98,14 +109,16 @@ def agreement_table(scores: pd.DataFrame, simulated: set[str], score: str) -> pd
 
 
 def _row(name: str, pairs: list[tuple[pd.Series, pd.Series]], score: str) -> dict:
-    found = [Agreement.of(one, other, SCORES[score][1]) for one, other in pairs]
+    found = [Agreement.of(one.to_numpy(), other.to_numpy(), score) for one, other in pairs]
+    number = sum(each.pairs for each in found)
     taus = [each.kendall for each in found if each.kendall is not None]
     return {
         "cohort": name,
         "kendall": float(np.mean(taus)) if taus else None,
         "kendall_low": min(taus, default=None),
         "kendall_high": max(taus, default=None),
-        "pairs": float(np.mean([each.pairs for each in found])),
+        "pairs": number,
+        "same": sum(each.same for each in found) / number if number else None,
         "best": float(np.mean([each.best for each in found])),
         "worst": float(np.mean([each.worst for each in found])),
         "cohorts": len(found),
@@ -120,12 +133,13 @@ def markdown(scores: pd.DataFrame, agreement: pd.DataFrame, score: str) -> str:
         [
             row.cohort,
             _range(row),
-            *(number_text(value, 2) for value in (row.pairs, row.best, row.worst)),
+            f"{number_text(row.same, 2)} of {row.pairs}",
+            *(number_text(value, 2) for value in (row.best, row.worst)),
             str(row.cohorts),
         ]
         for row in agreement.itertuples()
     ]
-    columns = ["cohort", "Kendall", "pairs", "best", "worst", "compared with"]
+    columns = ["cohort", "Kendall", "clear pairs", "best", "worst", "compared with"]
     parts = [
         f"{score} of GEM:",
         text_table(header, lines),

@@ -56,14 +56,14 @@ def test_agreement_is_counted_over_real_cohorts(runs):
     # Of six pairs all, none and five agree; tau = (concordant - discordant) / 6.
     assert own["kendall"] == pytest.approx((1 - 1 + 4 / 6) / 3)
     assert (own["kendall_low"], own["kendall_high"]) == (-1, 1)
-    assert own["pairs"] == pytest.approx((1 + 0 + 5 / 6) / 3)
+    assert own["pairs"] == 18 and own["same"] == pytest.approx((6 + 0 + 5) / 18)
     assert own["best"] == pytest.approx(1 / 3)  # alike
     assert own["worst"] == pytest.approx(2 / 3)  # alike, one_swap
     assert own["cohorts"] == 3
     real = table.loc["between real cohorts"]
     # alike and opposite, alike and one_swap, opposite and one_swap.
     assert real["kendall"] == pytest.approx((-1 + 4 / 6 - 4 / 6) / 3)
-    assert real["pairs"] == pytest.approx((0 + 5 / 6 + 1 / 6) / 3)
+    assert real["pairs"] == 18 and real["same"] == pytest.approx((0 + 5 + 1) / 18)
 
 
 def test_more_correlation_and_less_error_are_better(runs):
@@ -73,23 +73,35 @@ def test_more_correlation_and_less_error_are_better(runs):
     )
     pd.testing.assert_frame_equal(errors, correlations)
     first, second = np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0])
-    found = Agreement.of(first, second, higher=False)
-    assert (found.kendall, found.pairs) == pytest.approx((1 / 3, 2 / 3))
-    assert found.best and not found.worst
-    found = Agreement.of(first, second, higher=True)
-    assert found.worst and not found.best
+    error, correlation = (Agreement.of(first, second, score) for score in ("mse", "pearson"))
+    assert error.kendall == correlation.kendall == pytest.approx(1 / 3)
+    assert (error.pairs, error.same) == (correlation.pairs, correlation.same) == (3, 2)
+    assert error.best and not error.worst
+    assert correlation.worst and not correlation.best
 
 
-def test_equal_scores_have_no_rank_correlation_and_agree_with_no_difference():
-    found = Agreement.of(np.ones(3), np.array([1.0, 2.0, 3.0]), higher=False)
+def test_a_difference_below_two_percent_is_no_order():
+    first, second = np.array([1.0, 1.01, 2.0]), np.array([1.0, 0.5, 3.0])
+    found = Agreement.of(first, second, "mse")
+    assert (found.pairs, found.same) == (2, 2)
+    near = np.array([0.50, 0.51, 0.90])
+    assert Agreement.of(near, -second, "pearson").pairs == 2
+
+
+def test_equal_scores_have_no_rank_correlation_and_no_clear_pairs():
+    found = Agreement.of(np.ones(3), np.array([1.0, 2.0, 3.0]), "mse")
     assert found.kendall is None and found.pairs == 0
+    scores = pd.DataFrame({"synthetic": [1.0] * 3, "alike": [1.0, 2.0, 3.0]}, index=list("abc"))
+    table = agreement_table(scores, {"synthetic"}, "mse")
+    assert table.loc[0, ["kendall", "same"]].isna().all()
+    assert "| synthetic | – (– to –) | – of 0 |" in markdown(scores, table, "mse")
 
 
 def test_the_text_has_the_scores_and_the_agreement(runs):
     scores = scores_by_run(runs, "mse")
     text = markdown(scores, agreement_table(scores, {"synthetic"}, "mse"), "mse")
     assert "| one_swap | 0.200 | 0.100 | 0.300 | 0.400 |" in text
-    assert "| synthetic | 0.22 (-1.00 to 1.00) | 0.61 | 0.33 | 0.67 | 3 |" in text
+    assert "| synthetic | 0.22 (-1.00 to 1.00) | 0.61 of 18 | 0.33 | 0.67 | 3 |" in text
 
 
 def test_runs_without_a_common_real_and_simulated_cohort_are_refused(runs):

@@ -295,6 +295,10 @@ def with_mixed(**values: object) -> Change:
     return lambda description, _: description["mixed"].update(values)
 
 
+def with_variances(**values: object) -> Change:
+    return lambda description, _: description["mixed"]["variances"][0].update(values)
+
+
 def with_term(**values: object) -> Change:
     """Changes the first factor of the first term."""
     return lambda description, _: _first_term(description)["factors"][0].update(values)
@@ -385,7 +389,10 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "other contexts": (with_contexts(contexts=[5, 4, 3]), "contexts that are repeated"),
     "contexts without features": (with_contexts(features=[[1.0]]), "one row for each context"),
     "network weight above one": (with_mixed(network_weight=1.5), "network_weight"),
-    "negative noise": (with_mixed(noise_variance=-1.0), "noise_variance"),
+    "negative noise": (with_variances(noise=-1.0), "negative or not finite"),
+    "NaN variance of rows": (with_variances(row=float("nan")), "variances.0.row"),
+    "variances of other terms": (with_variances(terms=[1.0]), "variances of 1 terms, expected"),
+    "no variances": (with_mixed(variances=[]), "variances"),
     "mixed model without effects": (without_tensor("mixed.coefficients"), "mixed: tensors"),
     "effects without a mixed model": (with_key("mixed", None), "tensors without terms"),
     "numbers as genes": (with_key("genes", [1, 2]), "genes"),

@@ -9,7 +9,9 @@ from support.settings import ROOT
 
 from pipeline.gem.data.splits import TRAIN
 from pipeline.gem.model.gem import TrainedGEM
-from pipeline.gem.model.mixed import mixed_model, terms
+from pipeline.gem.model.mixed import fit as mixed_fit
+from pipeline.gem.model.mixed import terms
+from pipeline.gem.model.mixed.fit import MixedFit
 from pipeline.gem.model.mixed.mixed_model import MixedModel
 from pipeline.gem.model.observation import LatentSource
 from pipeline.gem.model.query import decode
@@ -27,7 +29,9 @@ def fitted(data, params):
 @pytest.fixture(scope="module")
 def mixed(data, cohort) -> MixedModel:
     (samples,) = mixed_samples([data.train], data.encoder, pooled=False)
-    return MixedModel.fit(data.encoder, cohort.declared, samples, len(data.genes))
+    return MixedFit.of(data.encoder, cohort.declared, samples, len(data.genes)).model(
+        data.encoder, [samples]
+    )
 
 
 def mean_prediction(gem: TrainedGEM, samples) -> np.ndarray:
@@ -81,7 +85,7 @@ def test_effects_are_fitted_again_with_the_selection_split(fitted, mixed, data, 
     (blended,) = blend_with_mixed_model([fitted], data, cohort)
     train, selection = cohort.rows([TRAIN]), cohort.rows([data.selection_split])
     final, first = blended.gem.mixed, mixed
-    assert final.design == first.design and final.noise_variance == first.noise_variance
+    assert final.design == first.design and final.variances == first.variances
 
     def error(model, samples, split):
         gem = replace(blended.gem, mixed=model, network_weight=0.0)
@@ -175,7 +179,7 @@ def test_the_mixed_model_can_be_left_out(fitted, data, cohort):
 
 def test_the_page_of_the_model_has_the_numbers_of_the_code():
     page = (ROOT / "docs" / "model.md").read_text(encoding="utf-8")
-    assert f"at most {mixed_model.VARIANCE_ROWS} metadata rows" in page
+    assert f"at most {mixed_fit.VARIANCE_ROWS} metadata rows" in page
     assert f"at most {terms.MAX_COLUMNS:,} columns" in page
     assert f"for 3 to {terms.MAX_SIMILAR} contexts" in page
     assert f"among {blend.WEIGHTS} values" in page

@@ -26,7 +26,7 @@ from pipeline.gem.data.labels import LabelForm
 from pipeline.gem.data.units import DIMENSIONLESS, UNITS
 from pipeline.gem.model import tensor_file
 from pipeline.gem.model.calibration import TEMPERATURE_RANGE
-from pipeline.gem.model.mixed.mixed_model import MIXED_TENSORS, MixedModel
+from pipeline.gem.model.mixed.mixed_model import MIXED_TENSORS, MixedModel, Variances
 from pipeline.gem.model.mixed.terms import Design
 from pipeline.gem.model.query import TargetGenes
 from pipeline.gem.model.training_support import TrainingSupport
@@ -92,18 +92,16 @@ class MixedState(Frozen):
     """A mixed model without its tensors, and the network's weight beside it."""
 
     design: Design
-    row_variance: Annotated[float, Field(ge=0)]
-    noise_variance: Annotated[float, Field(ge=0)]
+    variances: Annotated[tuple[Variances, ...], Field(min_length=1)]
     network_weight: Annotated[float, Field(ge=0, le=1)]
 
     @classmethod
     def of(cls, mixed: MixedModel, network_weight: float) -> "MixedState":
-        variances = {name: getattr(mixed, name) for name in ("row_variance", "noise_variance")}
-        return cls(design=mixed.design, **variances, network_weight=network_weight)
+        return cls(design=mixed.design, variances=mixed.variances, network_weight=network_weight)
 
     def to_model(self, tensors: Mapping[str, Tensor]) -> MixedModel:
         parts = (tensors[_MIXED + name] for name in MIXED_TENSORS)
-        return MixedModel(self.design, self.row_variance, self.noise_variance, *parts)
+        return MixedModel(self.design, self.variances, *parts)
 
 
 class ModelDescription(Frozen):
@@ -312,6 +310,8 @@ def _mixed_problems(description: ModelDescription, tensors: Mapping[str, Tensor]
     design, genes = description.mixed.design, len(description.genes)
     if problems := design.problems(_factor_widths(description, tensors)):
         return problems
+    if wrong := [problem for v in description.mixed.variances for problem in v.problems(design)]:
+        return wrong
     expected = {"coefficients": (design.width, genes)}
     return [
         f"{name} has shape {shape}, expected {expected.get(name, (genes,))}"

@@ -35,7 +35,8 @@ from pipeline.gem.data.encoder import EncodedGroup, MetadataEncoder, joined_rows
 from pipeline.gem.data.expression import CPM
 from pipeline.gem.data.splits import SELECTION_SPLITS
 from pipeline.gem.model.gem import TrainedGEM
-from pipeline.gem.model.mixed.mixed_model import MixedModel, MixedSamples
+from pipeline.gem.model.mixed.fit import MixedFit, MixedSamples
+from pipeline.gem.model.mixed.mixed_model import MixedModel
 from pipeline.gem.model.observation import LatentSource
 from pipeline.gem.training.dataset import EncodedRows, EncodedSplit, TrainingData
 from pipeline.gem.training.expression import open_expression
@@ -68,7 +69,8 @@ def _blend(fits: list[FitResult], data: TrainingData, cohort: Cohort) -> list[Fi
     if samples is None:
         log.info("train: too many distinct metadata to pool their counts: the network alone")
         return fits
-    mixed = MixedModel.fit(data.encoder, cohort.declared, samples[0], len(data.genes))
+    variances = MixedFit.of(data.encoder, cohort.declared, samples[0], len(data.genes))
+    mixed = variances.model(data.encoder, samples[:1])
     weights = [0.0] * len(fits)
     if data.validation is not None:
         evidence = 1.0 if data.selection_split == SELECTION_SPLITS[0] else RANDOM_EVIDENCE
@@ -77,7 +79,7 @@ def _blend(fits: list[FitResult], data: TrainingData, cohort: Cohort) -> list[Fi
         "train: weight of the network beside the mixed model: %s",
         ", ".join(f"{weight:.2f}" for weight in weights),
     )
-    final = mixed.refit(data.encoder, samples)
+    final = variances.model(data.encoder, samples)
     for fit, weight in zip(fits, weights, strict=True):
         fit.gem.network.observation.blend_variance(mixed.variance, weight)
     return [

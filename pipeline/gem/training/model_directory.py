@@ -6,7 +6,6 @@ import pandas as pd
 
 from pipeline.gem.common.config import GROUPS, Params
 from pipeline.gem.common.files import folder_replacement, write_json, write_table
-from pipeline.gem.model.mixed.mixed_model import MixedModel
 from pipeline.gem.model.model_file import MODEL_FILE, Seeds
 from pipeline.gem.training.learning_curves import learning_curves
 from pipeline.gem.training.trainer import FitResult
@@ -61,7 +60,7 @@ def _report(fits: list[FitResult], params: Params, data_sha256: str) -> dict:
         "validation": {
             name.removeprefix("best/"): value for name, value in best_metrics(fit).items()
         },
-        "mixed_model": _variances(fit.gem.mixed),
+        "mixed_model": fit.gem.mixed.mean_variances() if fit.gem.mixed else None,
         "kl": {group: getattr(fit.best, f"kl_{group}") for group in GROUPS},
     }
     scores = [fit.best.validation_predictive_log_likelihood for fit in fits]
@@ -70,11 +69,3 @@ def _report(fits: list[FitResult], params: Params, data_sha256: str) -> dict:
         summary = {"lowest": min(scores), "mean": mean, "highest": max(scores)}
         report["seeds"] = {"predictive_log_likelihood": summary}
     return report
-
-
-def _variances(mixed: MixedModel | None) -> dict[str, float] | None:
-    """Of the effects of each term, log-CPM squared."""
-    if mixed is None:
-        return None
-    own = {"metadata row": mixed.row_variance, "noise": mixed.noise_variance}
-    return {term.name: term.variance for term in mixed.design.terms} | own

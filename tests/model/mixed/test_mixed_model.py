@@ -9,7 +9,9 @@ import torch
 
 from pipeline.gem.common.config import Control, Covariates
 from pipeline.gem.data.encoder import MetadataEncoder, joined_rows
-from pipeline.gem.model.mixed.mixed_model import MixedModel, MixedSamples
+from pipeline.gem.model.mixed import fit
+from pipeline.gem.model.mixed.fit import MixedFit, MixedSamples
+from pipeline.gem.model.mixed.mixed_model import MixedModel
 from pipeline.gem.model.mixed.terms import LENGTH_SCALES, Design, Factor
 
 GENES = 30
@@ -77,8 +79,17 @@ def encoder(declared, table) -> MetadataEncoder:
 
 
 @pytest.fixture
-def mixed(encoder, declared, table, expression) -> MixedModel:
-    return MixedModel.fit(encoder, declared, samples_of(encoder, table, expression), GENES)
+def variances(encoder, declared, table, expression) -> MixedFit:
+    return MixedFit.of(encoder, declared, samples_of(encoder, table, expression), GENES)
+
+
+@pytest.fixture
+def mixed(variances, encoder, table, expression) -> MixedModel:
+    return variances.model(encoder, [samples_of(encoder, table, expression)])
+
+
+def fitted(encoder, declared, samples: MixedSamples) -> MixedModel:
+    return MixedFit.of(encoder, declared, samples, GENES).model(encoder, [samples])
 
 
 def predictions(mixed: MixedModel, encoder, table) -> np.ndarray:
@@ -110,15 +121,16 @@ def kernel(mixed: MixedModel, left: pd.DataFrame, right: pd.DataFrame) -> np.nda
         return {"levels": same, "treatment": same & treated, "treated": treated}[one.kind]
 
     total = np.zeros((len(left), len(right)))
-    for term in mixed.design.terms:
-        total += term.variance * np.prod([factor(one) for one in term.factors], axis=0)
+    for term, variance in zip(mixed.design.terms, mixed.variances[0].terms, strict=True):
+        total += variance * np.prod([factor(one) for one in term.factors], axis=0)
     return total
 
 
 def best_linear_unbiased(mixed, train, expression, query) -> np.ndarray:
     """mu + K V^-1 (y - mu), with the generalised least squares mean."""
     same = (train.to_numpy()[:, None] == train.to_numpy()).all(axis=2)
-    noise = mixed.row_variance * same + mixed.noise_variance * np.eye(len(train))
+    (variances,) = mixed.variances
+    noise = variances.row * same + variances.noise * np.eye(len(train))
     inverse = np.linalg.inv(kernel(mixed, train, train) + noise)
     mean = inverse.sum(axis=0) @ expression / inverse.sum()
     return mean + kernel(mixed, query, train) @ inverse @ (expression - mean)
@@ -141,7 +153,7 @@ def test_held_out_pairs_are_predicted_better_than_by_any_single_penalty(
     assert held_out.sum() >= 5
     train = table[~held_out].reset_index(drop=True)
     samples = samples_of(encoder, train, expression[~held_out])
-    mixed = MixedModel.fit(encoder, declared, samples, GENES)
+    mixed = fitted(encoder, declared, samples)
     observed = expression[held_out]
     error = ((predictions(mixed, encoder, table[held_out]) - observed) ** 2).mean()
     encoded = encoder.encode(table)
@@ -163,25 +175,25 @@ def test_variance_is_the_squared_error_of_rows_that_are_left_out(encoder, declar
     )
     table = table.assign(hours="6")
     values = rng.normal(4, 1, (len(table), GENES))
-    mixed = MixedModel.fit(encoder, declared, samples_of(encoder, table, values), GENES)
+    variances = MixedFit.of(encoder, declared, samples_of(encoder, table, values), GENES)
     errors = []
     for row in range(len(table)):
         rest = np.arange(len(table)) != row
         others = samples_of(encoder, table[rest].reset_index(drop=True), values[rest])
-        without = mixed.refit(encoder, [others])
+        without = variances.model(encoder, [others])
         errors.append((predictions(without, encoder, table[~rest])[0] - values[row]) ** 2)
-    np.testing.assert_allclose(mixed.variance, np.mean(errors, axis=0), rtol=2e-3)
+    np.testing.assert_allclose(variances.variance, np.mean(errors, axis=0), rtol=2e-3)
 
 
-def test_a_refit_on_two_splits_is_that_on_all_their_samples(mixed, encoder, table, expression):
+def test_a_model_of_two_splits_is_that_of_all_their_samples(variances, encoder, table, expression):
     tables = table[:40], table[40:].reset_index(drop=True)
     parts = (
         samples_of(encoder, tables[0], expression[:40]),
         samples_of(encoder, tables[1], expression[40:]),
     )
-    both = mixed.refit(encoder, parts)
-    again = mixed.refit(encoder, [samples_of(encoder, table, expression, size=60)])
-    if mixed.row_variance == 0:
+    both = variances.model(encoder, parts)
+    again = variances.model(encoder, [samples_of(encoder, table, expression, size=60)])
+    if variances.variances[0].row == 0:
         np.testing.assert_allclose(both.coefficients, again.coefficients, atol=1e-5)
     np.testing.assert_allclose(both.intercept, again.intercept, atol=0.05)
 
@@ -221,11 +233,9 @@ def test_only_frequent_columns_are_kept_where_memory_ends(
 
 
 def test_many_rows_are_sampled_for_the_variances(encoder, declared, table, expression, monkeypatch):
-    from pipeline.gem.model.mixed import mixed_model
-
-    monkeypatch.setattr(mixed_model, "VARIANCE_ROWS", 20)
-    fitted = MixedModel.fit(encoder, declared, samples_of(encoder, table, expression), GENES)
-    error = predictions(fitted, encoder, table) - expression
+    monkeypatch.setattr(fit, "VARIANCE_ROWS", 20)
+    mixed = fitted(encoder, declared, samples_of(encoder, table, expression))
+    error = predictions(mixed, encoder, table) - expression
     assert (error**2).mean() < 0.3
 
 
@@ -234,9 +244,9 @@ def test_without_covariates_the_prediction_is_the_mean(declared, expression):
     bare = declared.model_copy(update={"covariates": empty, "control": None})
     table = pd.DataFrame(index=range(60))
     encoder = MetadataEncoder.fit(table, empty)
-    fitted = MixedModel.fit(encoder, bare, samples_of(encoder, table, expression), GENES)
+    mixed = fitted(encoder, bare, samples_of(encoder, table, expression))
     expected = expression.mean(axis=0)
-    np.testing.assert_allclose(predictions(fitted, encoder, table)[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(predictions(mixed, encoder, table)[0], expected, rtol=1e-5)
 
 
 def test_entries_that_are_means_of_samples_give_the_effects_of_the_samples(
@@ -244,7 +254,8 @@ def test_entries_that_are_means_of_samples_give_the_effects_of_the_samples(
 ):
     """Pooled rows, with the number of samples of each, have the same mixed model equations."""
     samples = samples_of(encoder, table, expression)
-    mixed = MixedModel.fit(encoder, declared, samples, GENES)
+    variances = MixedFit.of(encoder, declared, samples, GENES)
+    mixed = variances.model(encoder, [samples])
     rows = samples.rows.shape[0]
     means = np.stack([expression[samples.index == row].mean(axis=0) for row in range(rows)])
     pooled = replace(
@@ -252,7 +263,7 @@ def test_entries_that_are_means_of_samples_give_the_effects_of_the_samples(
         index=np.arange(rows),
         blocks=lambda: [(np.arange(rows), torch.from_numpy(means))],
     )
-    again = mixed.refit(encoder, [pooled])
+    again = variances.model(encoder, [pooled])
     np.testing.assert_allclose(again.coefficients, mixed.coefficients, atol=1e-5)
     np.testing.assert_allclose(again.intercept, mixed.intercept, atol=1e-5)
 
@@ -261,12 +272,14 @@ def test_known_noise_of_a_gene_shrinks_its_effects_as_that_variance_does(
     encoder, declared, table, expression
 ):
     samples = samples_of(encoder, table, expression)
-    mixed = MixedModel.fit(encoder, declared, samples, GENES)
+    variances = MixedFit.of(encoder, declared, samples, GENES)
+    mixed = variances.model(encoder, [samples])
     noise = np.where(np.arange(GENES) < 10, 0.0, 3.0)
-    noisy = mixed.refit(encoder, [replace(samples, gene_noise=noise)])
+    noisy = variances.model(encoder, [replace(samples, gene_noise=noise)])
     np.testing.assert_allclose(noisy.coefficients[:, :10], mixed.coefficients[:, :10], atol=1e-6)
-    larger = replace(mixed, noise_variance=mixed.noise_variance + 3.0)
-    expected = larger.refit(encoder, [samples]).coefficients[:, 10:]
+    (own,) = variances.variances
+    larger = replace(variances, variances=(replace(own, noise=own.noise + 3.0),))
+    expected = larger.model(encoder, [samples]).coefficients[:, 10:]
     np.testing.assert_allclose(noisy.coefficients[:, 10:], expected, atol=1e-6)
 
 
@@ -299,7 +312,7 @@ def test_the_effect_in_a_similar_context_counts_more(encoder, declared, rng):
     train = table[~held_out].reset_index(drop=True)
     encoder = MetadataEncoder.fit(train, declared.covariates)
     samples = samples_of(encoder, train, values[~held_out])
-    mixed = MixedModel.fit(encoder, declared, samples, GENES)
+    mixed = fitted(encoder, declared, samples)
     control = values[(table["donor"] == "c").to_numpy() & ~held_out].mean(axis=0)
     effect = predictions(mixed, encoder, table[held_out])[0] - control
     own, other = kinds[1][1], kinds[1][0]
@@ -312,6 +325,28 @@ def test_two_conditions_with_replicates_keep_their_means(encoder, declared, rng)
     values = rng.normal(5, 0.3, (40, GENES))
     values[1::2] += rng.normal(0, 1, GENES)
     encoder = MetadataEncoder.fit(table, declared.covariates)
-    mixed = MixedModel.fit(encoder, declared, samples_of(encoder, table, values), GENES)
+    mixed = fitted(encoder, declared, samples_of(encoder, table, values))
     means = np.stack([values[0::2].mean(axis=0), values[1::2].mean(axis=0)])
     np.testing.assert_allclose(predictions(mixed, encoder, table[:2]), means, atol=0.05)
+
+
+def test_genes_of_a_class_share_variances_and_have_their_own_noise(encoder, declared, table, rng):
+    """Half of the genes are expressed less and are noisier; the rest of the data is alike."""
+    levels = {name: rng.normal(0, 1, (9, 200)) for name in ("donor", "drug")}
+    codes = {name: pd.factorize(table[name])[0] for name in levels}
+    deviation = np.where(np.arange(200) < 100, 2.0, 0.2)
+    values = np.where(np.arange(200) < 100, 1.0, 8.0) + sum(levels[n][codes[n]] for n in levels)
+    values = values + rng.normal(0, deviation, values.shape)
+    samples = samples_of(encoder, table, values)
+    samples = replace(samples, gene_weights=np.ones(200), gene_noise=np.zeros(200))
+    two = MixedFit.of(encoder, declared, samples, 200)
+    np.testing.assert_array_equal(two.gene_class, np.arange(200) >= 100)
+    low, high = two.variances
+    assert low.noise > 3 * high.noise
+    mixed = two.model(encoder, [samples])
+    for number, genes in enumerate((slice(0, 100), slice(100, 200))):
+        own = replace(mixed, variances=(mixed.variances[number],))
+        expected = best_linear_unbiased(own, table, values[:, genes], table)
+        np.testing.assert_allclose(
+            predictions(mixed, encoder, table)[:, genes], expected, atol=5e-3
+        )

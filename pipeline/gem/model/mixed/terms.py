@@ -45,7 +45,6 @@ class Term:
 
     factors: tuple[Factor, ...]
     columns: tuple[int, ...] = ()
-    variance: float = 1.0  # of an effect, log-CPM squared
 
     @property
     def name(self) -> str:
@@ -130,7 +129,9 @@ class Design:
     ) -> "Design":
         """All terms that the declarations allow, for training rows (N, C). `measured`: rows (R, C)
         with their expression (R, G), for the similarity of contexts."""
-        control = data.control if data.control and _field(encoder, data.control.column) else None
+        control = (
+            data.control if data.control and _has_field(encoder, data.control.column) else None
+        )
         knots = {}
         for part, start in _fields(encoder):
             if isinstance(part.field.covariate, Numeric) and part.field.levels:
@@ -149,8 +150,7 @@ class Design:
     def _with_similarities(
         self, encoder: MetadataEncoder, rows: csr_array, expression: np.ndarray
     ) -> "Design":
-        treated = self._matrix_of(Factor("treated", self.control.column), encoder, rows)
-        controls = np.flatnonzero(np.diff(treated.indptr) == 0)
+        controls = np.flatnonzero(~self.treated(encoder, rows))
         context = self._context(encoder, rows[controls])
         features = ContextFeatures.of(self.contexts.columns, context, expression[controls])
         return replace(self, contexts=features)
@@ -169,19 +169,16 @@ class Design:
                 terms.append(replace(term, columns=tuple(columns[kept].tolist())))
         return replace(self, terms=tuple(terms))
 
-    def with_variances(self, variances: Sequence[float], smallest: float) -> "Design":
-        """With the variance of each term; terms below `smallest` are left out."""
-        terms = (replace(term, variance=v) for term, v in zip(self.terms, variances, strict=True))
-        return replace(self, terms=tuple(term for term in terms if term.variance > smallest))
-
     @property
     def width(self) -> int:
         return sum(len(term.columns) for term in self.terms)
 
-    def deviations(self) -> np.ndarray:
-        """(D,) standard deviation of the effect of each column."""
-        sizes = [len(term.columns) for term in self.terms]
-        return np.sqrt(np.repeat([term.variance for term in self.terms], sizes))
+    def treated(self, encoder: MetadataEncoder, rows: csr_array) -> np.ndarray:
+        """(N,) whether a row is no control; without a declared control none is."""
+        if self.control is None:
+            return np.zeros(rows.shape[0], dtype=bool)
+        factor = Factor("treated", self.control.column)
+        return np.diff(self._matrix_of(factor, encoder, rows).indptr) > 0
 
     def matrices(self, encoder: MetadataEncoder, rows: csr_array) -> list[csr_array]:
         """The columns of each term, for rows (N, C) of all groups side by side."""
@@ -221,8 +218,6 @@ class Design:
                 problems.append(f"the columns of {term.name} are absent, repeated or not sorted")
             elif columns[0] < 0 or columns[-1] >= math.prod(sizes):
                 problems.append(f"the columns of {term.name} are not those of its factors")
-            elif not term.variance >= 0:
-                problems.append(f"the variance of {term.name} is {term.variance}")
         return problems
 
     def _factor_matrices(
@@ -298,7 +293,7 @@ def _fields(encoder: MetadataEncoder) -> list[tuple[FieldColumns, int]]:
     return fields
 
 
-def _field(encoder: MetadataEncoder, name: str) -> bool:
+def _has_field(encoder: MetadataEncoder, name: str) -> bool:
     return any(part.field.name == name for part, _ in _fields(encoder))
 
 

@@ -19,7 +19,8 @@ from pipeline.gem.evaluation.bootstrap import Bootstrap, MetricDraws
 from pipeline.gem.evaluation.catalogue import SHARED_CONTROLS
 from pipeline.gem.evaluation.evaluation_split import Controls, EvaluationSplit, PredictedSplit
 from pipeline.gem.evaluation.metrics import METRICS
-from pipeline.gem.evaluation.scoring import MIN_TEST_SAMPLES, measure, score
+from pipeline.gem.evaluation.scoring import measure, score
+from pipeline.gem.evaluation.split_context import MIN_TEST_SAMPLES
 
 PREDICTORS = (
     "no_change",

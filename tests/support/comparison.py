@@ -21,7 +21,8 @@ from pipeline.gem.evaluation.evaluation_split import (
     PredictedSplit,
 )
 from pipeline.gem.evaluation.predictors import Predictors
-from pipeline.gem.evaluation.scoring import SplitContext, TrueChange, measure, score
+from pipeline.gem.evaluation.scoring import measure, score
+from pipeline.gem.evaluation.split_context import SplitContext, TrueChange
 from pipeline.gem.model.gem import TrainedGEM
 
 SPLITS = ("test_random", "test_combination", "test_perturbation", "test_study")

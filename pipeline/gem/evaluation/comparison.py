@@ -13,7 +13,7 @@ import pandas as pd
 from pipeline.gem.common.capacity import cores
 from pipeline.gem.common.config import Evaluate
 from pipeline.gem.evaluation import metrics
-from pipeline.gem.evaluation.bootstrap import Bootstrap, Score
+from pipeline.gem.evaluation.bootstrap import Bootstrap, MetricDraws, Score
 from pipeline.gem.evaluation.catalogue import (
     BASELINES,
     BETTER,
@@ -28,14 +28,8 @@ from pipeline.gem.evaluation.catalogue import (
 from pipeline.gem.evaluation.error_decomposition import decompose_error
 from pipeline.gem.evaluation.evaluation_split import EvaluationSplit, PredictedSplit
 from pipeline.gem.evaluation.predictors import Predictions
-from pipeline.gem.evaluation.scoring import (
-    MetricDraws,
-    SplitContext,
-    TrueChange,
-    condition_deltas,
-    measure,
-    score,
-)
+from pipeline.gem.evaluation.scoring import measure, score
+from pipeline.gem.evaluation.split_context import SplitContext, TrueChange, condition_deltas
 
 BINS = 10  # of a calibration histogram
 # (predictor, the one it is compared with)

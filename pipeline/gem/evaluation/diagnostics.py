@@ -16,7 +16,7 @@ from pipeline.gem.evaluation.bootstrap import Bootstrap, condition_sums
 from pipeline.gem.evaluation.catalogue import GEM, SKILL_BASELINE, SKILL_CEILING
 from pipeline.gem.evaluation.evaluation_split import EvaluationSplit
 from pipeline.gem.evaluation.predictors import Predictions
-from pipeline.gem.evaluation.scoring import SplitContext, changes
+from pipeline.gem.evaluation.split_context import SplitContext, changes
 from pipeline.gem.model.calibration import calibration_error
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.latent_probe import (

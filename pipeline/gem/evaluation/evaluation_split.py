@@ -17,7 +17,7 @@ from pipeline.gem.data.labels import join_keys
 from pipeline.gem.data.references import SampleGroups, choose_references
 from pipeline.gem.data.splits import TEST_CONTROL, TESTS, TRAIN, Entities
 from pipeline.gem.evaluation.baselines.profiles import GroupMeans, Groups, Profiles, mean_weights
-from pipeline.gem.evaluation.training_split import TrainingSplit
+from pipeline.gem.evaluation.baselines.training_split import TrainingSplit
 from pipeline.gem.model.query import TargetGenes
 
 # The entities that a split holds out as a whole: errors within one are not independent.

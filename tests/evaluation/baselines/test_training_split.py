@@ -8,9 +8,9 @@ import pytest
 from scipy.sparse import csr_array
 from sklearn.decomposition import PCA
 
-from pipeline.gem.evaluation import training_split
+from pipeline.gem.evaluation.baselines import training_split
 from pipeline.gem.evaluation.baselines.profiles import Profiles, SparseSums, one_hot
-from pipeline.gem.evaluation.training_split import TrainingSplit, principal_axes
+from pipeline.gem.evaluation.baselines.training_split import TrainingSplit, principal_axes
 
 
 def test_principal_axes_are_those_of_a_full_decomposition(rng):

@@ -24,7 +24,7 @@ LENGTH_SCALES = (0.5, 2.0)
 LARGEST_BASIS = 12  # knots
 _JITTER = 1e-6
 MAX_SIMILAR = 64  # contexts whose similarity is used
-MAX_COLUMNS, MAX_VALUES = 4096, 2**24  # of the coefficients; the most frequent columns are kept
+MAX_COLUMNS, MAX_VALUES = 2048, 2**24  # of the coefficients; the most frequent columns are kept
 
 Kind = Literal["levels", "features", "smooth", "treatment", "treated", "similarity"]
 

@@ -10,7 +10,8 @@ from pipeline.gem.common.config import Embedding
 from pipeline.gem.data.covariates import CovariateEncoder
 from pipeline.gem.data.encoder import field_columns
 from pipeline.gem.data.features import FeatureTable
-from pipeline.gem.model.metadata.layers import LinearPrior, MetadataLinear
+from pipeline.gem.model.metadata.layers import LinearPrior, MetadataLinear, TargetEffect
+from pipeline.gem.model.metadata.rows import MetadataRows
 
 assert_close = torch.testing.assert_close
 
@@ -88,6 +89,30 @@ def test_rows_are_chosen_by_index(generator, index):
     rows = sparse(matrix)[torch.tensor(index, dtype=torch.long)]
     assert len(rows) == len(index)
     assert torch.equal(dense(rows, 7), matrix[index])
+
+
+def test_rows_of_different_widths_are_joined_and_written_as_a_sparse_matrix(generator):
+    matrix = random_rows(generator, 5, 7)
+    wide, narrow = sparse(matrix), sparse(matrix[:, :1])
+    assert wide.width > narrow.width
+    joined = MetadataRows.join([wide, narrow])
+    expected = torch.cat([matrix, F.pad(matrix[:, :1], (0, 6))])
+    assert torch.equal(dense(joined, 7), expected)
+    written = joined.to_sparse(7)
+    assert torch.equal(torch.from_numpy(written.toarray()), expected)
+    assert written.nnz == (expected != 0).sum()
+    assert torch.equal(joined.offsets, joined.width * torch.arange(11))
+
+
+def test_the_target_effect_reads_the_columns_of_the_intervention_alone(fields, generator):
+    """A dense perceptron of the first five columns, which here are the intervention's."""
+    matrix = random_rows(generator, 8, 16)
+    effect = TargetEffect(fields, [True] * 5 + [False] * 11)
+    torch.nn.init.normal_(effect.narrow.weight, generator=generator)
+    hidden = F.relu(matrix[:, :5] @ effect.widen.weight[:5] + effect.widen.bias)
+    expected = F.linear(hidden, effect.narrow.weight, effect.narrow.bias).squeeze(1)
+    assert_close(effect(sparse(matrix)), expected, rtol=1e-6, atol=1e-6)
+    assert len(TargetEffect([], [])(sparse(torch.zeros(3, 0)))) == 3
 
 
 def test_no_rows_are_no_rows(generator):

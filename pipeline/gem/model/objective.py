@@ -146,18 +146,15 @@ def _decode_all(
         mixed = network.condition(of_first, reference_posterior, GROUPS[:2])
         gaussians, noise = [posterior, prior, mixed], torch.cat(batch.noise[:3])
     drawn = Gaussian.join(gaussians, dim=0).draw(noise)
-    effect = network.target_effect(batch.metadata["perturbation"])
-    effect = effect.index_select(0, batch.index["perturbation"])
-    sizes = [len(gaussian.mean) for gaussian in gaussians]
-    rows = drawn
+    rows, sizes = drawn, [len(gaussian.mean) for gaussian in gaussians]
     target_gene = torch.cat([batch.target_gene[:length] for length in sizes])
-    effects = torch.cat([effect[:length] for length in sizes])
     if references:
         # The references themselves, for their residuals: decoded without a target effect.
-        rows = torch.cat([drawn, reference_posterior.mean])
+        rows, sizes = torch.cat([drawn, reference_posterior.mean]), [*sizes, references]
         target_gene = F.pad(target_gene, (0, 0, 0, references), value=-1)
-        effects, sizes = F.pad(effects, (0, references)), [*sizes, references]
-    decoded = network.add_target_effect(network.decode(rows), target_gene, effects).split(sizes)
+    index = torch.cat([batch.index["perturbation"][:length] for length in sizes])
+    effect = network.target_effect(batch.metadata["perturbation"]).index_select(0, index)
+    decoded = network.add_target_effect(network.decode(rows), target_gene, effect).split(sizes)
     if references:
         *decoded, of_reference = decoded
         residual = network.reference_residual(reference, of_reference)

@@ -76,7 +76,7 @@ class MixedQuery:
     def share(self) -> Tensor:
         """(N, G) the mixed model's part of the prediction, log-CPM."""
         # The mixed model may lie on the processor beside a network on a GPU.
-        index = self.index.to(self.metadata.offsets.device)
+        index = self.index.to(self.metadata.columns.device)
         rows, place = torch.unique(index, return_inverse=True)
         prediction = self.model.predict(self.metadata[rows])
         return prediction.mul_(1 - self.network_weight)[place].to(self.index.device)

@@ -5,6 +5,7 @@ U rows, C columns, H outputs.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -45,16 +46,16 @@ class MetadataLinear(nn.Module):
     def forward(self, rows: MetadataRows) -> Tensor:
         """(U, H)"""
         if not self.embeddings:
-            return _bag(self.weight, rows.columns, rows.values, rows) + self.bias
+            return _bag(self.weight, rows.columns, rows.values, rows.width) + self.bias
         is_own = rows.columns < self.own_columns
         columns = rows.columns.clamp_max(len(self.weight) - 1)
-        output = _bag(self.weight, columns, rows.values * is_own, rows) + self.bias
+        output = _bag(self.weight, columns, rows.values * is_own, rows.width) + self.bias
         for number, part in enumerate(self.embeddings):
             label = rows.columns - part.features.start
             table = self.get_buffer(f"features_{number}")
             is_label = (label >= 0) & (label < len(table))
             label = label.clamp(0, len(table) - 1)
-            features = _bag(table, label, rows.values * is_label, rows)
+            features = _bag(table, label, rows.values * is_label, rows.width)
             output = torch.addmm(output, features, self.feature_weights[number])
         return output
 
@@ -76,28 +77,30 @@ class TargetEffect(nn.Module):
     WIDTH = 16
 
     def __init__(self, fields: Sequence[CovariateEncoder], intervention_columns: Sequence[bool]):
-        """`intervention_columns` (C,) of the encoded perturbation."""
+        """`intervention_columns` (C,) of the encoded perturbation; none of a covariate with
+        features."""
         super().__init__()
         columns = torch.tensor(intervention_columns, dtype=torch.float32)
         self.register_buffer("columns", columns, persistent=False)
-        self.widen = MetadataLinear(fields, self.WIDTH)
+        self.widen = MetadataLinear([replace(field, features=None) for field in fields], self.WIDTH)
         self.narrow = nn.Linear(self.WIDTH, 1)
         nn.init.zeros_(self.narrow.weight)
         nn.init.zeros_(self.narrow.bias)
 
     def forward(self, rows: MetadataRows) -> Tensor:
         """(U,) log-CPM to add to the target genes, for encoded perturbations."""
-        masked = rows.scale(self.columns[rows.columns])
-        return self.narrow(F.relu(self.widen(masked))).squeeze(1)
+        if len(self.columns):
+            rows = rows.scale(self.columns[rows.columns])
+        # The columns of features, which have the value 0 here, lie behind those of `widen`.
+        rows = replace(rows, columns=rows.columns.clamp_max(len(self.widen.weight) - 1))
+        return self.narrow(F.relu(self.widen(rows))).squeeze(1)
 
 
-def _bag(weight: Tensor, columns: Tensor, values: Tensor, rows: MetadataRows) -> Tensor:
-    """(U, H) sums of the rows of `weight` (C, H) at `columns`, times `values`."""
+def _bag(weight: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
+    """(U, H) sums of the rows of `weight` (C, H) at `columns` (U * K,), times `values`."""
     return F.embedding_bag(
-        columns,
+        columns.view(-1, width),
         weight,
-        rows.offsets,
         mode="sum",
-        per_sample_weights=values.to(weight.dtype),
-        include_last_offset=True,
+        per_sample_weights=values.view(-1, width).to(weight.dtype),
     )

@@ -43,6 +43,7 @@ class AdamW:
         """`clip`: the largest norm of the gradient."""
         self.groups, self.clip = [group for group in groups if group.weights], clip
         self._states = [_State.zeros(group) for group in self.groups]
+        self._trained: list[tuple[list, ...]] | None = None  # set by the first step
 
     def zero_grad(self) -> None:
         for group in self.groups:
@@ -51,23 +52,26 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        gradients = [w.grad for group in self.groups for w in group.weights if w.grad is not None]
+        if self._trained is None:
+            self._trained = [self._with_gradient(number) for number in range(len(self.groups))]
+        of_groups = [[weight.grad for weight in weights] for weights, *_ in self._trained]
+        gradients = [gradient for of_group in of_groups for gradient in of_group]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         divisor = (norm / self.clip).clamp_min_(1.0)
-        for group, state in zip(self.groups, self._states, strict=True):
-            columns = group.weights, state.means, state.mean_squares
-            rows = [row for row in zip(*columns, strict=True) if row[0].grad is not None]
-            if not rows:
+        for group, state, columns, of_group in zip(
+            self.groups, self._states, self._trained, of_groups, strict=True
+        ):
+            weights, means, mean_squares, steps = columns
+            if not weights:
                 continue
-            weights, means, mean_squares = map(list, zip(*rows, strict=True))
             state.steps.add_(1)
             torch._fused_adamw_(
                 weights,
-                [weight.grad for weight in weights],
+                of_group,
                 means,
                 mean_squares,
                 [],
-                [state.steps] * len(weights),
+                steps,
                 lr=group.scale * learning_rate,
                 beta1=_BETAS[0],
                 beta2=_BETAS[1],
@@ -77,6 +81,13 @@ class AdamW:
                 maximize=False,
                 grad_scale=divisor,
             )
+
+    def _with_gradient(self, number: int) -> tuple[list, ...]:
+        """(weights, means, mean squares, steps) of the weights of a group that have a gradient."""
+        group, state = self.groups[number], self._states[number]
+        columns = zip(group.weights, state.means, state.mean_squares, strict=True)
+        rows = [(*row, state.steps) for row in columns if row[0].grad is not None]
+        return tuple([row[place] for row in rows] for place in range(4))
 
     def state(self) -> dict[str, Tensor]:
         """All that the next steps depend on, by name."""

@@ -172,7 +172,7 @@ class Trainer:
         self.schedule = TrainingSchedule.of(self.samples, params)
         self.steps_per_epoch = -(-self.samples // self.schedule.batch_size)
         self.steps = self.schedule.epochs * self.steps_per_epoch
-        self.optimizer = AdamW(self._weight_groups(), params.gradient_clip)
+        self.optimizer = AdamW(self._weight_groups(), params.gradient_clip, self.schedule.betas)
         self.fields = masking.Fields.by_group(data.encoder, data.train.expression.device)
         names = [field.name for field in data.encoder.groups["technical"]]
         self.study = names.index(gem.hidden_study) if gem.hidden_study else None
@@ -276,7 +276,9 @@ class Trainer:
             loss, terms = self._step(batch, step)
             losses.append(loss)
             sizes.append(len(batch.target_gene))
-            sums = sums + torch.stack(list(terms.values())) * sizes[-1]
+            with torch.no_grad():
+                values = [term.sum() if term.ndim else term for term in terms.values()]
+                sums = sums + torch.stack(values) * sizes[-1]
         stacked, means = torch.stack(losses), sums / self.samples
         if not torch.isfinite(stacked).all():
             step = first_step + int((~torch.isfinite(stacked)).nonzero()[0])
@@ -355,16 +357,16 @@ class Trainer:
         }
 
     def _step(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, unweighted terms), detached."""
+        """(detached loss, unweighted terms)"""
         warmup = kl_warmup(step, self.steps, self.params.kl_warmup)
         loss, terms = self.objective(batch, warmup)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step(self._learning_rate(step))
-        return loss.detach(), {name: term.detach().sum() for name, term in terms.items()}
+        return loss.detach(), terms
 
     def _learning_rate(self, step: int) -> float:
-        return self.params.learning_rate * one_cycle(step, self.steps)
+        return self.schedule.learning_rate * one_cycle(step, self.steps)
 
     def _divergence(self, step: int, names: list[str], means: Tensor) -> DivergedError:
         finite = zip(names, torch.isfinite(means).tolist(), strict=True)

@@ -6,6 +6,8 @@ from torch import nn
 
 from pipeline.gem.training.optimization.optimizer import AdamW, WeightGroup
 
+BETAS = 0.8, 0.99
+
 
 def weights(seed: int = 0) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
@@ -30,11 +32,11 @@ def set_gradients(of: list[nn.Parameter], seed: int) -> None:
 @pytest.mark.parametrize("clip", [1.0, 1e6], ids=["clipped", "free"])
 def test_steps_are_those_of_torch_after_a_clipped_gradient(clip):
     own, reference = weights(), weights()
-    optimizer = AdamW(groups(own), clip)
+    optimizer = AdamW(groups(own), clip, BETAS)
     settings = [
         {"params": group.weights, "weight_decay": group.decay} for group in groups(reference)
     ]
-    expected = torch.optim.AdamW(settings)
+    expected = torch.optim.AdamW(settings, betas=BETAS)
     for step, rate in enumerate((1e-2, 3e-2, 2e-2), 1):
         for of in (own, reference):
             set_gradients(of, step)
@@ -50,7 +52,7 @@ def test_steps_are_those_of_torch_after_a_clipped_gradient(clip):
 def test_a_weight_without_gradient_stays():
     own = weights()
     before = own[1].detach().clone()
-    optimizer = AdamW(groups(own), 1.0)
+    optimizer = AdamW(groups(own), 1.0, BETAS)
     set_gradients(own, 1)
     own[1].grad = None
     optimizer.step(1e-2)
@@ -60,7 +62,7 @@ def test_a_weight_without_gradient_stays():
 
 def test_a_restored_state_continues_with_equal_bits():
     own, other = weights(), weights()
-    optimizers = [AdamW(groups(of), 1.0) for of in (own, other)]
+    optimizers = [AdamW(groups(of), 1.0, BETAS) for of in (own, other)]
     set_gradients(own, 1)
     optimizers[0].step(1e-2)
     saved = {name: tensor.clone() for name, tensor in optimizers[0].state().items()}
@@ -75,7 +77,10 @@ def test_a_restored_state_continues_with_equal_bits():
 
 
 def test_the_state_of_other_weights_is_refused():
-    optimizer, saved = AdamW(groups(weights()), 1.0), AdamW(groups(weights())[:2], 1.0).state()
+    optimizer, saved = (
+        AdamW(groups(weights()), 1.0, BETAS),
+        AdamW(groups(weights())[:2], 1.0, BETAS).state(),
+    )
     with pytest.raises(RuntimeError, match="tensors of the optimizer, expected 9"):
         optimizer.load_state(saved)
 
@@ -83,7 +88,7 @@ def test_the_state_of_other_weights_is_refused():
 def test_a_gradient_that_is_not_finite_reaches_the_weights():
     """So that the loss of the next step shows it."""
     own = weights()
-    optimizer = AdamW(groups(own), 1.0)
+    optimizer = AdamW(groups(own), 1.0, BETAS)
     set_gradients(own, 1)
     own[1].grad[0] = torch.nan
     optimizer.step(1e-2)

@@ -32,6 +32,30 @@ def test_small_cohorts_get_smaller_batches_then_more_epochs_up_to_min_steps(
     assert (unchanged.batch_size, unchanged.epochs, unchanged.patience) == (64, 30, 10)
 
 
+def test_batches_above_64_samples_leave_48_steps_an_epoch(params):
+    settings = {"epochs": 30, "min_steps": 300, "batch_size": 128}
+    train = params.train.model_copy(update=settings)
+    sizes = {640: 64, 3120: 65, 4800: 100, 6166: 128, 10**6: 128}
+    assert {samples: TrainingSchedule.of(samples, train).batch_size for samples in sizes} == sizes
+    assert TrainingSchedule.of(640, train.model_copy(update={"min_steps": 0})).batch_size == 128
+
+
+def test_adam_follows_the_batch_size_by_the_square_root_rule(params):
+    """In k times as many samples a step: k times the variance of the gradient's mean is gone, so
+    steps are longer by the root of k, and means and decay forget k times as fast a step."""
+    settings = {"learning_rate": 1.5e-3, "weight_decay": 0.2, "batch_size": 128, "small_cohort": 0}
+    settings |= {"epochs": 30, "min_steps": 300}
+    train = params.train.model_copy(update=settings)
+    for samples, growth in ((64, 1), (640, 1), (10**6, 2)):
+        schedule = TrainingSchedule.of(samples, train)
+        assert schedule.learning_rate == pytest.approx(1.5e-3 * growth**0.5)
+        assert schedule.betas == pytest.approx((1 - 0.1 * growth, 1 - 0.001 * growth))
+        decay = schedule.learning_rate * schedule.weight_decay
+        assert decay == pytest.approx(1.5e-3 * 0.2 * growth)
+    huge = train.model_copy(update={"batch_size": 4096})
+    assert TrainingSchedule.of(10**6, huge).betas == (0.0, pytest.approx(1 - 0.064))
+
+
 def test_regularisation_grows_in_proportion_to_missing_samples(params):
     dropout = {"technical": 0.0, "biological": 0.3, "perturbation": 0.02}
     settings = {"small_cohort": 3000, "weight_decay": 0.2, "metadata_dropout": dropout}

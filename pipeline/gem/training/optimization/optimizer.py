@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_BETAS, _EPSILON = (0.9, 0.999), 1e-8
+_EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ class AdamW:
     Those two look at each weight in Python, which took a tenth of the step of a small network.
     """
 
-    def __init__(self, groups: Iterable[WeightGroup], clip: float):
-        """`clip`: the largest norm of the gradient."""
-        self.groups, self.clip = [group for group in groups if group.weights], clip
+    def __init__(self, groups: Iterable[WeightGroup], clip: float, betas: tuple[float, float]):
+        """`clip`: the largest norm of the gradient. `betas`: decay of the means of the gradient and
+        of its square."""
+        self.groups, self.clip, self.betas = [g for g in groups if g.weights], clip, betas
         self._states = [_State.zeros(group) for group in self.groups]
         self._trained: list[tuple[list, ...]] | None = None  # set by the first step
 
@@ -73,8 +74,8 @@ class AdamW:
                 [],
                 steps,
                 lr=group.scale * learning_rate,
-                beta1=_BETAS[0],
-                beta2=_BETAS[1],
+                beta1=self.betas[0],
+                beta2=self.betas[1],
                 weight_decay=group.decay,
                 eps=_EPSILON,
                 amsgrad=False,

@@ -9,6 +9,9 @@ from pipeline.gem.common.config import Train
 _PEAK_SHARE = 0.25  # of the one-cycle schedule: the steps before the peak of the learning rate
 _INITIAL_RATE = 0.04  # relative to the peak
 _MIN_BATCH_SIZE = 8
+_REFERENCE_BATCH_SIZE = 64  # of the learning rate, weight decay and betas
+_EPOCH_STEPS = 48  # larger batches leave so many
+_BETAS = 0.9, 0.999
 _MAX_SCALED_DROPOUT = 0.15  # up to which metadata dropout grows in a small cohort
 
 
@@ -17,6 +20,8 @@ class TrainingSchedule:
     """Batch size, epochs and regularisation, adapted to the number of training samples."""
 
     batch_size: int
+    learning_rate: float  # its peak
+    betas: tuple[float, float]  # of Adam
     epochs: int
     patience: int  # epochs
     weight_decay: float
@@ -30,6 +35,10 @@ class TrainingSchedule:
         A hundred samples in batches of 64 would make 60 steps in 30 epochs, too few to train.
         Regularisation acts as a prior, whose weight grows as samples get fewer: below
         `small_cohort` samples it grows in proportion.
+
+        Batches have more than 64 samples only where an epoch then has 48 steps or more. Adam's
+        settings follow their size, so that an epoch has the same effect (Malladi et al. 2022, the
+        square root scaling rule).
         """
         scarcity = max(1.0, params.small_cohort / samples)
         dropout = {
@@ -39,10 +48,20 @@ class TrainingSchedule:
         batch_size = params.batch_size
         if params.min_steps:
             largest = samples * params.epochs // params.min_steps
+            largest = min(largest, max(samples // _EPOCH_STEPS, _REFERENCE_BATCH_SIZE))
             batch_size = min(batch_size, max(largest, _MIN_BATCH_SIZE))
         epochs = max(params.epochs, -(-params.min_steps // -(-samples // batch_size)))
         patience = -(-params.patience * epochs // params.epochs)
-        return cls(batch_size, epochs, patience, params.weight_decay * scarcity, dropout)
+        growth = max(1.0, batch_size / _REFERENCE_BATCH_SIZE)
+        return cls(
+            batch_size,
+            params.learning_rate * math.sqrt(growth),
+            tuple(max(0.0, 1 - growth * (1 - beta)) for beta in _BETAS),
+            epochs,
+            patience,
+            params.weight_decay * scarcity * math.sqrt(growth),
+            dropout,
+        )
 
 
 def kl_warmup(step: int, steps: int, share: float) -> float:

@@ -425,8 +425,11 @@ def test_metrics_leave_their_inputs_unchanged(pair, name):
     np.testing.assert_array_equal(pair, before)
 
 
-@pytest.mark.parametrize("number", [1, 3, 256, 257, 44_592])
-def test_transforms_are_of_genes_spread_over_all(number):
-    genes = pit_genes(number)
-    assert len(genes) == min(number, 256) and genes[0] == 0 and genes[-1] == number - 1
+@pytest.mark.parametrize(
+    ("samples", "number", "expected"),
+    [(7, 1, 1), (7, 30_000, 30_000), (1_000, 2_000, 1_048), (1_000_000, 2_000, 256), (0, 3, 3)],
+)
+def test_transforms_are_of_genes_spread_over_all(samples, number, expected):
+    genes = pit_genes(samples, number)
+    assert len(genes) == expected and genes[0] == 0 and genes[-1] == number - 1
     assert len(genes) == 1 or np.ptp(np.diff(genes)) <= 1

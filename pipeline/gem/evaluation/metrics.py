@@ -17,8 +17,8 @@ from pipeline.gem.evaluation.bootstrap import Bootstrap
 
 # Sums of squares, and differences of cosines, that are rounding of float64 and not signal.
 ROUNDING = 1e-12
-# 2,000 samples of these have half a million transforms; more take most of the time of a prediction.
-PIT_GENES = 256
+# Transforms of more values tell nothing more, and take most of the time of a prediction.
+PIT_VALUES, LEAST_PIT_GENES = 2**20, 256
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,11 @@ def _unit(change: np.ndarray) -> np.ndarray:
 # --- distributions ------------------------------------------------------------------------------
 
 
-def pit_genes(number: int) -> np.ndarray:
-    """Positions of the genes whose transforms are computed: at most PIT_GENES, spread over all."""
-    return np.unique(np.linspace(0, number - 1, min(number, PIT_GENES)).astype(int))
+def pit_genes(samples: int, genes: int) -> np.ndarray:
+    """Positions of the genes whose transforms are computed: all if they have at most PIT_VALUES
+    values, else fewer, spread over all."""
+    used = max(LEAST_PIT_GENES, PIT_VALUES // max(samples, 1))
+    return np.unique(np.linspace(0, genes - 1, min(genes, used)).astype(int))
 
 
 def randomised_pit(lower: np.ndarray, upper: np.ndarray, rng: np.random.Generator) -> np.ndarray:

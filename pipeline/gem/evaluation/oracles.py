@@ -106,7 +106,7 @@ class OraclePredictors:
         rng = np.random.default_rng(self.seed)
         drawn = oracle.draw(*inputs, rng=rng)
         one_draw = log_cpm(drawn, drawn.sum(axis=1))[:, self.genes]
-        ranked = pit_genes(len(self.genes))
+        ranked = pit_genes(len(counts), len(self.genes))
         genes = self.genes[ranked]
         more = (oracle.draw(*inputs, rng=rng, genes=genes) for _ in range(RANK_DRAWS - 1))
         draws = itertools.chain([drawn[:, genes]], more)

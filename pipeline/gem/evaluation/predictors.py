@@ -146,7 +146,7 @@ def _predict_gem(
             split.totals,
             params.prior_draws,
             params.seed,
-            pit_genes(split.counts.shape[1]),
+            pit_genes(*split.counts.shape),
         )
         rng = np.random.default_rng(params.seed)
         return PredictedSplit(

@@ -59,6 +59,6 @@ def _mark_best(axes: plt.Axes, table: pd.DataFrame) -> None:
     axes.axvline(best, color=MUTED, linestyle=":", label=f"best: epoch {best}")
     # The first epochs are far below and would flatten everything after them.
     lower = scores.quantile(0.25)
-    spread = scores.max() - lower
-    axes.set_ylim(lower - spread, scores.max() + 0.3 * spread)
+    if spread := scores.max() - lower:  # none in a single epoch
+        axes.set_ylim(lower - spread, scores.max() + 0.3 * spread)
     axes.legend(loc="lower right")

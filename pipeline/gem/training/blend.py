@@ -3,9 +3,10 @@
     prediction = weight * network + (1 - weight) * mixed model
 
 The network learns what is not additive, and needs many samples for it. The mixed model shrinks the
-effects of few samples as far as their variances demand. The weight is that with the least squared
-error on the selection split. Its conditions are a sample of those to come: with C of them the
-weight shrinks towards the mixed model by C / (C + PRIOR_CONDITIONS). Samples at random, whose
+effects of few samples as far as their variances demand. The weight is the smallest one whose
+squared error on the selection split exceeds the least by no more than its standard error over
+conditions (the rule of Breiman et al., 1984). These conditions are a sample of those to come: with
+C of them the weight shrinks further by C / (C + PRIOR_CONDITIONS). Samples at random, whose
 conditions training has, are weak evidence for new conditions and halve the weight. Without a
 selection split there is no evidence for the network, and the weight is 0.
 
@@ -185,23 +186,37 @@ def _encoded(
 def network_weight(gem: TrainedGEM, mixed: MixedModel, split: EncodedSplit) -> float:
     """In [0, 1]: of the network's mean prediction, shrunk by the number of conditions."""
     observation, grid = gem.network.observation, np.linspace(0, 1, WEIGHTS)
-    errors, number = np.zeros(WEIGHTS), 0
+    pairs = torch.stack([split.index[group] for group in GROUPS[1:]], dim=1)
+    condition = torch.unique(pairs, dim=0, return_inverse=True)[1].cpu().numpy()
+    errors, number = np.zeros((condition.max() + 1, WEIGHTS)), 0
     for samples in split.blocks():
         rows, index = joined_rows(_encoded(samples, gem.metadata))
         linear = mixed.predict(mixed.rows(gem.metadata, rows))[torch.from_numpy(index)]
         linear = linear.to(gem.device)
         network = _network_mean(gem, samples)
+        own = condition[number : number + len(samples.totals)]
         for place, weight in enumerate(grid):
             decoded = torch.lerp(linear, network, float(weight))
             mean = observation.expected_log_cpm(decoded, samples.totals, LatentSource.PRIOR)
-            error = (mean - samples.observed.expression).double().square().sum()
-            errors[place] += float(error)
+            error = (mean - samples.observed.expression).double().square().sum(dim=1)
+            np.add.at(errors[:, place], own, error.cpu().numpy())
         number += len(samples.totals)
         if number >= WEIGHT_SAMPLES:  # the samples of a cohort lie in random order
             break
-    pairs = torch.stack([split.index[group] for group in GROUPS[1:]], dim=1)
-    conditions = len(torch.unique(pairs, dim=0))
-    return float(grid[errors.argmin()] * conditions / (conditions + PRIOR_CONDITIONS))
+    conditions = len(errors)
+    chosen = smallest_weight(errors[np.unique(condition[:number])])
+    return float(grid[chosen] * conditions / (conditions + PRIOR_CONDITIONS))
+
+
+def smallest_weight(errors: np.ndarray) -> int:
+    """Position of the first of W increasing weights whose error, of errors (C, W) by condition, is
+    within one standard error of the least: that of their difference, paired over conditions. With
+    one condition nothing is known of it, and the first weight is chosen."""
+    more = errors - errors[:, [errors.sum(axis=0).argmin()]]
+    if len(errors) < 2:
+        return 0
+    deviation = np.sqrt(len(errors) * more.var(axis=0, ddof=1))
+    return int(np.argmax(more.sum(axis=0) <= deviation))
 
 
 def _network_mean(gem: TrainedGEM, samples: EncodedRows) -> Tensor:

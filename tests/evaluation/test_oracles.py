@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from pipeline.gem.data.expression import log_cpm
+from pipeline.gem.evaluation import metrics
 from pipeline.gem.evaluation.evaluation_split import PredictedSplit
 from pipeline.gem.simulation.generator import Truth, draw_counts, log_fractions
 
@@ -54,7 +55,7 @@ def test_a_reference_changes_the_prediction_of_samples_of_new_studies_alone(
     named = pd.Series(np.where(known, "known", "new"), split.samples.index)
     mixed = replace(split, samples=split.samples.assign(study=named))
     monkeypatch.setattr(oracles, "studies", {"known"})
-    monkeypatch.setattr(oracles, "_predict", lambda counts, *_: _constant(len(counts), 1.0))
+    monkeypatch.setattr(oracles, "_predict", lambda _split, rows, *_: _constant(rows.sum(), 1.0))
     monkeypatch.setattr(oracles, "_latest", (mixed, _constant(len(known), 0.0)))
     result = oracles.from_reference(mixed)[0]
     for name in ("values", "draw", "pit"):
@@ -62,6 +63,21 @@ def test_a_reference_changes_the_prediction_of_samples_of_new_studies_alone(
     assert result.uses_study_controls and whole.uses_study_controls
     metadata = evaluation.by_split["test_study"][1]["oracle_metadata"][0]
     assert (whole.values != metadata.values).any(axis=1).mean() > 0.5
+
+
+def test_calibration_of_a_large_split_is_on_the_same_genes_with_and_without_a_reference(
+    evaluation, monkeypatch
+):
+    monkeypatch.setattr(metrics, "PIT_VALUES", 1)
+    monkeypatch.setattr(metrics, "LEAST_PIT_GENES", 4)
+    split = evaluation.by_split["test_study"][0]
+    oracles = evaluation.predictors.by_name["oracle_reference"].__self__
+    monkeypatch.setattr(oracles, "_latest", None)
+    named = split.samples["study"].where(np.arange(len(split.samples)) % 2 == 1, "known")
+    monkeypatch.setattr(oracles, "studies", {"known"})
+    half = replace(split, samples=split.samples.assign(study=named))
+    assert oracles.from_reference(half)[0].pit.shape == (len(named), 4)
+    assert len(split.pit_genes) == 4 and split.pit_genes[-1] == split.counts.shape[1] - 1
 
 
 def _constant(samples: int, value: float) -> PredictedSplit:

@@ -18,6 +18,7 @@ from pipeline.gem.data.references import SampleGroups, choose_references
 from pipeline.gem.data.splits import TEST_CONTROL, TESTS, TRAIN, Entities
 from pipeline.gem.evaluation.baselines.profiles import GroupMeans, Groups, Profiles, mean_weights
 from pipeline.gem.evaluation.baselines.training_split import TrainingSplit
+from pipeline.gem.evaluation.metrics import pit_genes
 from pipeline.gem.model.query import TargetGenes
 
 # The entities that a split holds out as a whole: errors within one are not independent.
@@ -73,6 +74,11 @@ class EvaluationSplit:
     def totals(self) -> np.ndarray:
         """(N,) total counts over all genes of the source."""
         return self.samples["total"].to_numpy()
+
+    @property
+    def pit_genes(self) -> np.ndarray:
+        """(g,) positions of the genes on which calibration is measured."""
+        return pit_genes(*self.counts.shape)
 
     def control_of(self, predicted: "PredictedSplit") -> Controls | None:
         """The controls that a predicted change is taken from: those that the predictor used.

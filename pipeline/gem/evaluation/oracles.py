@@ -17,7 +17,7 @@ from pipeline.gem.evaluation.evaluation_split import (
     EvaluationSplits,
     PredictedSplit,
 )
-from pipeline.gem.evaluation.metrics import pit_genes, rank_pit
+from pipeline.gem.evaluation.metrics import rank_pit
 from pipeline.gem.simulation.generator import log_fractions
 from pipeline.gem.simulation.oracle import (
     CHANGED_FOLD,
@@ -28,6 +28,7 @@ from pipeline.gem.simulation.oracle import (
 )
 from pipeline.gem.simulation.truth import Truth
 
+EVERY = slice(None)  # sample of a split
 RANK_DRAWS = 9  # the rank of an observation among nine draws falls into one of ten bins
 
 
@@ -60,7 +61,7 @@ class OraclePredictors:
         return np.abs(change) >= np.log(CHANGED_FOLD), change
 
     def from_metadata(self, split: EvaluationSplit) -> list[PredictedSplit]:
-        predicted = self._predict(split.counts, self.metadata, split.samples, split.totals)
+        predicted = self._predict(split, EVERY, self.metadata, split.samples, split.totals)
         self._latest = (split, predicted)
         return [predicted]
 
@@ -77,7 +78,7 @@ class OraclePredictors:
         references = split.reference_samples[new]
         controls = ReferenceControls(references, *self._strata_and_donors(references))
         inputs = split.samples[new], split.totals[new], controls
-        own = self._predict(split.counts[new], self.metadata, *inputs)
+        own = self._predict(split, new, self.metadata, *inputs)
         arrays = {}
         for name in ("values", "draw", "pit"):
             arrays[name] = getattr(predicted, name).copy()
@@ -90,7 +91,7 @@ class OraclePredictors:
             hidden = self.hidden.loc[split.samples["sample_id"]]
             factors = (*factors, hidden["subpopulation"].to_numpy())
         fractions = log_fractions(self.truth, split.samples, *factors)
-        predicted = self._predict(split.counts, self.omniscient, fractions, split.totals)
+        predicted = self._predict(split, EVERY, self.omniscient, fractions, split.totals)
         return [replace(predicted, uses_study_controls=True)]
 
     def _strata_and_donors(self, samples: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -98,17 +99,21 @@ class OraclePredictors:
         return hidden["stratum"].to_numpy(), hidden["donor"].to_numpy()
 
     def _predict(
-        self, counts: np.ndarray, oracle: MetadataOracle | OmniscientOracle, *inputs
+        self,
+        split: EvaluationSplit,
+        rows: np.ndarray | slice,
+        oracle: MetadataOracle | OmniscientOracle,
+        *inputs,
     ) -> PredictedSplit:
-        """Of samples with observed counts (N, G). `inputs`: the arguments of the oracle's `predict`
-        and `draw`."""
+        """Of some samples of a split. `inputs`: the arguments of the oracle's `predict` and
+        `draw`."""
         values = oracle.predict(*inputs)[:, self.genes].astype(np.float32)
         rng = np.random.default_rng(self.seed)
         drawn = oracle.draw(*inputs, rng=rng)
         one_draw = log_cpm(drawn, drawn.sum(axis=1))[:, self.genes]
-        ranked = pit_genes(len(counts), len(self.genes))
+        ranked = split.pit_genes
         genes = self.genes[ranked]
         more = (oracle.draw(*inputs, rng=rng, genes=genes) for _ in range(RANK_DRAWS - 1))
         draws = itertools.chain([drawn[:, genes]], more)
-        pit = rank_pit(counts[:, ranked].astype(np.int64), draws, rng)
+        pit = rank_pit(split.counts[rows][:, ranked].astype(np.int64), draws, rng)
         return PredictedSplit(values, one_draw, pit)

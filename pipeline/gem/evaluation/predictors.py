@@ -34,7 +34,7 @@ from pipeline.gem.evaluation.evaluation_split import (
     EvaluationSplits,
     PredictedSplit,
 )
-from pipeline.gem.evaluation.metrics import pit_genes, randomised_pit
+from pipeline.gem.evaluation.metrics import randomised_pit
 from pipeline.gem.evaluation.oracles import OraclePredictors
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.predictive import predictive_distribution
@@ -146,7 +146,7 @@ def _predict_gem(
             split.totals,
             params.prior_draws,
             params.seed,
-            pit_genes(*split.counts.shape),
+            split.pit_genes,
         )
         rng = np.random.default_rng(params.seed)
         return PredictedSplit(

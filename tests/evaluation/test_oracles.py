@@ -73,7 +73,9 @@ def test_calibration_of_a_large_split_is_on_the_same_genes_with_and_without_a_re
     split = evaluation.by_split["test_study"][0]
     oracles = evaluation.predictors.by_name["oracle_reference"].__self__
     monkeypatch.setattr(oracles, "_latest", None)
-    named = split.samples["study"].where(np.arange(len(split.samples)) % 2 == 1, "known")
+    named = (
+        split.samples["study"].astype(object).where(np.arange(len(split.samples)) % 2 == 1, "known")
+    )
     monkeypatch.setattr(oracles, "studies", {"known"})
     half = replace(split, samples=split.samples.assign(study=named))
     assert oracles.from_reference(half)[0].pit.shape == (len(named), 4)

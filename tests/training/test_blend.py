@@ -47,7 +47,7 @@ def mean_prediction(gem: TrainedGEM, samples) -> np.ndarray:
         return decode(gem.network, query, query.latents.mean).numpy()
 
 
-def test_weight_has_about_the_least_error_on_the_selection_split_but_for_its_shrinkage(
+def test_weight_minimises_the_error_on_the_selection_split_but_for_its_shrinkage(
     fitted, mixed, data, cohort
 ):
     samples = cohort.rows([data.selection_split])
@@ -62,11 +62,14 @@ def test_weight_has_about_the_least_error_on_the_selection_split_but_for_its_shr
         {w: ((w * network + (1 - w) * linear - observed) ** 2).sum(axis=1) for w in grid}
     )
     errors = errors.groupby(condition).sum()
-    more = errors.sub(errors[errors.sum().idxmin()], axis=0)
+    best = errors.sum().idxmin()
+    shrinkage = len(errors) / (len(errors) + blend.PRIOR_CONDITIONS)
+    weight = network_weight(fitted.gem, mixed, data.validation, at_random=False)
+    assert weight == pytest.approx(best * shrinkage, abs=2e-3)
+    more = errors.sub(errors[best], axis=0)
     within = more.mean() <= more.sem()
-    best = within[within].index[0]
-    expected = best * len(errors) / (len(errors) + blend.PRIOR_CONDITIONS)
-    assert network_weight(fitted.gem, mixed, data.validation) == pytest.approx(expected, abs=2e-3)
+    weight = network_weight(fitted.gem, mixed, data.validation, at_random=True)
+    assert weight == pytest.approx(0.5 * within[within].index[0] * shrinkage, abs=2e-3)
 
 
 def test_weight_is_the_smallest_within_one_standard_error_of_the_best(rng):
@@ -80,10 +83,10 @@ def test_weight_is_the_smallest_within_one_standard_error_of_the_best(rng):
 def test_weight_lies_between_zero_and_one(fitted, mixed, data, monkeypatch):
     observed = lambda gem, samples: samples.observed.expression  # noqa: E731
     monkeypatch.setattr(blend, "_network_mean", observed)
-    assert 0.5 < network_weight(fitted.gem, mixed, data.validation) < 1
+    assert 0.5 < network_weight(fitted.gem, mixed, data.validation, False) < 1
     opposite = lambda gem, samples: -samples.observed.expression  # noqa: E731
     monkeypatch.setattr(blend, "_network_mean", opposite)
-    assert network_weight(fitted.gem, mixed, data.validation) == 0
+    assert network_weight(fitted.gem, mixed, data.validation, False) == 0
 
 
 def test_prediction_is_the_average_and_the_file_keeps_it(fitted, data, cohort, tmp_path):

@@ -3,12 +3,13 @@
     prediction = weight * network + (1 - weight) * mixed model
 
 The network learns what is not additive, and needs many samples for it. The mixed model shrinks the
-effects of few samples as far as their variances demand. The weight is the smallest one whose
-squared error on the selection split exceeds the least by no more than its standard error over
-conditions (the rule of Breiman et al., 1984). These conditions are a sample of those to come: with
-C of them the weight shrinks further by C / (C + PRIOR_CONDITIONS). Samples at random, whose
-conditions training has, are weak evidence for new conditions and halve the weight. Without a
-selection split there is no evidence for the network, and the weight is 0.
+effects of few samples as far as their variances demand. The weight is that with the least squared
+error on the selection split. Its conditions are a sample of those to come: with C of them the
+weight shrinks towards the mixed model by C / (C + PRIOR_CONDITIONS). Samples at random, whose
+conditions training has, are weak evidence for new conditions: then the weight is the smallest one
+whose error exceeds the least by no more than its standard error over conditions (the rule of
+Breiman et al., 1984), and half of it. Without a selection split there is no evidence for the
+network, and the weight is 0.
 
 Afterwards the effects of the mixed model are fitted again, with the validation samples given back:
 those of the selection split, and those at random.
@@ -74,8 +75,8 @@ def _blend(fits: list[FitResult], data: TrainingData, cohort: Cohort) -> list[Fi
     mixed = variances.model(data.encoder, samples[:1])
     weights = [0.0] * len(fits)
     if data.validation is not None:
-        evidence = 1.0 if data.selection_split == SELECTION_SPLITS[0] else RANDOM_EVIDENCE
-        weights = [evidence * network_weight(fit.gem, mixed, data.validation) for fit in fits]
+        at_random = data.selection_split != SELECTION_SPLITS[0]
+        weights = [network_weight(fit.gem, mixed, data.validation, at_random) for fit in fits]
     log.info(
         "train: weight of the network beside the mixed model: %s",
         ", ".join(f"{weight:.2f}" for weight in weights),
@@ -183,8 +184,11 @@ def _encoded(
 
 
 @torch.no_grad()
-def network_weight(gem: TrainedGEM, mixed: MixedModel, split: EncodedSplit) -> float:
-    """In [0, 1]: of the network's mean prediction, shrunk by the number of conditions."""
+def network_weight(
+    gem: TrainedGEM, mixed: MixedModel, split: EncodedSplit, at_random: bool
+) -> float:
+    """In [0, 1]: of the network's mean prediction, shrunk by the number of conditions. `at_random`:
+    the split has samples at random, whose conditions training has."""
     observation, grid = gem.network.observation, np.linspace(0, 1, WEIGHTS)
     pairs = torch.stack([split.index[group] for group in GROUPS[1:]], dim=1)
     condition = torch.unique(pairs, dim=0, return_inverse=True)[1].cpu().numpy()
@@ -203,9 +207,11 @@ def network_weight(gem: TrainedGEM, mixed: MixedModel, split: EncodedSplit) -> f
         number += len(samples.totals)
         if number >= WEIGHT_SAMPLES:  # the samples of a cohort lie in random order
             break
-    conditions = len(errors)
-    chosen = smallest_weight(errors[np.unique(condition[:number])])
-    return float(grid[chosen] * conditions / (conditions + PRIOR_CONDITIONS))
+    shrinkage = len(errors) / (len(errors) + PRIOR_CONDITIONS)
+    errors = errors[np.unique(condition[:number])]
+    if at_random:
+        return float(RANDOM_EVIDENCE * grid[smallest_weight(errors)] * shrinkage)
+    return float(grid[errors.sum(axis=0).argmin()] * shrinkage)
 
 
 def smallest_weight(errors: np.ndarray) -> int:

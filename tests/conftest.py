@@ -142,7 +142,10 @@ def cohort(params, source_folder, shared_folder) -> Cohort:
     def fill(folder: Path) -> None:
         write_cohort(open_source(data), data, params.splits, folder / "cohort")
 
-    return Cohort(shared_folder("prepared", fill) / "cohort")
+    cohort = Cohort(shared_folder("prepared", fill) / "cohort")
+    for table in cohort.features.values():
+        table.values.setflags(write=False)  # a test that changed it would change the tests after it
+    return cohort
 
 
 @pytest.fixture(scope="module")

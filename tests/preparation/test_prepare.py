@@ -206,9 +206,8 @@ def test_features_of_two_tables_stand_side_by_side(prepare, params, source, coho
     paths = {"kind": "embedding", "tables": [str(first), str(second)]}
     covariates["perturbation"]["perturbation"] = paths
     joined = prepare(source, covariates=covariates)
-    expected = pd.DataFrame(
-        cohort.features["perturbation"].values, cohort.features["perturbation"].labels
-    )
+    features = cohort.features["perturbation"]
+    expected = pd.DataFrame(features.values.copy(), features.labels)
     expected.loc[absent, 1:] = 0
     found = joined.features["perturbation"]
     pd.testing.assert_frame_equal(

@@ -6,9 +6,6 @@ import pandas as pd
 from pipeline.gem.common.config import Data, Numeric
 from pipeline.gem.data.labels import label_texts
 from pipeline.gem.data.references import SampleGroups
-from pipeline.gem.data.splits import TRAIN, VALIDATIONS
-
-VISIBLE = (TRAIN, *VALIDATIONS)  # splits outside the test
 
 
 def matched_controls(samples: pd.DataFrame, pool: pd.DataFrame, data: Data) -> list[np.ndarray]:

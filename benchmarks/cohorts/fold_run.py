@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from benchmarks.cohorts.controls import VISIBLE, matched_controls
+from benchmarks.cohorts.controls import matched_controls
 from benchmarks.cohorts.folds import Fold
 from benchmarks.cohorts.rivals import rival_predictions
 from benchmarks.cohorts.scores import (
@@ -27,6 +27,7 @@ from benchmarks.cohorts.sums import by_condition, summed_predictions, summed_riv
 from pipeline.gem.common.config import Params
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.sources import open_source
+from pipeline.gem.data.splits import VISIBLE
 from pipeline.gem.evaluation import metrics
 from pipeline.gem.evaluation.catalogue import GEM, REFERENCE_SUFFIX, REPLICATE
 from pipeline.gem.evaluation.evaluation_split import (

@@ -1,7 +1,7 @@
 """Simple predictors of whole conditions, as anyone would fit them to few samples.
 
-Unlike the baselines of an evaluation they use the validation samples too, match controls by time,
-and know a level of each time and dose.
+Unlike the baselines of an evaluation they match controls by time, and know a level of each time
+and dose.
 
 R distinct rows of metadata, G genes. Expression is log-CPM, an effect a difference of log-CPM.
 """
@@ -13,12 +13,13 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from benchmarks.cohorts.controls import VISIBLE, matched_controls
+from benchmarks.cohorts.controls import matched_controls
 from pipeline.gem.common.config import Data, Numeric
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.data.labels import SET_KINDS, join_keys, label_key, label_texts, split_labels
 from pipeline.gem.data.references import SampleGroups
+from pipeline.gem.data.splits import VISIBLE
 from pipeline.gem.evaluation.baselines.ridge import Design
 
 PENALTY = 1.0  # of the ridge: the weight of one sample

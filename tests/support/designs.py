@@ -5,10 +5,9 @@ from collections.abc import Iterable
 import pandas as pd
 
 from pipeline.gem.common.config import Data, Splits
-from pipeline.gem.data.splits import TEST_CONTROL, TESTS, TRAIN, VALIDATIONS
+from pipeline.gem.data.splits import TEST_CONTROL, TESTS, VISIBLE
 
-ALL_SPLITS = (TRAIN, *VALIDATIONS, *TESTS, TEST_CONTROL)
-VISIBLE = (TRAIN, *VALIDATIONS)
+ALL_SPLITS = (*VISIBLE, *TESTS, TEST_CONTROL)
 NO_COVARIATES = {"technical": {}, "biological": {}, "perturbation": {}}
 
 

@@ -26,6 +26,7 @@ VALIDATIONS = (
     "validation_perturbation",
     "validation_study",
 )
+VISIBLE = (TRAIN, *VALIDATIONS)  # everything but the test
 # Early stopping and searches use the first of these that the cohort has.
 SELECTION_SPLITS = ("validation_combination", "validation")
 TESTS = (

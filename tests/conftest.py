@@ -190,12 +190,12 @@ def model_directory(cohort, params, shared_folder) -> Path:
     from pipeline.gem.training.blend import blend_with_mixed_model
     from pipeline.gem.training.dataset import TrainingData
     from pipeline.gem.training.model_directory import write_model_directory
-    from pipeline.gem.training.trainer import fit
+    from pipeline.gem.training.multi_seed import fit_and_refit
 
     def fill(folder: Path) -> None:
         changed = params.override({"train.seeds": [1, 2], "train.epochs": 8})
         data = TrainingData.load(cohort, torch.device("cpu"))
-        results = [fit(data, changed, seed) for seed in changed.train.seeds]
+        results = [fit_and_refit(data, changed, cohort, seed) for seed in changed.train.seeds]
         results = blend_with_mixed_model(results, data, cohort)
         write_model_directory(folder / "default", results, changed, cohort.train_validation_sha256)
 

@@ -43,7 +43,7 @@ from pipeline.gem.training import distributed
 from pipeline.gem.training.blend import blend_with_mixed_model
 from pipeline.gem.training.dataset import TrainingData, resolve_observation
 from pipeline.gem.training.expression import memory_for_counts
-from pipeline.gem.training.trainer import fit
+from pipeline.gem.training.multi_seed import fit_and_refit
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,8 @@ def train(cohort: Cohort, params: Params, check: Check) -> list[TrainedGEM]:
     params = resolve_observation(params, cohort)
     data = TrainingData.load(cohort, device, params.model.uses_counts, memory)
     params = data.resolve(params)
-    fits = [fit(data, params, seed, on_step=check) for seed in params.train.seeds]
+    seeds = params.train.seeds
+    fits = [fit_and_refit(data, params, cohort, seed, on_step=check) for seed in seeds]
     return [each.gem for each in blend_with_mixed_model(fits, data, cohort)]
 
 

@@ -21,6 +21,7 @@ from pipeline.gem.common.errors import InputError, IntegrityError
 from pipeline.gem.common.files import sha256_of
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.data.features import FeatureTable
+from pipeline.gem.data.splits import VISIBLE
 from pipeline.gem.model import model_file, tensor_file
 from pipeline.gem.model.gem import TrainedGEM
 
@@ -77,7 +78,7 @@ def test_bytes_are_those_of_the_training_process_and_change_with_the_model(gem, 
 
 
 def test_a_file_holds_the_training_support_the_temperatures_and_the_genes(gem, content, cohort):
-    train = cohort.rows(["train"])
+    train = cohort.rows(VISIBLE)  # the model is refitted
     columns = ["tissue", "cell_type", "perturbation"]
     combinations = set(train[columns].itertuples(index=False, name=None))
     assert set(gem.training_support.combinations) == combinations
@@ -377,7 +378,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "interactions above memory": (with_model(interactions=2**16), "weights do not fit"),
     "latents above memory": (with_model(latent=TOO_WIDE), "weights do not fit"),
     "unknown model parameter": (with_model(hidden="many"), "model.hidden"),
-    "other version": (with_key("format_version", 4), "format_version: Input should be 10"),
+    "other version": (with_key("format_version", 4), "format_version: Input should be 11"),
     "no genes": (with_key("genes", []), "genes"),
     "term of an unknown covariate": (with_term(covariate="nothing"), "the covariates lack"),
     "smooth term of labels": (with_term(kind="smooth"), "the covariates lack"),

@@ -12,18 +12,18 @@ from pipeline.gem.data.splits import TRAIN
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.mixed import fit as mixed_fit
 from pipeline.gem.model.mixed import terms, variance_components
-from pipeline.gem.model.mixed.fit import MixedFit
 from pipeline.gem.model.mixed.mixed_model import MixedModel
 from pipeline.gem.model.observation import LatentSource
 from pipeline.gem.model.query import decode
 from pipeline.gem.training import blend
 from pipeline.gem.training.blend import (
     blend_with_mixed_model,
-    mixed_samples,
+    fit_mixed_model,
     network_weight,
     smallest_weight,
 )
 from pipeline.gem.training.dataset import TrainingData
+from pipeline.gem.training.multi_seed import fit_and_refit
 from pipeline.gem.training.trainer import fit
 
 
@@ -34,10 +34,7 @@ def fitted(data, params):
 
 @pytest.fixture(scope="module")
 def mixed(data, cohort) -> MixedModel:
-    (samples,) = mixed_samples([data.train], data.encoder, pooled=False)
-    return MixedFit.of(data.encoder, cohort.declared, samples, len(data.genes)).model(
-        data.encoder, [samples]
-    )
+    return fit_mixed_model(cohort, data.train, data.encoder, pooled=False)
 
 
 def mean_prediction(gem: TrainedGEM, samples) -> np.ndarray:
@@ -103,20 +100,26 @@ def test_prediction_is_the_average_and_the_file_keeps_it(fitted, data, cohort, t
     assert loaded.network_weight == weight and loaded.to_bytes() == gem.to_bytes()
 
 
-def test_effects_are_fitted_again_with_the_selection_split(fitted, mixed, data, cohort):
-    (blended,) = blend_with_mixed_model([fitted], data, cohort)
-    train, selection = cohort.rows([TRAIN]), cohort.rows([data.selection_split])
-    final, first = blended.gem.mixed, mixed
-    assert final.design == first.design and final.variances == first.variances
-
-    def error(model, samples, split):
-        gem = replace(blended.gem, mixed=model, network_weight=0.0)
-        return ((mean_prediction(gem, samples) - cohort.expression([split])) ** 2).mean()
-
-    assert error(final, selection, data.selection_split) < error(
-        first, selection, data.selection_split
-    )
-    assert error(final, train, TRAIN) == pytest.approx(error(first, train, TRAIN), rel=0.05)
+def test_after_a_refit_network_and_mixed_model_have_the_validation_samples(
+    fitted, mixed, data, cohort, params
+):
+    changed = params.override({"train.epochs": 3, "train.min_steps": 0, "train.refit": 0.5})
+    refitted = fit_and_refit(data, changed, cohort, seed=1)
+    (before,) = blend_with_mixed_model([fitted], data, cohort)
+    (after,) = blend_with_mixed_model([refitted], data, cohort)
+    assert after.gem.network is refitted.refit.gem.network and after.gem.refit
+    assert after.gem.network_weight == before.gem.network_weight  # chosen without these samples
+    visible = TrainingData.load_visible(cohort, data.encoder, torch.device("cpu"))
+    expected = fit_mixed_model(cohort, visible.train, visible.encoder, pooled=False)
+    assert torch.equal(after.gem.mixed.coefficients, expected.coefficients)
+    assert torch.equal(before.gem.mixed.coefficients, mixed.coefficients)
+    for split in ("validation_perturbation", "validation_study"):
+        samples, observed = cohort.rows([split]), cohort.expression([split])
+        errors = [
+            ((mean_prediction(each.gem, samples) - observed) ** 2).mean()
+            for each in (before, after)
+        ]
+        assert errors[1] < errors[0]
 
 
 def test_without_a_selection_split_the_prediction_is_the_mixed_model_with_its_variance(
@@ -162,12 +165,11 @@ def test_models_of_counts_average_logits_and_choose_by_the_expected_log_cpm(
         expected = gem.network.observation.expected_log_cpm(decoded, totals, LatentSource.PRIOR)
         return float(((expected.detach().numpy() - observed) ** 2).mean())
 
-    # The mixed model of `gem` is fitted on the selection split too, so it is only better.
     assert error(weight) < min(error(1.0), 1.1 * error(0.0))
 
 
 def test_pooled_counts_are_the_logarithm_of_all_counts_of_a_row(count_data, cohort):
-    (pooled,) = mixed_samples([count_data.train], count_data.encoder, pooled=True)
+    pooled = blend._pooled_samples(count_data.train, count_data.encoder)
     counts = cohort.counts([TRAIN]).astype(float)
     ((_, values),) = pooled.blocks()
     index = pooled_index(count_data)
@@ -182,8 +184,7 @@ def test_pooled_counts_are_the_logarithm_of_all_counts_of_a_row(count_data, coho
 
 
 def pooled_index(data) -> np.ndarray:
-    (samples,) = mixed_samples([data.train], data.encoder, pooled=False)
-    return samples.index
+    return blend._samples(data.train, data.encoder).index
 
 
 def test_counts_that_do_not_fit_into_memory_leave_the_network_alone(

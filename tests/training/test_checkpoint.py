@@ -134,18 +134,18 @@ def test_a_finished_fit_is_reported_again_but_not_trained(
 
 
 def test_only_the_newest_finished_fits_are_kept(tmp_path):
-    checkpoints = [Checkpoint(tmp_path / f"{number}.safetensors") for number in range(11)]
+    checkpoints = [Checkpoint(tmp_path / f"{number}.safetensors") for number in range(19)]
 
     def kept() -> list[int]:
         return [number for number, one in enumerate(checkpoints) if one.load() is not None]
 
-    for age, checkpoint in enumerate(checkpoints[:10]):
+    for age, checkpoint in enumerate(checkpoints[:18]):
         checkpoint.save([], {"a": torch.ones(2)})
         checkpoint.finish()
         os.utime(checkpoint.finished_path, (1000 + age, 1000 + age))
     checkpoints[0].finish()  # deleted before
-    assert kept() == list(range(2, 10))
+    assert kept() == list(range(2, 18))
     checkpoints[2].finish()  # used again
-    checkpoints[10].save([], {"a": torch.ones(2)})
-    checkpoints[10].finish()
-    assert kept() == [2, *range(4, 11)]
+    checkpoints[18].save([], {"a": torch.ones(2)})
+    checkpoints[18].finish()
+    assert kept() == [2, *range(4, 19)]

@@ -9,8 +9,13 @@ import torch
 from pipeline.gem.common.errors import DivergedError
 from pipeline.gem.training import multi_seed
 from pipeline.gem.training.distributed import take_gpu
-from pipeline.gem.training.multi_seed import fit_seeds, parallel_fits, processes_of
-from pipeline.gem.training.trainer import FitResult, fit
+from pipeline.gem.training.multi_seed import (
+    fit_and_refit,
+    fit_seeds,
+    parallel_fits,
+    processes_of,
+)
+from pipeline.gem.training.trainer import EpochMetrics, FitResult
 
 
 @pytest.fixture
@@ -28,15 +33,15 @@ def forked(monkeypatch):
 @pytest.mark.integration
 def test_parallel_fits_are_equal_to_sequential_ones(two_cores, data, params, cohort):
     changed = params.override({"train.seeds": [1, 2], "train.epochs": 2})
-    epochs: list[tuple[int, int]] = []
-    results = fit_seeds(
-        data, changed, cohort.folder, lambda seed, epoch: epochs.append((seed, epoch.epoch)), {}
-    )
-    sequential = [fit(data, changed, seed) for seed in (1, 2)]
-    assert [result.gem.to_bytes() for result in results] == [
-        result.gem.to_bytes() for result in sequential
-    ]
-    assert sorted(epochs) == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    epochs: list[tuple[int, EpochMetrics]] = []
+    results = fit_seeds(data, changed, cohort, lambda *epoch: epochs.append(epoch), {})
+    sequential = [fit_and_refit(data, changed, cohort, seed) for seed in (1, 2)]
+    for result, expected in zip(results, sequential, strict=True):
+        assert result.gem.to_bytes() == expected.gem.to_bytes()
+        assert result.refit.gem.to_bytes() == expected.refit.gem.to_bytes()
+    numbers = [(seed, epoch.stage, epoch.epoch) for seed, epoch in epochs]
+    stages = [("refit", 1), ("train", 1), ("train", 2)]
+    assert sorted(numbers) == [(seed, *stage) for seed in (1, 2) for stage in stages]
 
 
 @pytest.mark.integration
@@ -44,7 +49,7 @@ def test_divergence_in_a_process_is_raised_here(two_cores, forked, data, params,
     without_bounds = {"seeds": (1, 2), "learning_rate": 1e30, "gradient_clip": 1e30}
     changed = params.model_copy(update={"train": params.train.model_copy(update=without_bounds)})
     with pytest.raises(DivergedError, match="training diverged at step"):
-        fit_seeds(data, changed, cohort.folder, lambda seed, epoch: None, {})
+        fit_seeds(data, changed, cohort, lambda seed, epoch: None, {})
 
 
 @pytest.mark.parametrize(

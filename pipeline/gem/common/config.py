@@ -297,6 +297,7 @@ class Train(Frozen):
     epochs: integer(1, 10**5)
     min_steps: integer(0, 10**8)
     patience: Count
+    refit: number(0, 10)
     batch_size: Count
     learning_rate: number(1e-8, 1)
     weight_decay: number(0, 1000)

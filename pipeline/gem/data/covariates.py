@@ -5,7 +5,7 @@ Both are learned from the training split alone.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -109,6 +109,14 @@ class CovariateEncoder:
         if deviation <= ROUNDING * np.abs(numbers).max():
             deviation = 1.0
         return cls(name, covariate, dimensions, mean, deviation, offset)
+
+    def extended(self, column: pd.Series) -> "CovariateEncoder":
+        """This encoder with the further labels of a column that contains the training split. What
+        it learned of numbers and features stays, so that what a network learned of them does."""
+        fitted = CovariateEncoder.fit(self.name, self.covariate, column)
+        if isinstance(self.covariate, Numeric) and not self.levels:
+            return fitted
+        return replace(self, levels=fitted.levels)
 
     def try_encode(self, value: object, unknown: str) -> tuple[Entries | None, str | None]:
         """(entries or None, error message or None) of a value that is not missing.

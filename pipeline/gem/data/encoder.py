@@ -87,10 +87,15 @@ class MetadataEncoder:
             ]
             for group in GROUPS
         }
-        dependencies = []
-        for fields in groups.values():
-            dependencies += functional_dependencies(samples, fields)
-        return cls(groups, dependencies)
+        return cls(groups, _dependencies(samples, groups))
+
+    def extended(self, samples: pd.DataFrame) -> "MetadataEncoder":
+        """This encoder with the further labels of `samples`, which contain the training split."""
+        groups = {
+            group: [field.extended(samples[field.name]) for field in fields]
+            for group, fields in self.groups.items()
+        }
+        return MetadataEncoder(groups, _dependencies(samples, groups))
 
     @property
     def fields(self) -> list[CovariateEncoder]:
@@ -207,6 +212,16 @@ class MetadataEncoder:
             if name in others and (difference := _difference(*own[name], *others[name])):
                 messages.append(f"{name}: {difference}")
         return messages
+
+
+def _dependencies(
+    samples: pd.DataFrame, groups: Mapping[str, list[CovariateEncoder]]
+) -> list[FunctionalDependency]:
+    return [
+        dependency
+        for fields in groups.values()
+        for dependency in functional_dependencies(samples, fields)
+    ]
 
 
 def joined_rows(encoded: Mapping[str, EncodedGroup]) -> tuple[csr_array, np.ndarray]:

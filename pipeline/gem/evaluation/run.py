@@ -30,7 +30,7 @@ from pipeline.gem.common.progress import duration
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.data.expression import log_cpm
-from pipeline.gem.data.splits import TEST_CONTROL, TRAIN
+from pipeline.gem.data.splits import TEST_CONTROL, TRAIN, VISIBLE
 from pipeline.gem.evaluation.catalogue import METRICS_FILE, REFERENCE_SUFFIX, TABLE_FILES
 from pipeline.gem.evaluation.comparison import evaluate_split, nested_scores
 from pipeline.gem.evaluation.diagnostics import (
@@ -72,12 +72,13 @@ def load_models(
     """(models, training seeds) by predictor; IntegrityError if trained on another cohort."""
     train = cohort.rows([TRAIN])
     metadata = MetadataEncoder.fit(train, cohort.declared.covariates, cohort.features)
+    extended = metadata.extended(cohort.rows(VISIBLE))
     models, seeds = {}, {}
     for name, directory in directories.items():
         models[name], seeds[name] = TrainedGEM.load_seeds(directory)
         for model in models[name]:
             model.require_genes(cohort.genes)
-            model.require_vocabulary(metadata)
+            model.require_vocabulary(extended if model.refit else metadata)
     return models, seeds
 
 

@@ -42,6 +42,7 @@ class TrainedGEM:
     hidden_study: str | None  # the study covariate, if training masked it for UNSEEN_STUDY
     training_support: TrainingSupport
     label_form: LabelForm  # of the cells of a query
+    refit: bool  # with the validation samples, after the fit on the training split
     temperatures: Mapping[str, float] = field(default_factory=dict)  # by label head
     mixed: MixedModel | None = None  # averaged with the network's prediction from metadata
     network_weight: float = 1.0  # in that average
@@ -56,6 +57,7 @@ class TrainedGEM:
         hidden_study: str | None = None,
         training_support: TrainingSupport = TrainingSupport(),  # noqa: B008 (frozen)
         label_form: LabelForm = LabelForm(),  # noqa: B008 (frozen)
+        refit: bool = False,
     ) -> "TrainedGEM":
         """An untrained GEM. Weights are drawn from torch's global random state."""
         heads = {
@@ -68,7 +70,7 @@ class TrainedGEM:
             if part.field.name != targets.column and part.field.features is None:
                 intervention_columns[part.own] = [True] * part.field.first_features
         network = Network(len(genes), metadata.groups, heads, intervention_columns, params)
-        learned = genes, targets, params, hidden_study, training_support, label_form
+        learned = genes, targets, params, hidden_study, training_support, label_form, refit
         return cls(network, metadata, *learned, dict.fromkeys(heads, 1.0))
 
     def to_bytes(self) -> bytes:
@@ -83,6 +85,7 @@ class TrainedGEM:
             hidden_study=self.hidden_study,
             training_support=self.training_support,
             label_form=self.label_form,
+            refit=self.refit,
             temperatures=dict(self.temperatures),
             mixed=model_file.MixedState.of(self.mixed, self.network_weight) if self.mixed else None,
         )
@@ -107,6 +110,7 @@ class TrainedGEM:
             description.hidden_study,
             description.training_support,
             description.label_form,
+            description.refit,
         )
         with torch.random.fork_rng(devices=[]):
             # First on the meta device: a file may declare a network larger than memory.

@@ -32,7 +32,7 @@ from pipeline.gem.model.query import TargetGenes
 from pipeline.gem.model.training_support import TrainingSupport
 
 MODEL_FILE = "model.safetensors"  # of a model directory
-FORMAT_VERSION = 10
+FORMAT_VERSION = 11
 _BLOCK_TENSORS = 6  # of a residual block
 _TRAIN_AGAIN = "train the model again"
 _WEIGHTS, _FEATURES, _MIXED = "network.", "features.", "mixed."  # prefixes of tensor names
@@ -107,7 +107,7 @@ class MixedState(Frozen):
 class ModelDescription(Frozen):
     """A trained model without its tensors; its fields are the keys of the JSON."""
 
-    format_version: Literal[10] = FORMAT_VERSION
+    format_version: Literal[11] = FORMAT_VERSION
     genes: Annotated[tuple[str, ...], Field(min_length=1)]
     gene_list_sha256: str
     metadata: MetadataState
@@ -116,6 +116,7 @@ class ModelDescription(Frozen):
     hidden_study: str | None
     training_support: TrainingSupport
     label_form: LabelForm
+    refit: bool
     temperatures: dict[
         str, Annotated[float, Field(ge=TEMPERATURE_RANGE[0], le=TEMPERATURE_RANGE[1])]
     ]

@@ -53,8 +53,8 @@ class TrainingJob:
         checkpoints = self._checkpoints()
         cached = self._report_checkpoints(list(checkpoints.values()))
         on_epoch = self._epoch_logger(run, logging.DEBUG if cached else logging.INFO)
-        folder, check = self.cohort.folder, stop_signal.check
-        fits = fit_seeds(self.data, self.params, folder, on_epoch, checkpoints, check)
+        cohort, check = self.cohort, stop_signal.check
+        fits = fit_seeds(self.data, self.params, cohort, on_epoch, checkpoints, check)
         fits = blend_with_mixed_model(fits, self.data, self.cohort)
         write_model_directory(
             self.directory, fits, self.params, self.cohort.train_validation_sha256
@@ -72,9 +72,9 @@ class TrainingJob:
 
     def help_to_train(self, stop_signal: StopSignal) -> None:
         """`train` of a rank other than 0: takes part in the fits and writes nothing."""
-        folder, check = self.cohort.folder, stop_signal.check
+        cohort, check = self.cohort, stop_signal.check
         fit_seeds(
-            self.data, self.params, folder, lambda *_: None, self._checkpoints_by_seed(), check
+            self.data, self.params, cohort, lambda *_: None, self._checkpoints_by_seed(), check
         )
 
     def _checkpoints_by_seed(self) -> dict[int, Checkpoint]:
@@ -117,10 +117,11 @@ class TrainingJob:
 
 def _progress(epoch: EpochMetrics) -> str:
     score = epoch.validation_predictive_log_likelihood
-    validation = "no validation split"
+    validation = "no validation split" if epoch.stage == "train" else "with validation samples"
     if score is not None:
         mse = epoch.validation_mse
         validation = f"validation log-likelihood {score:9.1f} nats, mse {mse:.4f}"
     left = duration((epoch.epochs - epoch.epoch) * epoch.seconds)
-    counter = f"epoch {epoch.epoch:3d}/{epoch.epochs}"
+    name = "epoch" if epoch.stage == "train" else "refit"
+    counter = f"{name} {epoch.epoch:3d}/{epoch.epochs}"
     return f"{counter}  loss {epoch.loss:9.1f}  {validation}  {left} left"

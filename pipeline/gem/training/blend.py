@@ -11,8 +11,8 @@ whose error exceeds the least by no more than its standard error over conditions
 Breiman et al., 1984), and half of it. Without a selection split there is no evidence for the
 network, and the weight is 0.
 
-Afterwards the effects of the mixed model are fitted again, with the validation samples given back:
-those of the selection split, and those at random.
+The weight is chosen with a network and a mixed model of the training split. After a refit the
+average is that of the network and of a mixed model of all samples outside the test.
 
 A Normal averages log-CPM. A model of counts averages logits of gene fractions: its mixed model is
 fitted to the counts of all samples with equal metadata together, because the mean log-CPM of cells
@@ -35,13 +35,13 @@ from pipeline.gem.common.config import GROUPS
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.encoder import EncodedGroup, MetadataEncoder, joined_rows
 from pipeline.gem.data.expression import CPM
-from pipeline.gem.data.splits import SELECTION_SPLITS
+from pipeline.gem.data.splits import SELECTION_SPLITS, VISIBLE
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.mixed.fit import MixedFit, MixedSamples
 from pipeline.gem.model.mixed.mixed_model import MixedModel
 from pipeline.gem.model.observation import LatentSource
 from pipeline.gem.training.dataset import EncodedRows, EncodedSplit, TrainingData
-from pipeline.gem.training.expression import open_expression
+from pipeline.gem.training.expression import Expression, open_expression
 from pipeline.gem.training.trainer import FitResult
 
 log = logging.getLogger(__name__)
@@ -56,78 +56,75 @@ _POOLED = 2**27  # values
 def blend_with_mixed_model(
     fits: list[FitResult], data: TrainingData, cohort: Cohort
 ) -> list[FitResult]:
-    """The fits of one data set with their models blended; unchanged if `model.mixed_model` is
+    """The fits of one data set, each with its last model, blended unless `model.mixed_model` is
     false."""
     if not fits[0].gem.params.mixed_model:
-        return fits
+        return [replace(fit, gem=_latest(fit)) for fit in fits]
     # On one thread: the bits do not depend on the cores of the machine.
     with threadpool_limits(1):
         return _blend(fits, data, cohort)
 
 
+def _latest(fit: FitResult) -> TrainedGEM:
+    return fit.refit.gem if fit.refit else fit.gem
+
+
 def _blend(fits: list[FitResult], data: TrainingData, cohort: Cohort) -> list[FitResult]:
-    splits = [data.train, *_validation_splits(data, cohort)]
-    samples = mixed_samples(splits, data.encoder, fits[0].gem.params.uses_counts)
-    if samples is None:
-        log.info("train: too many distinct metadata to pool their counts: the network alone")
-        return fits
-    variances = MixedFit.of(data.encoder, cohort.declared, samples[0], len(data.genes))
-    mixed = variances.model(data.encoder, samples[:1])
+    pooled, gems = fits[0].gem.params.uses_counts, [_latest(fit) for fit in fits]
+    mixed = fit_mixed_model(cohort, data.train, data.encoder, pooled)
     weights = [0.0] * len(fits)
-    if data.validation is not None:
+    if mixed and data.validation is not None:
         at_random = data.selection_split != SELECTION_SPLITS[0]
         weights = [network_weight(fit.gem, mixed, data.validation, at_random) for fit in fits]
+    if mixed and fits[0].refit:
+        visible = _visible(cohort, gems[0].metadata, data.train.expression)
+        mixed = fit_mixed_model(cohort, visible, gems[0].metadata, pooled)
+    if mixed is None:
+        log.info("train: too many distinct metadata to pool their counts: the network alone")
+        return [replace(fit, gem=gem) for fit, gem in zip(fits, gems, strict=True)]
     log.info(
         "train: weight of the network beside the mixed model: %s",
         ", ".join(f"{weight:.2f}" for weight in weights),
     )
-    final = variances.model(data.encoder, samples)
-    for fit, weight in zip(fits, weights, strict=True):
-        fit.gem.network.observation.blend_variance(mixed.variance, weight)
+    for gem, weight in zip(gems, weights, strict=True):
+        gem.network.observation.blend_variance(mixed.variance, weight)
     return [
-        replace(fit, gem=replace(fit.gem, mixed=final, network_weight=weight))
-        for fit, weight in zip(fits, weights, strict=True)
+        replace(fit, gem=replace(gem, mixed=mixed, network_weight=weight))
+        for fit, gem, weight in zip(fits, gems, weights, strict=True)
     ]
 
 
-def _validation_splits(data: TrainingData, cohort: Cohort) -> list[EncodedSplit]:
-    """Those of SELECTION_SPLITS that the cohort has. All but the selection split are streamed."""
-    splits, device = [], data.train.expression.device
-    for name in filter(cohort.has, SELECTION_SPLITS):
-        if name == data.selection_split:
-            splits.append(data.validation)
-        else:
-            with_counts = data.train.expression.with_counts
-            expression = open_expression(cohort, name, device, with_counts, 0.0)
-            splits.append(EncodedSplit.load(cohort, name, data.encoder, expression))
-    return splits
+def _visible(cohort: Cohort, encoder: MetadataEncoder, like: Expression) -> EncodedSplit:
+    """All samples outside the test, streamed."""
+    expression = open_expression(cohort, VISIBLE, like.device, like.with_counts, memory=0.0)
+    return EncodedSplit.load(cohort, encoder, expression)
 
 
-def mixed_samples(
-    splits: list[EncodedSplit], encoder: MetadataEncoder, pooled: bool
-) -> list[MixedSamples] | None:
-    """The samples of each split as the mixed model reads them. `pooled`: the counts of a metadata
-    row together; None if they do not fit into memory."""
-    if not pooled:
-        return [_samples(split, encoder) for split in splits]
-    rows = [joined_rows(_encoded(split, encoder)) for split in splits]
-    if sum(len(distinct.indptr) for distinct, _ in rows) * splits[0].expression.genes > _POOLED:
+def fit_mixed_model(
+    cohort: Cohort, split: EncodedSplit, encoder: MetadataEncoder, pooled: bool
+) -> MixedModel | None:
+    """Of the samples of `split`. `pooled`: of the counts of each metadata row together; None if
+    they do not fit into memory."""
+    samples = _pooled_samples(split, encoder) if pooled else _samples(split, encoder)
+    if samples is None:
         return None
-    counts = [
-        _pooled_counts(split, index, distinct.shape[0])
-        for split, (distinct, index) in zip(splits, rows, strict=True)
-    ]
-    fractions = counts[0].sum(axis=0) / counts[0].sum()
-    library = counts[0].sum() / len(splits[0])
+    genes = split.expression.genes
+    return MixedFit.of(encoder, cohort.declared, samples, genes).model(encoder, samples)
+
+
+def _pooled_samples(split: EncodedSplit, encoder: MetadataEncoder) -> MixedSamples | None:
+    rows, index = joined_rows(_encoded(split, encoder))
+    if rows.shape[0] * split.expression.genes > _POOLED:
+        return None
+    counts = _pooled_counts(split, index, rows.shape[0])
+    fractions = counts.sum(axis=0) / counts.sum()
+    library = counts.sum() / len(split)
     of_sample = fractions.clip(1e-9) * library
     # How much the expected log-CPM of a sample follows the logarithm of its expected count.
     weights = (of_sample / (1 + of_sample)) ** 2
     # Of a Poisson count's logarithm, in classes: the genes of one share their equations.
     noise = np.exp2(np.round(-np.log2(of_sample)))
-    return [
-        _pooled(distinct, of_rows, fractions, library, weights, noise)
-        for (distinct, _), of_rows in zip(rows, counts, strict=True)
-    ]
+    return _pooled(rows, counts, fractions, library, weights, noise)
 
 
 def _samples(split: EncodedSplit, encoder: MetadataEncoder) -> MixedSamples:

@@ -22,7 +22,7 @@ from pipeline.gem.training import distributed
 log = logging.getLogger(__name__)
 
 FOLDER = Path(".gem/checkpoints")  # outside the outputs, which DVC deletes before a stage runs
-_MAX_FINISHED = 8  # finished fits that are kept, newest first
+_MAX_FINISHED = 16  # finished fits and refits that are kept, newest first
 _SUFFIX, _FINISHED = ".safetensors", ".finished.safetensors"
 
 
@@ -42,6 +42,10 @@ class Checkpoint:
         machine = torch.__version__, cuda, distributed.size()
         name = sha256_of(settings, data_sha256, seed, _code(), *machine)[:16]
         return cls(folder / f"{name}{_SUFFIX}")
+
+    def of_refit(self) -> "Checkpoint":
+        """That of the refit which follows the fit."""
+        return Checkpoint(self.path.with_stem(f"{self.path.stem}-refit"))
 
     @property
     def finished_path(self) -> Path:
@@ -79,19 +83,21 @@ class Checkpoint:
         return saved.get("history"), tensors
 
     def finish(self) -> None:
-        """Marks the fit as finished; only the newest finished fits are kept."""
-        if self.path.exists():
-            self.path.replace(self.finished_path)
-        elif self.finished_path.exists():
-            self.finished_path.touch()
+        """Marks the fit and its refit as finished; only the newest finished fits are kept."""
+        for each in (self, self.of_refit()):
+            if each.path.exists():
+                each.path.replace(each.finished_path)
+            elif each.finished_path.exists():
+                each.finished_path.touch()
         finished = list(self.path.parent.glob(f"*{_FINISHED}"))
         finished.sort(key=lambda path: path.stat().st_mtime, reverse=True)
         for outdated in finished[_MAX_FINISHED:]:
             outdated.unlink(missing_ok=True)
 
     def discard_finished(self) -> None:
-        """Makes the next fit train, even if it was finished before."""
-        self.finished_path.unlink(missing_ok=True)
+        """Makes the next fit and refit train, even if they were finished before."""
+        for each in (self, self.of_refit()):
+            each.finished_path.unlink(missing_ok=True)
 
 
 @cache

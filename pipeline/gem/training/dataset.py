@@ -4,8 +4,8 @@ N samples, B of a batch, G genes. Expression is log-CPM.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.data.labels import LabelForm
 from pipeline.gem.data.references import ControlGroups, SampleGroups
-from pipeline.gem.data.splits import SELECTION_SPLITS, TRAIN
+from pipeline.gem.data.splits import SELECTION_SPLITS, TRAIN, VISIBLE
 from pipeline.gem.model.metadata.rows import MetadataRows
 from pipeline.gem.model.observation import GeneMoments, Observed
 from pipeline.gem.model.query import TargetGenes
@@ -44,7 +44,8 @@ class EncodedRows:
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """The N samples of one split, in the order of the cohort. All but the expression is in memory.
+    """The N samples of some splits, in the order of the cohort. All but the expression is in
+    memory.
 
     Fields as in EncodedRows.
     """
@@ -75,12 +76,14 @@ class EncodedSplit:
 
     @classmethod
     def load(
-        cls, cohort: Cohort, split: str, encoder: MetadataEncoder, expression: Expression
+        cls, cohort: Cohort, encoder: MetadataEncoder, expression: Expression
     ) -> "EncodedSplit":
+        """The samples of `expression`."""
+
         def tensor(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(expression.device)
 
-        samples = cohort.rows([split])
+        samples = cohort.rows(expression.splits)
         metadata, index = {}, {}
         for group, rows in encoder.encode(samples, unknown="missing").items():
             metadata[group] = MetadataRows.from_sparse(rows.distinct, expression.device)
@@ -103,13 +106,14 @@ class TrainingData:
     training_support: TrainingSupport
     label_form: LabelForm
     train: EncodedSplit
-    moments: GeneMoments  # of the training split
+    moments: GeneMoments  # of the training samples
     references: "References"
     study_spread: Tensor  # (G,), see `study_spread`
     study_column: str | None
-    validation: EncodedSplit | None  # the selection split
-    selection_split: str | None  # for early stopping and model selection
+    validation: EncodedSplit | None = None  # the selection split
+    selection_split: str | None = None  # for early stopping and model selection
     sparse_counts: bool = False
+    refit: bool = False  # with the validation samples
 
     @classmethod
     def load(
@@ -119,33 +123,60 @@ class TrainingData:
         with_counts: bool = False,
         memory: float = math.inf,
     ) -> "TrainingData":
-        """`with_counts` as in Expression. A split whose counts do not fit in `memory` bytes, beside
-        those of the splits before it, is streamed."""
-        samples, declared = cohort.rows([TRAIN]), cohort.declared
-        encoder = MetadataEncoder.fit(samples, declared.covariates, cohort.features)
+        """The training split, and the split for model selection. `with_counts` as in Expression. A
+        split whose counts do not fit in `memory` bytes, beside those of the splits before it, is
+        streamed."""
+        covariates = cohort.declared.covariates
+        encoder = MetadataEncoder.fit(cohort.rows([TRAIN]), covariates, cohort.features)
+        data = cls._of([TRAIN], cohort, encoder, device, with_counts, memory)
+        selection_split = next((split for split in SELECTION_SPLITS if cohort.has(split)), None)
+        if selection_split is None:
+            return data
+        left = memory - data.train.expression.resident_bytes
+        expression = open_expression(cohort, [selection_split], device, with_counts, left)
+        validation = EncodedSplit.load(cohort, encoder, expression)
+        return replace(data, validation=validation, selection_split=selection_split)
+
+    @classmethod
+    def load_visible(
+        cls,
+        cohort: Cohort,
+        encoder: MetadataEncoder,
+        device: torch.device,
+        with_counts: bool = False,
+        memory: float = math.inf,
+    ) -> "TrainingData":
+        """All samples but those of the test, for training; nothing is left for model selection.
+        `encoder` is that of the training split, which their labels extend."""
+        extended = encoder.extended(cohort.rows(VISIBLE))
+        data = cls._of(VISIBLE, cohort, extended, device, with_counts, memory)
+        return replace(data, refit=True)
+
+    @classmethod
+    def _of(
+        cls,
+        splits: Sequence[str],
+        cohort: Cohort,
+        encoder: MetadataEncoder,
+        device: torch.device,
+        with_counts: bool,
+        memory: float,
+    ) -> "TrainingData":
+        samples, declared = cohort.rows(splits), cohort.declared
         references = References.from_samples(samples, declared, device)
         controls = np.unique(references.rows.cpu().numpy())
-        expression = open_expression(cohort, TRAIN, device, with_counts, memory, controls)
-        train = EncodedSplit.load(cohort, TRAIN, encoder, expression)
-        selection_split = next((split for split in SELECTION_SPLITS if cohort.has(split)), None)
-        validation = None
-        if selection_split:
-            left = memory - expression.resident_bytes
-            expression = open_expression(cohort, selection_split, device, with_counts, left)
-            validation = EncodedSplit.load(cohort, selection_split, encoder, expression)
+        expression = open_expression(cohort, splits, device, with_counts, memory, controls)
         return cls(
             encoder=encoder,
             genes=cohort.genes,
             targets=TargetGenes.from_cohort(cohort),
             training_support=TrainingSupport.from_samples(encoder.without_rare(samples), declared),
             label_form=LabelForm.of(declared),
-            train=train,
-            moments=train.expression.moments(),
+            train=EncodedSplit.load(cohort, encoder, expression),
+            moments=expression.moments(),
             references=references,
-            study_spread=study_spread(samples, train.expression, declared),
+            study_spread=study_spread(samples, expression, declared),
             study_column=declared.study_column,
-            validation=validation,
-            selection_split=selection_split,
             sparse_counts=has_sparse_counts(cohort),
         )
 

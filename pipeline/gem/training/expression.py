@@ -1,4 +1,5 @@
-"""The expression of one split, batch by batch: counts held in memory, or streamed from the cohort.
+"""The expression of some splits, batch by batch: counts held in memory, or streamed from the
+cohort.
 
 Counts stay the integers of the cohort until a batch becomes log-CPM in float32, 1 to 2 % of the
 time of a step. The samples lie in random order on disk. An epoch permutes their row groups, fills
@@ -43,7 +44,7 @@ _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32}  # types that t
 
 
 class RowGroup(NamedTuple):
-    """Samples `start` to `stop` of a split."""
+    """Samples `start` to `stop`."""
 
     path: Path
     number: int  # in the file
@@ -121,13 +122,19 @@ def _cut(groups: Iterable[RowGroup], sizes: Sequence[int]) -> list[list[RowGroup
 
 
 class Expression(ABC):
-    """Counts and log-CPM of a split. Rows are those of `cohort.rows([split])`."""
+    """Counts and log-CPM of splits. Rows are those of `cohort.rows(splits)`."""
 
-    def __init__(self, cohort: Cohort, split: str, device: torch.device, with_counts: bool = False):
+    def __init__(
+        self,
+        cohort: Cohort,
+        splits: Sequence[str],
+        device: torch.device,
+        with_counts: bool = False,
+    ):
         """`with_counts`: also the integer counts, for observation models of counts."""
-        self.cohort, self.split, self.device, self.with_counts = cohort, split, device, with_counts
-        self.genes = len(cohort.genes)
-        totals = cohort.rows([split])["total"].to_numpy(dtype=np.float64)
+        self.cohort, self.splits, self.device = cohort, splits, device
+        self.with_counts, self.genes = with_counts, len(cohort.genes)
+        totals = cohort.rows(splits)["total"].to_numpy(dtype=np.float64)
         self._scale = torch.from_numpy((CPM / totals).astype(np.float32)).to(device)  # (N,)
         self._groups = self._row_groups()
 
@@ -161,12 +168,13 @@ class Expression(ABC):
         return GeneMoments.of(observed.expression for _, observed in self.blocks())
 
     def _row_groups(self) -> list[RowGroup]:
-        """Of a split that fills the shards of its role, as the training split; none of others."""
+        """Of splits that fill the shards of their roles, as the training split; none of others."""
         groups, start = [], 0
-        for path in self.cohort.shards(role_of(self.split)):
-            for number, size in enumerate(group_sizes(path)):
-                groups.append(RowGroup(path, number, start, start + size))
-                start += size
+        for role in dict.fromkeys(map(role_of, self.splits)):
+            for path in self.cohort.shards(role):
+                for number, size in enumerate(group_sizes(path)):
+                    groups.append(RowGroup(path, number, start, start + size))
+                    start += size
         return groups if start == len(self) else []
 
     def _observed(self, rows: Tensor, counts: Tensor) -> Observed:
@@ -178,9 +186,15 @@ class Expression(ABC):
 class ResidentExpression(Expression):
     """All counts in memory."""
 
-    def __init__(self, cohort: Cohort, split: str, device: torch.device, with_counts: bool = False):
-        super().__init__(cohort, split, device, with_counts)
-        counts = torch.from_numpy(cohort.counts([split]))
+    def __init__(
+        self,
+        cohort: Cohort,
+        splits: Sequence[str],
+        device: torch.device,
+        with_counts: bool = False,
+    ):
+        super().__init__(cohort, splits, device, with_counts)
+        counts = torch.from_numpy(cohort.counts(splits))
         self._dtype = counts.dtype
         self._counts = counts.view(_SIGNED.get(self._dtype, self._dtype)).to(device)
 
@@ -217,13 +231,13 @@ class StreamedExpression(Expression):
     def __init__(
         self,
         cohort: Cohort,
-        split: str,
+        splits: Sequence[str],
         device: torch.device,
         with_counts: bool = False,
         controls: np.ndarray = np.empty(0, dtype=np.int64),  # noqa: B008 (never written)
     ):
-        super().__init__(cohort, split, device, with_counts)
-        self._dtype, self._controls = cohort.integer_type([split]), controls
+        super().__init__(cohort, splits, device, with_counts)
+        self._dtype, self._controls = cohort.integer_type(splits), controls
         self._file = tempfile.TemporaryFile(dir=cohort.folder.parent)  # noqa: SIM115 (as below)
         weakref.finalize(self, self._file.close)
         if len(controls):
@@ -284,7 +298,7 @@ class StreamedExpression(Expression):
         counts have: sums over blocks then have the same bits."""
         size, start = rows_per_group(self.genes), 0
         rest = np.empty((0, self.genes), dtype=self._dtype)
-        for block in self.cohort.blocks([self.split]):
+        for block in self.cohort.blocks(self.splits):
             rest = np.concatenate([rest, block]) if len(rest) else block
             while len(rest) >= size:
                 yield start, rest[:size]
@@ -346,17 +360,17 @@ class _Lane:
 
 def open_expression(
     cohort: Cohort,
-    split: str,
+    splits: Sequence[str],
     device: torch.device,
     with_counts: bool,
     memory: float,
     controls: np.ndarray = np.empty(0, dtype=np.int64),  # noqa: B008 (never written)
 ) -> Expression:
     """Resident if the counts take at most `memory` bytes, else streamed."""
-    samples, genes = cohort.manifest["splits"][split], len(cohort.genes)
-    if samples * genes * cohort.integer_type([split]).itemsize <= memory:
-        return ResidentExpression(cohort, split, device, with_counts)
-    return StreamedExpression(cohort, split, device, with_counts, controls)
+    samples = sum(cohort.manifest["splits"].get(split, 0) for split in splits)
+    if samples * len(cohort.genes) * cohort.integer_type(splits).itemsize <= memory:
+        return ResidentExpression(cohort, splits, device, with_counts)
+    return StreamedExpression(cohort, splits, device, with_counts, controls)
 
 
 def memory_for_counts(share: float, device: torch.device, processes: int = 1) -> float:

@@ -57,6 +57,7 @@ def _report(fits: list[FitResult], params: Params, data_sha256: str) -> dict:
         "predictive_draws": params.train.predictive_draws,
         "best_epoch": fit.best.epoch,
         "epochs": len(fit.history),
+        "refit_epochs": len(fit.refit.history) if fit.refit else 0,
         "validation": {
             name.removeprefix("best/"): value for name, value in best_metrics(fit).items()
         },

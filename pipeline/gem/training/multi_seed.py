@@ -8,7 +8,7 @@ import multiprocessing
 import pickle
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,6 +21,7 @@ from pipeline.gem.common.errors import GemError, InputError, StoppedError
 from pipeline.gem.common.machine_errors import machine_problem
 from pipeline.gem.common.processes import end_with_parent
 from pipeline.gem.data.cohort import Cohort
+from pipeline.gem.data.splits import VALIDATIONS
 from pipeline.gem.training import distributed
 from pipeline.gem.training.checkpoint import Checkpoint
 from pipeline.gem.training.dataset import TrainingData
@@ -35,26 +36,29 @@ OnEpoch = Callable[[int, EpochMetrics], None]  # seed, epoch
 def fit_seeds(
     data: TrainingData,
     params: Params,
-    folder: Path,
+    cohort: Cohort,
     on_epoch: OnEpoch,
     checkpoints: Mapping[int, Checkpoint],
     on_step: Callable[[], None] = lambda: None,
 ) -> list[FitResult]:
-    """The fits of `train.seeds`, in this order. DivergedError as in `fit`.
+    """The fits of `train.seeds` with their refits, in this order. DivergedError as in `fit`.
 
-    `data` is loaded from the cohort in `folder`; other processes load it again. `checkpoints` are
+    `data` is loaded from the cohort; other processes load it again. `checkpoints` are
     by seed. `on_epoch` receives the epochs of all seeds in the order in which they end. `on_step`
     is called before every step, or often while other processes train; its exceptions end the fits.
     """
     seeds, device = params.train.seeds, data.train.expression.device
     limit = parallel_fits(params.train, device)
     if limit > 1:
-        jobs = [_Job(folder, params, seed, checkpoints.get(seed), device.type) for seed in seeds]
+        jobs = [
+            _Job(cohort.folder, params, seed, checkpoints.get(seed), device.type) for seed in seeds
+        ]
         return _fit_in_processes(jobs, limit, on_epoch, on_step)
     return [
-        fit(
+        fit_and_refit(
             data,
             params,
+            cohort,
             seed,
             lambda epoch, seed=seed: on_epoch(seed, epoch),
             checkpoints.get(seed),
@@ -62,6 +66,28 @@ def fit_seeds(
         )
         for seed in seeds
     ]
+
+
+def fit_and_refit(
+    data: TrainingData,
+    params: Params,
+    cohort: Cohort,
+    seed: int,
+    on_epoch: Callable[[EpochMetrics], None] = lambda epoch: None,
+    checkpoint: Checkpoint | None = None,
+    on_step: Callable[[], None] = lambda: None,
+) -> FitResult:
+    """A fit and, if `train.refit` is positive and there are validation samples, its refit."""
+    result = fit(data, params, seed, on_epoch, checkpoint, on_step)
+    if not params.train.refit or not any(map(cohort.has, VALIDATIONS)):
+        return result
+    device, gem = data.train.expression.device, result.gem
+    memory, with_counts = memory_of_each(params.train, device), gem.params.uses_counts
+    visible = TrainingData.load_visible(cohort, gem.metadata, device, with_counts, memory)
+    fitted = params.model_copy(update={"model": gem.params})
+    of_refit = checkpoint.of_refit() if checkpoint else None
+    refit = fit(visible, fitted, seed, on_epoch, of_refit, on_step, start=gem)
+    return replace(result, refit=refit)
 
 
 def parallel_fits(params: Train, device: torch.device) -> int:
@@ -159,8 +185,9 @@ def _run_job(job: _Job, place: int, sender: Connection) -> None:
         params = job.params
         device = distributed.take_gpu(place) if job.device == "cuda" else torch.device("cpu")
         memory = memory_of_each(params.train, device)
-        data = TrainingData.load(Cohort(job.folder), device, params.model.uses_counts, memory)
-        send(fit(data, job.params, job.seed, send, job.checkpoint))
+        cohort = Cohort(job.folder)
+        data = TrainingData.load(cohort, device, params.model.uses_counts, memory)
+        send(fit_and_refit(data, params, cohort, job.seed, send, job.checkpoint))
     except GemError as error:
         send(error)
     except Exception as error:

@@ -1,5 +1,8 @@
 """Fitting GEM: the training loop, and the metrics of each epoch. Imports no tracker.
 
+A fit on the training split chooses the epoch by the selection split. A refit goes on from there,
+for fewer epochs, with all samples but those of the test.
+
 N samples, B batch, G genes. Losses are in nats per sample.
 """
 
@@ -7,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +28,7 @@ from pipeline.gem.training.dataset import TrainingData
 from pipeline.gem.training.optimization.optimizer import AdamW, WeightGroup
 from pipeline.gem.training.optimization.precision import uses_bf16
 from pipeline.gem.training.optimization.schedule import TrainingSchedule, kl_warmup, one_cycle
+from pipeline.gem.training.optimization.warm_start import warm_start
 from pipeline.gem.training.validation import METRICS, posterior_means, validation_metrics
 
 _VARIANCE_RATE = 10.0  # learning rate of the log variances, relative to the weights
@@ -34,6 +39,7 @@ class EpochMetrics:
     """One row of history.csv. Validation metrics are None without a validation split, and a term
     of the loss is None where its weight is zero."""
 
+    stage: Literal["train", "refit"]
     epoch: int
     epochs: int  # planned
     learning_rate: float
@@ -53,24 +59,26 @@ class EpochMetrics:
     seconds: float
 
     def metrics(self) -> dict[str, float]:
-        """The metrics that are not None, as train/... and validation/..."""
+        """The metrics that are not None, as train/... (of a refit refit/...) and validation/..."""
         named = {}
         for name, value in asdict(self).items():
-            if value is None or name in ("epoch", "epochs"):
+            if value is None or name in ("stage", "epoch", "epochs"):
                 continue
-            section = "validation" if name.startswith("validation_") else "train"
+            section = "validation" if name.startswith("validation_") else self.stage
             named[f"{section}/{name.removeprefix('validation_')}"] = value
         return named
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """The model of the best epoch on the selection split, and the metrics of all epochs."""
+    """The model of the best epoch on the selection split, and the metrics of all epochs. Of a
+    refit the model of the last epoch."""
 
     gem: TrainedGEM
     history: list[EpochMetrics]
     best: EpochMetrics
     selection_split: str | None
+    refit: "FitResult | None" = None
 
 
 def fit(
@@ -80,9 +88,10 @@ def fit(
     on_epoch: Callable[[EpochMetrics], None] = lambda epoch: None,
     checkpoint: Checkpoint | None = None,
     on_step: Callable[[], None] = lambda: None,
+    start: TrainedGEM | None = None,
 ) -> FitResult:
     """Trains one GEM. `on_epoch` receives the metrics of every epoch. `on_step` is called before
-    every step. Exceptions of both end the fit.
+    every step. Exceptions of both end the fit. `start`: the model that a refit goes on from.
 
     Equal data, parameters, seed and threads give equal bits, interrupted or not. With a
     `checkpoint` the fit resumes after the last epoch that is saved there; `on_epoch` receives the
@@ -100,9 +109,14 @@ def fit(
         torch.manual_seed(seed)  # of weights and dropout; all else draws from `generator`
         gem = build_model(data, params)
         gem.network.to(device)
-        gem.network.initialise(data.moments)
+        if start is None:
+            schedule = TrainingSchedule.of(len(data.train), params.train)
+            gem.network.initialise(data.moments)
+        else:
+            schedule = TrainingSchedule.of_refit(len(data.train), params.train)
+            gem = warm_start(gem, start)
         generator = torch.Generator(device).manual_seed(seed)
-        trainer = Trainer(data, params.train, gem, generator, on_step)
+        trainer = Trainer(data, params.train, gem, generator, on_step, schedule)
         result = trainer.run(on_epoch, checkpoint)
     split = data.validation
     if split is None:
@@ -123,6 +137,7 @@ def build_model(data: TrainingData, params: Params) -> TrainedGEM:
         data.study_column if has_study and masks_study else None,
         data.training_support,
         data.label_form,
+        data.refit,
     )
 
 
@@ -163,13 +178,15 @@ class Trainer:
         gem: TrainedGEM,
         generator: torch.Generator,
         on_step: Callable[[], None] = lambda: None,
+        schedule: TrainingSchedule | None = None,
     ):
+        """`schedule`: by default that of a fit."""
         self.data, self.params, self.gem, self.network = data, params, gem, gem.network
         self.generator, self.on_step = generator, on_step
         self.network.bf16 = uses_bf16(params, gem.params, data.train.expression.device)
         self.objective = data_parallel.parallel(data_parallel.Objective(gem.network, params))
         self.samples = len(data.train.expression)
-        self.schedule = TrainingSchedule.of(self.samples, params)
+        self.schedule = schedule or TrainingSchedule.of(self.samples, params)
         self.steps_per_epoch = -(-self.samples // self.schedule.batch_size)
         self.steps = self.schedule.epochs * self.steps_per_epoch
         self.optimizer = AdamW(self._weight_groups(), params.gradient_clip, self.schedule.betas)
@@ -254,6 +271,7 @@ class Trainer:
         loss, means = self.train_epoch(number)
         absent = dict.fromkeys(("nll_reference", "nll_unseen_study", "kl_partial_metadata"))
         return EpochMetrics(
+            stage=self.schedule.stage,
             epoch=number,
             epochs=self.schedule.epochs,
             learning_rate=self._learning_rate(number * self.steps_per_epoch - 1),
@@ -358,7 +376,7 @@ class Trainer:
 
     def _step(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(detached loss, unweighted terms)"""
-        warmup = kl_warmup(step, self.steps, self.params.kl_warmup)
+        warmup = kl_warmup(step, self.steps, self.schedule.kl_warmup)
         loss, terms = self.objective(batch, warmup)
         self.optimizer.zero_grad()
         loss.backward()

@@ -85,11 +85,11 @@ def variances(encoder, declared, table, expression) -> MixedFit:
 
 @pytest.fixture
 def mixed(variances, encoder, table, expression) -> MixedModel:
-    return variances.model(encoder, [samples_of(encoder, table, expression)])
+    return variances.model(encoder, samples_of(encoder, table, expression))
 
 
 def fitted(encoder, declared, samples: MixedSamples) -> MixedModel:
-    return MixedFit.of(encoder, declared, samples, GENES).model(encoder, [samples])
+    return MixedFit.of(encoder, declared, samples, GENES).model(encoder, samples)
 
 
 def predictions(mixed: MixedModel, encoder, table) -> np.ndarray:
@@ -180,22 +180,9 @@ def test_variance_is_the_squared_error_of_rows_that_are_left_out(encoder, declar
     for row in range(len(table)):
         rest = np.arange(len(table)) != row
         others = samples_of(encoder, table[rest].reset_index(drop=True), values[rest])
-        without = variances.model(encoder, [others])
+        without = variances.model(encoder, others)
         errors.append((predictions(without, encoder, table[~rest])[0] - values[row]) ** 2)
     np.testing.assert_allclose(variances.variance, np.mean(errors, axis=0), rtol=2e-3)
-
-
-def test_a_model_of_two_splits_is_that_of_all_their_samples(variances, encoder, table, expression):
-    tables = table[:40], table[40:].reset_index(drop=True)
-    parts = (
-        samples_of(encoder, tables[0], expression[:40]),
-        samples_of(encoder, tables[1], expression[40:]),
-    )
-    both = variances.model(encoder, parts)
-    again = variances.model(encoder, [samples_of(encoder, table, expression, size=60)])
-    if variances.variances[0].row == 0:
-        np.testing.assert_allclose(both.coefficients, again.coefficients, atol=1e-5)
-    np.testing.assert_allclose(both.intercept, again.intercept, atol=0.05)
 
 
 def test_unknown_and_missing_values_have_the_effects_of_what_is_known(mixed, encoder, table):
@@ -255,7 +242,7 @@ def test_entries_that_are_means_of_samples_give_the_effects_of_the_samples(
     """Pooled rows, with the number of samples of each, have the same mixed model equations."""
     samples = samples_of(encoder, table, expression)
     variances = MixedFit.of(encoder, declared, samples, GENES)
-    mixed = variances.model(encoder, [samples])
+    mixed = variances.model(encoder, samples)
     rows = samples.rows.shape[0]
     means = np.stack([expression[samples.index == row].mean(axis=0) for row in range(rows)])
     pooled = replace(
@@ -263,7 +250,7 @@ def test_entries_that_are_means_of_samples_give_the_effects_of_the_samples(
         index=np.arange(rows),
         blocks=lambda: [(np.arange(rows), torch.from_numpy(means))],
     )
-    again = variances.model(encoder, [pooled])
+    again = variances.model(encoder, pooled)
     np.testing.assert_allclose(again.coefficients, mixed.coefficients, atol=1e-5)
     np.testing.assert_allclose(again.intercept, mixed.intercept, atol=1e-5)
 
@@ -273,13 +260,13 @@ def test_known_noise_of_a_gene_shrinks_its_effects_as_that_variance_does(
 ):
     samples = samples_of(encoder, table, expression)
     variances = MixedFit.of(encoder, declared, samples, GENES)
-    mixed = variances.model(encoder, [samples])
+    mixed = variances.model(encoder, samples)
     noise = np.where(np.arange(GENES) < 10, 0.0, 3.0)
-    noisy = variances.model(encoder, [replace(samples, gene_noise=noise)])
+    noisy = variances.model(encoder, replace(samples, gene_noise=noise))
     np.testing.assert_allclose(noisy.coefficients[:, :10], mixed.coefficients[:, :10], atol=1e-6)
     (own,) = variances.variances
     larger = replace(variances, variances=(replace(own, noise=own.noise + 3.0),))
-    expected = larger.model(encoder, [samples]).coefficients[:, 10:]
+    expected = larger.model(encoder, samples).coefficients[:, 10:]
     np.testing.assert_allclose(noisy.coefficients[:, 10:], expected, atol=1e-6)
 
 
@@ -343,7 +330,7 @@ def test_genes_of_a_class_share_variances_and_have_their_own_noise(encoder, decl
     np.testing.assert_array_equal(two.gene_class, np.arange(200) >= 100)
     low, high = two.variances
     assert low.noise > 3 * high.noise
-    mixed = two.model(encoder, [samples])
+    mixed = two.model(encoder, samples)
     for number, genes in enumerate((slice(0, 100), slice(100, 200))):
         own = replace(mixed, variances=(mixed.variances[number],))
         expected = best_linear_unbiased(own, table, values[:, genes], table)

@@ -28,6 +28,12 @@ class MetadataLinear(nn.Module):
         columns = field_columns(fields)
         self.embeddings = [part for part in columns if part.field.features]
         self.own_columns = columns[-1].own.stop if columns else 0
+        # Covariate and label of each row of `weight`; no label for the value of a number.
+        self.rows = [
+            (part.field.name, label)
+            for part in columns
+            for label in [*[None] * part.field.first_level, *part.field.levels]
+        ]
         bound = 1 / math.sqrt(max(1, sum(field.inputs for field in fields)))
 
         def parameter(*shape: int) -> nn.Parameter:

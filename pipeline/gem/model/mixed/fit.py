@@ -114,9 +114,9 @@ class MixedFit:
         variance = _prediction_variance(design, encoder, observed, variances, gene_class)
         return cls(design, variances, gene_class, variance)
 
-    def model(self, encoder: MetadataEncoder, splits: Sequence[MixedSamples]) -> MixedModel:
-        """With effects from the samples of all splits."""
-        solution = _solve(self, encoder, splits)
+    def model(self, encoder: MetadataEncoder, samples: MixedSamples) -> MixedModel:
+        """With effects from the samples."""
+        solution = _solve(self, encoder, samples)
         return MixedModel(self.design, self.variances, *solution, self.variance)
 
     def gene_groups(self, gene_noise: np.ndarray) -> Iterator[tuple[Variances, float, np.ndarray]]:
@@ -196,37 +196,28 @@ def _class_variances(
     return Variances(tuple(values[: len(kernels)].tolist()), float(row), noise)
 
 
-def _solve(
-    fit: MixedFit, encoder: MetadataEncoder, splits: Sequence[MixedSamples]
-) -> tuple[Tensor, Tensor]:
-    """(intercept (G,), effects (D, G)) of the mixed model equations, over the samples of all
-    splits."""
+def _solve(fit: MixedFit, encoder: MetadataEncoder, samples: MixedSamples) -> tuple[Tensor, Tensor]:
+    """(intercept (G,), effects (D, G)) of the mixed model equations."""
     genes, width = len(fit.gene_class), fit.design.width
-    groups = list(fit.gene_groups(splits[0].gene_noise))
+    groups = list(fit.gene_groups(samples.gene_noise))
     group_of = np.empty(genes, dtype=np.int64)
     for number, (_, _, alike) in enumerate(groups):
         group_of[alike] = number
-    matrices = [fit.design.matrix(encoder, each.rows).astype(np.float64) for each in splits]
-    precisions = [
-        # The mean of n samples of a row has variance row + noise / n.
-        np.stack([1 / (v.row + (v.noise + known) / each.numbers) for v, known, _ in groups], axis=1)
-        for each in splits
-    ]
-    right = np.zeros((width + 1, genes))
-    for samples, matrix, precision in zip(splits, matrices, precisions, strict=True):
-        weights = precision / samples.entries()[:, None]
-        for chosen, expression in samples.blocks():
-            index = samples.index[chosen]
-            values = expression.double().numpy() * weights[index][:, group_of]
-            right[0] += values.sum(axis=0)
-            right[1:] += matrix[index].T @ values
+    matrix = fit.design.matrix(encoder, samples.rows).astype(np.float64)
+    # The mean of n samples of a row has variance row + noise / n.
+    precision = np.stack(
+        [1 / (v.row + (v.noise + known) / samples.numbers) for v, known, _ in groups], axis=1
+    )
+    right, weights = np.zeros((width + 1, genes)), precision / samples.entries()[:, None]
+    for chosen, expression in samples.blocks():
+        index = samples.index[chosen]
+        values = expression.double().numpy() * weights[index][:, group_of]
+        right[0] += values.sum(axis=0)
+        right[1:] += matrix[index].T @ values
     solution = np.empty_like(right)
     for number, (variances, _, alike) in enumerate(groups):
         scale = np.concatenate([[1.0], variances.deviations(fit.design)])
-        gram = sum(
-            _bordered(matrix, precision[:, number])
-            for matrix, precision in zip(matrices, precisions, strict=True)
-        )
+        gram = _bordered(matrix, precision[:, number])
         gram *= scale[:, None] * scale
         gram[np.arange(1, width + 1), np.arange(1, width + 1)] += 1
         factor = cho_factor(gram, lower=True, overwrite_a=True)

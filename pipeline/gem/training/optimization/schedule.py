@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from pipeline.gem.common.config import Train
 
+_REFIT_RATE = 1 / 3  # peak learning rate of a refit, relative to that of the fit
 _PEAK_SHARE = 0.25  # of the one-cycle schedule: the steps before the peak of the learning rate
 _INITIAL_RATE = 0.04  # relative to the peak
 _MIN_BATCH_SIZE = 8
@@ -26,6 +28,8 @@ class TrainingSchedule:
     patience: int  # epochs
     weight_decay: float
     metadata_dropout: Mapping[str, float]  # by group
+    kl_warmup: float  # fraction of the steps
+    stage: Literal["train", "refit"] = "train"
 
     @classmethod
     def of(cls, samples: int, params: Train) -> "TrainingSchedule":
@@ -61,6 +65,23 @@ class TrainingSchedule:
             patience,
             params.weight_decay * scarcity * math.sqrt(growth),
             dropout,
+            params.kl_warmup,
+        )
+
+    @classmethod
+    def of_refit(cls, samples: int, params: Train) -> "TrainingSchedule":
+        """Of a model that is trained already: `refit` times the epochs, a lower learning rate, and
+        the whole KL from the first step on."""
+        schedule = cls.of(samples, params)
+        epochs = math.ceil(params.refit * schedule.epochs)
+        rate = _REFIT_RATE * schedule.learning_rate
+        return replace(
+            schedule,
+            epochs=epochs,
+            patience=epochs,
+            learning_rate=rate,
+            kl_warmup=0.0,
+            stage="refit",
         )
 
 

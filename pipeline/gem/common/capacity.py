@@ -141,7 +141,7 @@ def training_needs(cohort: Size, search: bool = False, processes: int | None = N
             _PROGRAM
             + _PER_PARAMETER * network_parameters(values, genes)
             + _PER_COUNT * counts
-            + _ROW * samples
+            + _ROW * samples * (1 if search or not values["train.refit"] else 2)
             + _PER_BATCH_VALUE * rows * width
         )
 
@@ -152,11 +152,12 @@ def training_needs(cohort: Size, search: bool = False, processes: int | None = N
         operations = parameters * (6 * rows * steps + values["train.epochs"] * draws * samples / 20)
         rate = _OPERATIONS * cores()
         seconds = steps * _PER_STEP + operations / rate
-        trials = values["tune.trials"] if search else 1
+        trials = values["tune.trials"] if search else 1 + values["train.refit"]
         return trials * len(values["train.seeds"]) * seconds / _DAY
 
     task, keys = "a trial" if search else "training", (*model, "train.batch_size", "train.seeds")
-    steps = tuple(f"train.{name}" for name in ("epochs", "min_steps", "seeds", "predictive_draws"))
+    names = ("epochs", "refit", "min_steps", "seeds", "predictive_draws")
+    steps = tuple(f"train.{name}" for name in names)
     whole, budget = ("the search", ("tune.trials",)) if search else (task, ())
     return [Need(task, memory, keys), Need(whole, days, (*budget, *steps, *model), days=True)]
 

@@ -109,12 +109,10 @@ def fit(
         torch.manual_seed(seed)  # of weights and dropout; all else draws from `generator`
         gem = build_model(data, params)
         gem.network.to(device)
-        if start is None:
-            schedule = TrainingSchedule.of(len(data.train), params.train)
-            gem.network.initialise(data.moments)
-        else:
-            schedule = TrainingSchedule.of_refit(len(data.train), params.train)
-            gem = warm_start(gem, start)
+        gem.network.initialise(data.moments)
+        schedule = TrainingSchedule.of(len(data.train), params.train)
+        if start is not None:
+            gem, schedule = warm_start(gem, start), schedule.of_refit(params.train)
         generator = torch.Generator(device).manual_seed(seed)
         trainer = Trainer(data, params.train, gem, generator, on_step, schedule)
         result = trainer.run(on_epoch, checkpoint)
@@ -178,9 +176,8 @@ class Trainer:
         gem: TrainedGEM,
         generator: torch.Generator,
         on_step: Callable[[], None] = lambda: None,
-        schedule: TrainingSchedule | None = None,
+        schedule: TrainingSchedule | None = None,  # by default that of a fit
     ):
-        """`schedule`: by default that of a fit."""
         self.data, self.params, self.gem, self.network = data, params, gem, gem.network
         self.generator, self.on_step = generator, on_step
         self.network.bf16 = uses_bf16(params, gem.params, data.train.expression.device)

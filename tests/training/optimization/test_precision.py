@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 def test_auto_takes_bf16_for_a_wide_network_on_hardware_that_has_it(
     params, monkeypatch, capability
 ):
-    wide, narrow = (params.model.model_copy(update={"hidden": hidden}) for hidden in (512, 256))
+    wide, narrow = (params.model.model_copy(update={"hidden": hidden}) for hidden in (256, 128))
     train = params.train.model_copy(update={"precision": "auto"})
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, capability: False})
     assert not has_bf16(CPU) and not uses_bf16(train, wide, CPU)

@@ -4,7 +4,7 @@ import torch
 
 from pipeline.gem.common.config import Model, Train
 
-_WIDE = 512  # hidden units; on a narrow network the conversions cost more than the products save
+_WIDE = 256  # hidden units; on a narrow network the conversions cost more than the products save
 
 
 def uses_bf16(params: Train, model: Model, device: torch.device) -> bool:

@@ -68,18 +68,15 @@ class TrainingSchedule:
             params.kl_warmup,
         )
 
-    @classmethod
-    def of_refit(cls, samples: int, params: Train) -> "TrainingSchedule":
-        """Of a model that is trained already: `refit` times the epochs, a lower learning rate, and
-        the whole KL from the first step on."""
-        schedule = cls.of(samples, params)
-        epochs = math.ceil(params.refit * schedule.epochs)
-        rate = _REFIT_RATE * schedule.learning_rate
+    def of_refit(self, params: Train) -> "TrainingSchedule":
+        """Of a model that was trained with this schedule: `refit` times the epochs, a lower
+        learning rate, and the whole KL from the first step on."""
+        epochs = math.ceil(params.refit * self.epochs)
         return replace(
-            schedule,
+            self,
             epochs=epochs,
             patience=epochs,
-            learning_rate=rate,
+            learning_rate=_REFIT_RATE * self.learning_rate,
             kl_warmup=0.0,
             stage="refit",
         )

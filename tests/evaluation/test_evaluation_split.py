@@ -6,6 +6,7 @@ import pytest
 from support.comparison import SPLITS
 
 from pipeline.gem.data.cohort import Cohort
+from pipeline.gem.data.splits import VISIBLE
 from pipeline.gem.evaluation.baselines.profiles import Profiles
 from pipeline.gem.evaluation.evaluation_split import EvaluationSplits
 
@@ -52,9 +53,9 @@ def test_all_samples_are_scored_but_the_reference_controls_of_a_new_study(evalua
 def test_matched_controls_have_the_same_study_and_context_else_the_same_context(
     evaluation, split, side
 ):
-    train, expression = evaluation.splits.train.samples, evaluation.cohort.expression(["train"])
-    control = (train["perturbation"] == "control").to_numpy()
-    pool, values = train[control], expression[control]
+    rows, expression = evaluation.cohort.rows(VISIBLE), evaluation.cohort.expression(VISIBLE)
+    control = (rows["perturbation"] == "control").to_numpy()
+    pool, values = rows[control], expression[control]
     if side == "observed":
         pool, values = hidden_controls(evaluation, split)
     if side == "reference" and split.name == "test_study":
@@ -82,7 +83,7 @@ def test_matched_controls_have_the_same_study_and_context_else_the_same_context(
 
 def test_no_control_is_on_both_sides_and_predictors_lack_the_observed_ones(evaluation, split):
     hidden = set(hidden_controls(evaluation, split)[0]["sample_id"])
-    assert hidden and not hidden & set(evaluation.splits.train.samples["sample_id"])
+    assert hidden and not hidden & set(evaluation.splits.visible.samples["sample_id"])
     assert not hidden & set(split.reference_samples["sample_id"])
 
 
@@ -98,10 +99,10 @@ def test_the_controls_of_a_new_study_are_halved_within_each_context(evaluation):
 
 def test_the_deviation_of_controls_is_pooled_within_context_and_study(evaluation):
     control = evaluation.by_split["test_random"][0].predicted_control
-    train = evaluation.splits.train.samples
-    is_control = (train["perturbation"] == "control").to_numpy()
-    values = evaluation.cohort.expression(["train"])[is_control].astype(float)
-    groups = texts(train[is_control], STUDY_CONTEXT)
+    visible = evaluation.cohort.rows(VISIBLE)
+    is_control = (visible["perturbation"] == "control").to_numpy()
+    values = evaluation.cohort.expression(VISIBLE)[is_control].astype(float)
+    groups = texts(visible[is_control], STUDY_CONTEXT)
     for context in {group[:2] for group in groups}:
         squares, degrees = 0.0, 0
         for group in {group for group in groups if group[:2] == context}:
@@ -113,12 +114,12 @@ def test_the_deviation_of_controls_is_pooled_within_context_and_study(evaluation
         np.testing.assert_allclose(control.deviation[name], np.sqrt(squares / degrees), rtol=1e-6)
 
 
-def test_the_perturbed_centroid_counts_each_training_perturbation_of_a_context_once(
+def test_the_perturbed_centroid_counts_each_visible_perturbation_of_a_context_once(
     evaluation, split
 ):
-    train = evaluation.splits.train.samples
-    values = evaluation.cohort.expression(["train"]).astype(float)
-    contexts, perturbations = texts(train, CONTEXT), train["perturbation"].to_numpy()
+    visible = evaluation.cohort.rows(VISIBLE)
+    values = evaluation.cohort.expression(VISIBLE).astype(float)
+    contexts, perturbations = texts(visible, CONTEXT), visible["perturbation"].to_numpy()
     for row in range(0, len(split.samples), 7):
         own = texts(split.samples.iloc[[row]], CONTEXT)[0]
         in_context = np.array([context == own for context in contexts])
@@ -144,17 +145,23 @@ def test_conditions_are_contexts_and_treatments_and_entities_are_held_out(evalua
         assert len(set(zip(keys, index, strict=True))) == len(set(keys)) == index.max() + 1
 
 
-def test_a_reference_is_a_control_of_the_same_context_and_if_possible_study(evaluation):
-    split, train = evaluation.by_split["test_random"][0], evaluation.splits.train.samples
+@pytest.mark.parametrize("name", ["test_random", "test_combination"])
+def test_a_reference_is_a_control_of_the_same_context_and_if_possible_study(evaluation, name):
+    split, visible = evaluation.by_split[name][0], evaluation.cohort.rows(VISIBLE)
     assert (split.reference_samples["perturbation"] == "control").all()
-    possible = set(texts(train[train["perturbation"] == "control"], STUDY_CONTEXT))
+    possible = set(texts(visible[visible["perturbation"] == "control"], STUDY_CONTEXT))
     own_keys = texts(split.samples, STUDY_CONTEXT)
     for own, other in zip(own_keys, texts(split.reference_samples, STUDY_CONTEXT), strict=True):
         assert own == other if own in possible else own[:2] == other[:2]
-    position = pd.Index(train["sample_id"]).get_indexer(split.reference_samples["sample_id"])
-    np.testing.assert_array_equal(
-        split.reference, evaluation.cohort.expression(["train"])[position]
-    )
+    position = pd.Index(visible["sample_id"]).get_indexer(split.reference_samples["sample_id"])
+    np.testing.assert_array_equal(split.reference, evaluation.cohort.expression(VISIBLE)[position])
+
+
+def test_a_sample_of_a_study_of_the_validation_has_a_reference_of_it(evaluation):
+    split = evaluation.by_split["test_combination"][0]
+    own = split.samples["study"].isin(evaluation.cohort.rows(["validation_study"])["study"])
+    assert 0 < own.sum() < len(own)
+    assert set(split.reference_samples["split"][own.to_numpy()]) == {"validation_study"}
 
 
 def test_references_of_a_new_study_are_its_own_controls(evaluation):

@@ -41,32 +41,32 @@ def keys(samples: pd.DataFrame, columns: list[str]) -> list[tuple]:
 
 
 def test_entities_of_new_conditions_are_conditions(splits):
-    split, train = splits.split("test_condition"), splits.train.samples
+    split, visible = splits.split("test_condition"), splits.visible.samples
     names = keys(split.samples, CONDITION)
     assert len(set(zip(names, split.entity, strict=True))) == len(set(names)) > 5
     assert split.entity_kind == "condition" and split.treated.all()
-    assert not set(names) & set(keys(train, CONDITION))
+    assert not set(names) & set(keys(visible, CONDITION))
     pair = [*CONTEXT, "perturbation"]
-    assert set(keys(split.samples, pair)) <= set(keys(train, pair))
+    assert set(keys(split.samples, pair)) <= set(keys(visible, pair))
 
 
 def test_references_and_controls_of_a_new_context_are_its_own(splits, known_cohort):
-    split, train = splits.split("test_context"), splits.train.samples
+    split, visible = splits.split("test_context"), splits.visible.samples
     names = keys(split.samples, CONTEXT)
     assert split.entity_kind == "context" and len(set(split.entity)) == len(set(names)) == 1
     assert keys(split.reference_samples, CONTEXT) == names
     for side in (split.observed_control, split.predicted_control, split.reference_control):
         assert np.isfinite(side.mean).all()
-    own = train[[key == names[0] for key in keys(train, CONTEXT)]]
+    own = visible[[key == names[0] for key in keys(visible, CONTEXT)]]
     assert len(own) and set(own["perturbation"]) == {"control"}
 
 
 def test_entities_of_new_levels_are_levels(splits):
-    split, train = splits.split("test_level"), splits.train.samples
+    split, visible = splits.split("test_level"), splits.visible.samples
     names = keys(split.samples, ["perturbation_time"])
     assert split.entity_kind == "level"
     assert len(set(zip(names, split.entity, strict=True))) == len(set(names)) > 0
-    assert not set(names) & set(keys(train, ["perturbation_time"]))
+    assert not set(names) & set(keys(visible, ["perturbation_time"]))
 
 
 def test_the_page_asks_the_question_of_each_split(known_cohort, params, model_directory, tmp_path):

@@ -47,7 +47,7 @@ def test_more_information_lowers_the_error_and_draws_are_calibrated(splits):
 def test_a_pair_outside_training_is_unknown_to_the_oracle(splits):
     """Held-out pairs have a program that training does not show; random samples have none."""
     oracles = OraclePredictors(splits)
-    doubles = splits.train.samples["perturbation"].str.contains("|", regex=False)
+    doubles = splits.visible.samples["perturbation"].str.contains("|", regex=False)
     assert doubles.any()
     for name, unknown in (("test_random", False), ("test_combination", True)):
         samples = splits.split(name).samples

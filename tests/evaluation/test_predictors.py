@@ -9,10 +9,6 @@ from support.comparison import SEEDS
 
 from pipeline.gem.common.plotting import COLOURS
 from pipeline.gem.data.cohort import Cohort
-from pipeline.gem.data.encoder import MetadataEncoder
-from pipeline.gem.evaluation.baselines.profiles import Profiles
-from pipeline.gem.evaluation.baselines.ridge import Design, NormalEquations, Ridge
-from pipeline.gem.evaluation.baselines.simple import Additive, training_mean
 from pipeline.gem.evaluation.catalogue import (
     BASELINES,
     MODELS,
@@ -66,27 +62,6 @@ def test_models_and_oracles_have_a_distribution_and_the_replicate_draws(evaluati
                 assert (predicted.pit is None) == (name in (*BASELINES, "replicate"))
                 if predicted.pit is not None:
                     assert ((predicted.pit >= 0) & (predicted.pit <= 1)).all()
-
-
-def test_baselines_are_fitted_on_the_training_split(evaluation):
-    split, predictions = evaluation.by_split["test_combination"]
-    cohort, train = evaluation.cohort, evaluation.splits.train.samples
-    expression = cohort.expression(["train"])
-    profiles = Profiles.of(cohort.declared, train, [expression])
-    additive, selection = Additive(profiles), ["validation_combination"]
-    encoder = MetadataEncoder.fit(train, cohort.declared.covariates.identities())
-    design = Design(encoder, train)
-    equations = NormalEquations.of(design.rows, design.columns, [expression])
-    held_out = cohort.rows(selection), cohort.expression(selection)
-    ridge = Ridge.fit(encoder, equations, held_out)
-    expected = {
-        "training_mean": training_mean(profiles, len(split.samples)),
-        "no_change": additive.no_change(split.samples),
-        "additive": additive.predict(split.samples),
-        "ridge": ridge.predict(split.samples),
-    }
-    for name, values in expected.items():
-        np.testing.assert_allclose(predictions[name][0].values, values, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("suffix", ["", "_reference"])

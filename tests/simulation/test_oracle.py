@@ -183,7 +183,7 @@ def test_no_fitted_predictor_beats_the_oracles_on_the_tiny_cohort(cohort):
     encoder = MetadataEncoder.fit(train, cohort.declared.covariates)
     design = Design(encoder, train)
     equations = NormalEquations.of(design.rows, design.columns, [expression])
-    ridge = Ridge.fit(encoder, equations, None)
+    ridge = Ridge.fit(encoder, equations)
     profiles = Profiles.of(cohort.declared, train, [expression])
     additive = Additive(profiles)
     for split in ("test_random", "test_combination", "test_perturbation", "test_study"):

@@ -9,7 +9,12 @@ import pytest
 from support.resimulation import DRAWS, KINDS, SimulatedCohort, simulate_log_mu
 
 from pipeline.gem.data.encoder import MetadataEncoder
-from pipeline.gem.evaluation.baselines.ridge import Design, NormalEquations, Ridge
+from pipeline.gem.evaluation.baselines.ridge import (
+    Design,
+    NormalEquations,
+    Ridge,
+    best_penalty,
+)
 from pipeline.gem.simulation.generator import RESIDUAL, draw_counts
 from pipeline.gem.simulation.oracle import (
     MetadataOracle,
@@ -70,10 +75,10 @@ def ridge_gap(simulated, params) -> float:
     train = np.random.default_rng(0).random(len(simulated.samples)) < 0.8
     samples, expression = simulated.samples, simulated.expression
     encoder = MetadataEncoder.fit(samples[train], params.data.covariates)
-    validation = (samples[~train], expression[~train])
     design = Design(encoder, samples[train])
     equations = NormalEquations.of(design.rows, design.columns, [expression[train]])
-    ridge = Ridge.fit(encoder, equations, validation)
+    penalty = best_penalty(encoder, equations, samples[~train], expression[~train])
+    ridge = Ridge.fit(encoder, equations, penalty)
     oracle = simulated.oracle().predict(samples[~train], simulated.totals[~train])
     errors = [
         ((predicted - expression[~train]) ** 2).mean()

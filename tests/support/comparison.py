@@ -45,7 +45,7 @@ class CohortEvaluation:
     @classmethod
     def of(cls, cohort: Cohort, params: Params, models: dict) -> "CohortEvaluation":
         splits = EvaluationSplits(cohort, params.evaluate)
-        predictors, axes = Predictors(splits, models), splits.train.axes
+        predictors, axes = Predictors(splits, models), splits.visible.axes
         by_split = {split.name: (split, predictors(split)) for split in splits}
         return cls(params, cohort, splits, predictors, models, axes, by_split)
 

@@ -1,5 +1,7 @@
 """Test splits as predictors and metrics see them: samples, references, and controls for each side.
 
+Visible are the samples of the training and validation splits.
+
 N samples of a split, G genes. Expression is log-CPM.
 """
 
@@ -15,9 +17,9 @@ from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.expression import log_cpm
 from pipeline.gem.data.labels import join_keys
 from pipeline.gem.data.references import SampleGroups, choose_references
-from pipeline.gem.data.splits import TEST_CONTROL, TESTS, TRAIN, Entities
+from pipeline.gem.data.splits import TEST_CONTROL, TESTS, VISIBLE, Entities
 from pipeline.gem.evaluation.baselines.profiles import GroupMeans, Groups, Profiles, mean_weights
-from pipeline.gem.evaluation.baselines.training_split import TrainingSplit
+from pipeline.gem.evaluation.baselines.visible_samples import VisibleSamples
 from pipeline.gem.evaluation.metrics import pit_genes
 from pipeline.gem.model.query import TargetGenes
 
@@ -55,15 +57,15 @@ class EvaluationSplit:
     reference: np.ndarray | None  # (N, G) of each sample's reference
     reference_samples: pd.DataFrame | None  # (N, ...) metadata of the references
     observed_control: Controls | None  # hidden from predictors; None if no sample has any
-    predicted_control: Controls | None  # of training, disjoint from the observed ones
-    shared_control: bool  # no control is hidden: those of training are on the observed side too
-    reference_control: Controls | None  # of training, and those of a new study that predictors see
+    predicted_control: Controls | None  # visible, disjoint from the observed ones
+    shared_control: bool  # no control is hidden: visible ones are on the observed side too
+    reference_control: Controls | None  # visible, and those of a new study that predictors see
     context: np.ndarray  # (N,) names; "" for none
     study: np.ndarray
     perturbation: np.ndarray
     pair: np.ndarray  # context and perturbation
     condition_name: np.ndarray  # context, perturbation, dose and time
-    perturbed_centroid: np.ndarray | None  # (N, G) mean of the centroids of training perturbations
+    perturbed_centroid: np.ndarray | None  # (N, G) mean of the centroids of visible perturbations
     target: np.ndarray  # (N, K) positions of the perturbation's target genes, -1 without
     condition: np.ndarray  # (N,) index
     entity: np.ndarray  # (N,) index of what the split holds out, as in HELD_OUT; else the condition
@@ -109,22 +111,22 @@ class _SplitRows:
     scored: np.ndarray  # (M,) bool
     visible: np.ndarray  # (M,) bool, controls of a new study that may be references
     hidden: np.ndarray  # (M,) bool, controls of a new study on the observed side of changes
-    references: np.ndarray | None  # (N,) of the scored: rows of training, then of the visible ones
+    references: np.ndarray | None  # (N,) of the scored: visible rows, then those of the split
     reference_samples: pd.DataFrame | None  # (N, ...)
 
 
 class EvaluationSplits:
-    """The test splits of a cohort, and what predictors and metrics need of the training split."""
+    """The test splits of a cohort, and what predictors and metrics need of the visible samples."""
 
     def __init__(self, cohort: Cohort, params: Evaluate):
         self.cohort, self.params, self.data = cohort, params, cohort.declared
-        train = cohort.rows([TRAIN])
-        self._rows = {name: self._split_rows(name, train) for name in TESTS if cohort.has(name)}
+        pool = cohort.rows(VISIBLE)
+        self._rows = {name: self._split_rows(name, pool) for name in TESTS if cohort.has(name)}
         references = [
             rows.references for rows in self._rows.values() if rows.references is not None
         ]
         kept = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *references]))
-        self.train = TrainingSplit.read(cohort, kept[kept < len(train)])
+        self.visible = VisibleSamples.read(cohort, kept[kept < len(pool)])
         self._reserved = self._profiles(TEST_CONTROL, None) if cohort.has(TEST_CONTROL) else None
         self._centroids = self._perturbed_centroids()
 
@@ -132,7 +134,7 @@ class EvaluationSplits:
         for name in self._rows:
             yield self.split(name)
 
-    def _split_rows(self, name: str, train: pd.DataFrame) -> _SplitRows:
+    def _split_rows(self, name: str, pool: pd.DataFrame) -> _SplitRows:
         """The controls of a new study are halved: one half may be used as references and is not
         scored, the other is the observed side of changes."""
         samples = self.cohort.rows([name])
@@ -142,7 +144,8 @@ class EvaluationSplits:
             visible[control] = self._second_halves(samples[control])
             hidden = control & ~visible
         scored = self._scored(samples, ~visible)
-        pool = pd.concat([train, samples[visible]]) if visible.any() else train
+        if visible.any():
+            pool = pd.concat([pool, samples[visible]])
         chosen = choose_references(samples[scored], pool, self.data, self.params.seed)
         of_chosen = None if chosen is None else pool.iloc[chosen]
         return _SplitRows(name, samples, scored, visible, hidden, chosen, of_chosen)
@@ -153,7 +156,7 @@ class EvaluationSplits:
         samples = plan.samples[plan.scored]
         counts = self.cohort.counts([name], plan.scored)
         groups, entities = SampleGroups(samples, self.data), Entities.of(samples, self.data)
-        pool = [self.train.profiles]
+        pool = [self.visible.profiles]
         predicted = reference = self._controls(groups, pool)
         observed = self._observed_controls(plan, groups)
         shared = observed is None and predicted is not None
@@ -195,10 +198,10 @@ class EvaluationSplits:
 
     def _reference_expression(self, plan: _SplitRows) -> np.ndarray:
         """(N, G)"""
-        number = len(self.train.samples)
+        number = len(self.visible.samples)
         own = plan.references >= number
         expression = np.empty((len(own), len(self.cohort.genes)), dtype=np.float32)
-        expression[~own] = self.train.expression(plan.references[~own])
+        expression[~own] = self.visible.kept[plan.references[~own]]
         wanted, index = np.unique(plan.references[own] - number, return_inverse=True)
         chosen = np.zeros(len(plan.samples), dtype=bool)
         chosen[np.flatnonzero(plan.visible)[wanted]] = True
@@ -276,9 +279,9 @@ class EvaluationSplits:
         )
 
     def _perturbed_centroids(self) -> GroupMeans | None:
-        """By context, else over all: each training perturbation counts once. Systema's reference
+        """By context, else over all: each visible perturbation counts once. Systema's reference
         (Nature Biotechnology 2025)."""
-        treated = self.train.profiles.treated
+        treated = self.visible.profiles.treated
         if self.data.control is None or not len(treated.sizes):
             return None
         groups = SampleGroups(treated.samples, self.data)

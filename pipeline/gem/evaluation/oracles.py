@@ -40,10 +40,11 @@ class OraclePredictors:
         self.truth, self.seed = Truth.load(folder), splits.params.seed
         self.genes = pd.Index(self.truth.gene_id).get_indexer(splits.cohort.genes)
         self.hidden = pd.read_parquet(folder / "samples.parquet").set_index("sample_id")
-        train = splits.train.samples
-        self.studies = set(train["study"].dropna())
-        perturbations = set(train["perturbation"].dropna())
-        self.metadata = MetadataOracle(self.truth, self.studies, perturbations, train)
+        # They know what the samples that predictors see can show: else they are no ceiling.
+        visible = splits.visible.samples
+        self.studies = set(visible["study"].dropna())
+        perturbations = set(visible["perturbation"].dropna())
+        self.metadata = MetadataOracle(self.truth, self.studies, perturbations, visible)
         self.omniscient = OmniscientOracle(self.metadata.expectations)
         self._latest: tuple[EvaluationSplit, PredictedSplit] | None = None  # of `from_metadata`
 
@@ -70,7 +71,7 @@ class OraclePredictors:
             return [PredictedSplit(None, reason=NO_REFERENCE)]
         if self._latest is None or self._latest[0] is not split:
             self.from_metadata(split)
-        # A reference adds nothing for a study of the training split: the same prediction.
+        # A reference adds nothing for a study of the visible samples: the same prediction.
         predicted = replace(self._latest[1], uses_study_controls=True)
         new = ~split.samples["study"].isin(self.studies).to_numpy()
         if not new.any():

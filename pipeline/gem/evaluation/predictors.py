@@ -13,11 +13,7 @@ import pandas as pd
 
 from pipeline.gem.common.capacity import cores
 from pipeline.gem.common.config import Evaluate
-from pipeline.gem.data.expression import log_cpm
-from pipeline.gem.data.labels import label_texts, split_labels
-from pipeline.gem.data.splits import SELECTION_SPLITS
-from pipeline.gem.evaluation.baselines.bilinear import Bilinear
-from pipeline.gem.evaluation.baselines.profiles import Profiles
+from pipeline.gem.evaluation.baselines.bilinear import Bilinear, perturbation_features
 from pipeline.gem.evaluation.baselines.ridge import Ridge
 from pipeline.gem.evaluation.baselines.simple import (
     Additive,
@@ -39,14 +35,12 @@ from pipeline.gem.evaluation.oracles import OraclePredictors
 from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.predictive import predictive_distribution
 
-SELECTION_SAMPLES = 2**13
-
 Predictor = Callable[[EvaluationSplit], list[PredictedSplit]]  # one, or one per training seed
 Predictions = Mapping[str, list[PredictedSplit]]  # predictor name to its predictions of one split
 
 
 class Predictors:
-    """All predictors that a cohort allows, fitted on its training split; predicts a test split.
+    """All predictors that a cohort allows, fitted on its visible samples; predicts a test split.
 
     Without controls or a known truth, the predictors that need them are absent.
     """
@@ -71,50 +65,26 @@ class Predictors:
 
 
 def _fit_baselines(splits: EvaluationSplits) -> dict[str, Predictor]:
-    """Fitted on the training split; penalties are selected on the model selection split, of which
-    the first SELECTION_SAMPLES are used: the order is random."""
-    cohort, train, profiles = splits.cohort, splits.train, splits.train.profiles
-    selection = selection_profiles = None
-    available = [name for name in SELECTION_SPLITS if cohort.has(name)][:1]
-    if available:
-        rows = cohort.rows(available)
-        chosen, samples = np.arange(len(rows)) < SELECTION_SAMPLES, rows.head(SELECTION_SAMPLES)
-        counts = cohort.counts(available, chosen)
-        selection = samples, log_cpm(counts, samples["total"].to_numpy())
-        selection_profiles = Profiles.of(splits.data, samples, [selection[1]])
+    """Fitted on all visible samples, with what was selected by a fit on the training split."""
+    visible, profiles = splits.visible, splits.visible.profiles
+    selection = visible.selection
+    ridge = Ridge.fit(visible.identities, visible.equations, selection.ridge_penalty)
     fitted = {
         "training_mean": lambda samples: training_mean(profiles, len(samples)),
-        "ridge": Ridge.fit(train.identities, train.equations, selection).predict,
+        "ridge": ridge.predict,
     }
     if profiles.has_both:
-        additive, features = Additive(profiles), perturbation_features(splits)
+        additive, features = Additive(profiles), perturbation_features(splits.cohort)
+        bilinear = Bilinear.fit(profiles, features, complexities=selection.bilinear)
         fitted |= {
             "no_change": additive.no_change,
             "perturbed_mean": PerturbedMean(profiles).predict,
             "matched_mean": MatchedMean(profiles).predict,
             "additive": additive.predict,
             "additive_nearest": AdditiveNearest(profiles).predict,
-            "bilinear": Bilinear.fit(profiles, features, selection_profiles).predict,
+            "bilinear": bilinear.predict,
         }
     return {name: partial(_predict_baseline, predict) for name, predict in fitted.items()}
-
-
-def perturbation_features(splits: EvaluationSplits) -> pd.DataFrame | None:
-    """(perturbations, features) the declared features of the perturbation column, if any; of a set
-    of labels their sum."""
-    control = splits.data.control
-    table = splits.cohort.features.get(control.column) if control else None
-    if table is None:
-        return None
-    features = pd.DataFrame(table.values, index=list(table.labels))
-    texts = label_texts(splits.cohort.samples[control.column]).dropna().unique()
-    sets = {text: split_labels(text) for text in texts if text not in features.index}
-    sums = {
-        text: features.reindex(labels).sum()
-        for text, labels in sorted(sets.items())
-        if len(labels) > 1
-    }
-    return pd.concat([features, pd.DataFrame(sums).T]) if sums else features
 
 
 def _predict_baseline(

@@ -91,7 +91,7 @@ def evaluate_models(
     changes the last digits: set both to 1 before.
     """
     splits = EvaluationSplits(cohort, params)
-    predictors, axes = Predictors(splits, models), splits.train.axes
+    predictors, axes = Predictors(splits, models), splits.visible.axes
     all_seeds = {**seeds, **{name + REFERENCE_SUFFIX: numbers for name, numbers in seeds.items()}}
     results, conditions, spreads = [], [], []
 

@@ -28,7 +28,7 @@ class SplitContext:
 
     split: EvaluationSplit
     resamples: Bootstrap
-    axes: np.ndarray  # (G, D) principal axes of the training expression
+    axes: np.ndarray  # (G, D) principal axes of the visible expression
     errors: Mapping[str, np.ndarray]  # predictor to (N,) squared error, mean over genes and seeds
     true_change: TrueChange | None  # None if the truth is unknown
 

@@ -8,10 +8,9 @@ import pandas as pd
 import pytest
 
 from pipeline.gem.common.config import Data
-from pipeline.gem.evaluation.baselines import bilinear
 from pipeline.gem.evaluation.baselines.bilinear import (
     COMPONENTS,
-    DEFAULT_PENALTY,
+    DEFAULT,
     PENALTIES,
     Bilinear,
     cumulative_errors,
@@ -205,22 +204,20 @@ def test_bilinear_is_its_definition_by_loops_and_explicit_solutions(
     np.testing.assert_allclose(predicted, expected, atol=1e-6)
 
 
-def test_the_selection_split_does_not_change_the_coefficients(
-    data, train, selection, features, monkeypatch
-):
-    selected = fit(data, train, features, selection).maps[0]
-    monkeypatch.setattr(bilinear, "DEFAULT_PENALTY", selected.penalty)
-    monkeypatch.setattr(bilinear, "DEFAULT_COMPONENTS", selected.weights.shape[1])
-    default = fit(data, train, features, None).maps[0]
-    np.testing.assert_array_equal(default.weights, selected.weights)
-    np.testing.assert_array_equal(default.components, selected.components)
+def test_the_selection_split_does_not_change_the_coefficients(data, train, selection, features):
+    selected = fit(data, train, features, selection)
+    assert selected.complexities != (DEFAULT, DEFAULT)
+    given = Bilinear.fit(profiles(data, *train), features, complexities=selected.complexities)
+    for first, second in zip(given.maps, selected.maps, strict=True):
+        np.testing.assert_array_equal(first.weights, second.weights)
+        np.testing.assert_array_equal(first.components, second.components)
 
 
 def test_a_selection_split_of_controls_alone_is_ignored(data, train, features):
     control = is_control(train[0])
     controls = train[0][control], train[1][control]
     fitted, without = (fit(data, train, features, rows) for rows in (controls, None))
-    assert fitted.maps[0].penalty == DEFAULT_PENALTY
+    assert fitted.complexities == (DEFAULT, DEFAULT)
     np.testing.assert_array_equal(fitted.predict(train[0]), without.predict(train[0]))
 
 

@@ -17,6 +17,7 @@ from pipeline.gem.evaluation.baselines.ridge import (
     Design,
     NormalEquations,
     Ridge,
+    best_penalty,
 )
 
 GENES = 4
@@ -50,7 +51,10 @@ def equations(design: csr_array, expression: np.ndarray) -> NormalEquations:
 
 def fit(encoder, samples, expression, selection) -> Ridge:
     design = Design(encoder, samples).rows(slice(None))
-    return Ridge.fit(encoder, equations(design, expression), selection)
+    sums = equations(design, expression)
+    if selection is None:
+        return Ridge.fit(encoder, sums)
+    return Ridge.fit(encoder, sums, best_penalty(encoder, sums, *selection))
 
 
 def sklearn_ridge(encoder, penalty: float, samples, expression, query) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Baselines: predictors without a network, fitted on sums over the training split."""
+"""Baselines: predictors without a network, fitted on sums over the samples outside the test."""

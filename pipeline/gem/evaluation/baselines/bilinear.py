@@ -4,7 +4,7 @@ After Ahlmann-Eltze, Huber & Anders (Nature Methods 2025):
 
     effect = b + G W p
 
-b is the mean training effect, G the leading principal components of the training effects, p a
+b is the mean effect, G the leading principal components of the effects, p a
 description of the perturbation, and W the coefficients of the ridge regression of effects on p.
 The model is the sum of two such maps:
 
@@ -27,18 +27,29 @@ import numpy as np
 import pandas as pd
 
 from pipeline.gem.common.config import Data, Numeric
+from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.covariates import CovariateEncoder
 from pipeline.gem.data.encoder import MetadataEncoder
-from pipeline.gem.data.labels import join_keys, label_key
+from pipeline.gem.data.labels import join_keys, label_key, label_texts, split_labels
 from pipeline.gem.data.references import SampleGroups
 from pipeline.gem.evaluation.baselines.profiles import Groups, Profiles, Shifts, mean_weights
 from pipeline.gem.evaluation.baselines.simple import Additive, treatment_keys
 
 COMPONENTS = 50  # at most, of G and of the second map's p
-PENALTIES = tuple(10.0**power for power in np.arange(-4, 2.1, 0.5))  # per treated training sample
-# Without a selection split: as in the authors' script, whose penalty is per fit.
-DEFAULT_PENALTY, DEFAULT_COMPONENTS = 0.1, 10
+PENALTIES = tuple(10.0**power for power in np.arange(-4, 2.1, 0.5))
 ROUNDING = 1e-10  # a squared singular value below this share of the largest is rounding
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """Of one map."""
+
+    penalty: float  # per treated sample
+    components: int  # at most
+
+
+# Without a selection split: as in the authors' script, whose penalty is per fit.
+DEFAULT = Complexity(penalty=0.1, components=10)
 
 
 @dataclass(frozen=True)
@@ -103,20 +114,25 @@ class Effects:
 
 @dataclass(frozen=True)
 class BilinearMap:
-    """One term G W p, p centred on the training samples."""
+    """One term G W p, p centred on the treated samples."""
 
     design: PerturbationDesign
     centre: np.ndarray  # (D,)
     weights: np.ndarray  # (D, K) transposed W
     components: np.ndarray  # (G, K) orthonormal
-    penalty: float  # per treated training sample
+    complexity: Complexity
 
     @classmethod
-    def fit(cls, design: PerturbationDesign, effects: Effects, selection: Effects) -> "BilinearMap":
+    def fit(
+        cls,
+        design: PerturbationDesign,
+        effects: Effects,
+        selection: Effects,
+        complexity: Complexity,
+    ) -> "BilinearMap":
         """Ridge regression of centred effects.
 
-        Penalty and number of components have the least squared error on `selection`, if it has
-        samples.
+        If `selection` has samples, the complexity is the one with the least squared error on them.
         """
         components = leading_components(effects.values, effects.weights)
         inputs = design(effects.samples)
@@ -129,7 +145,6 @@ class BilinearMap:
             ridge = values.clip(0) + penalty * effects.weights.sum()
             return vectors @ (projected / ridge[:, None])
 
-        penalty, number = DEFAULT_PENALTY, DEFAULT_COMPONENTS
         if len(selection.samples):
             inputs, observed = design(selection.samples) - centre, selection.values @ components
             errors = [
@@ -137,8 +152,9 @@ class BilinearMap:
                 for penalty in PENALTIES
             ]
             best, number = np.unravel_index(np.argmin(errors), np.shape(errors))
-            penalty = PENALTIES[best]
-        return cls(design, centre, solve(penalty)[:, :number], components[:, :number], penalty)
+            complexity = Complexity(PENALTIES[best], int(number))
+        weights, leading = solve(complexity.penalty), slice(complexity.components)
+        return cls(design, centre, weights[:, leading], components[:, leading], complexity)
 
     def predict(self, samples: pd.DataFrame) -> np.ndarray:
         """(N, G)"""
@@ -168,16 +184,20 @@ class Bilinear:
 
     additive: Additive
     mean_effect: np.ndarray  # (G,)
-    maps: tuple[BilinearMap, BilinearMap]  # of observable features; of training effects
+    maps: tuple[BilinearMap, BilinearMap]  # of observable features; of effects
 
     @classmethod
     def fit(
-        cls, profiles: Profiles, features: pd.DataFrame | None, selection: Profiles | None
+        cls,
+        profiles: Profiles,
+        features: pd.DataFrame | None,
+        selection: Profiles | None = None,
+        complexities: tuple[Complexity, Complexity] = (DEFAULT, DEFAULT),
     ) -> "Bilinear":
-        """Fitted on `profiles`; penalties and numbers of components are selected on `selection`,
-        if there is one.
+        """Fitted on `profiles`, with these complexities of the maps; with those of least error on
+        the treated samples of `selection`, if it has any.
 
-        `features`: (perturbations, F), indexed by perturbation. ValueError if training lacks
+        `features`: (perturbations, F), indexed by perturbation. ValueError if `profiles` lack
         controls or treated samples.
         """
         additive, data = Additive(profiles), profiles.data
@@ -190,11 +210,16 @@ class Bilinear:
         column = data.control.column
         dose_time = fit_dose_time(data, profiles.treated)
         table = standardise(features, train.perturbation)
-        observable = BilinearMap.fit(PerturbationDesign(column, table, dose_time), train, held_out)
+        design = PerturbationDesign(column, table, dose_time)
+        observable = BilinearMap.fit(design, train, held_out, complexities[0])
         train, held_out = observable.residual(train), observable.residual(held_out)
-        table = effect_coordinates(train)
-        trained = BilinearMap.fit(PerturbationDesign(column, table, dose_time), train, held_out)
-        return cls(additive, mean_effect, (observable, trained))
+        design = PerturbationDesign(column, effect_coordinates(train), dose_time)
+        of_effects = BilinearMap.fit(design, train, held_out, complexities[1])
+        return cls(additive, mean_effect, (observable, of_effects))
+
+    @property
+    def complexities(self) -> tuple[Complexity, Complexity]:
+        return self.maps[0].complexity, self.maps[1].complexity
 
     def predict(self, samples: pd.DataFrame) -> np.ndarray:
         """(N, G)"""
@@ -223,7 +248,7 @@ def leading_components(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def fit_dose_time(data: Data, treated: Groups) -> MetadataEncoder:
     """The encoder of dose and time (numeric covariates of the perturbation group): on their
-    declared scale, standardised on the treated training samples."""
+    declared scale, standardised on the treated samples."""
     encoders = [
         CovariateEncoder.fit(name, covariate, treated.samples[name].repeat(treated.sizes))
         for name, covariate in data.covariates.perturbation.items()
@@ -232,8 +257,26 @@ def fit_dose_time(data: Data, treated: Groups) -> MetadataEncoder:
     return MetadataEncoder({"perturbation": encoders})
 
 
+def perturbation_features(cohort: Cohort) -> pd.DataFrame | None:
+    """(perturbations, features) the declared features of the perturbation column, if any; of a set
+    of labels their sum."""
+    control = cohort.declared.control
+    table = cohort.features.get(control.column) if control else None
+    if table is None:
+        return None
+    features = pd.DataFrame(table.values, index=list(table.labels))
+    texts = label_texts(cohort.samples[control.column]).dropna().unique()
+    sets = {text: split_labels(text) for text in texts if text not in features.index}
+    sums = {
+        text: features.reindex(labels).sum()
+        for text, labels in sorted(sets.items())
+        if len(labels) > 1
+    }
+    return pd.concat([features, pd.DataFrame(sums).T]) if sums else features
+
+
 def standardise(features: pd.DataFrame | None, perturbation: pd.Series) -> pd.DataFrame:
-    """(perturbations, F) mean 0 and standard deviation 1 over the training perturbations.
+    """(perturbations, F) mean 0 and standard deviation 1 over `perturbation` (T,).
 
     A missing value is the mean. Without features F is 0.
     """

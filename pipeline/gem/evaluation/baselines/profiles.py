@@ -213,9 +213,8 @@ class ProfileSums:
 
     def __init__(self, data: Data, samples: pd.DataFrame, genes: int):
         self.data = data
-        cell, first = distinct_metadata(data, samples)
+        self.cell, first = distinct_metadata(data, samples)
         self.cells = samples.iloc[first]
-        self.sizes = np.bincount(cell, minlength=len(first))
         groups = SampleGroups(self.cells, data)
         control = groups.control.to_numpy()
         treatment = groups.condition
@@ -228,9 +227,13 @@ class ProfileSums:
         self.group[control], self.group[~control] = of_control, self.controls + of_treated
         context, self.contexts = pd.factorize(groups.context.where(groups.control).to_numpy())
         number = self.controls + len(conditions)
-        self._sums = SparseSums(lambda rows: one_hot(self.group[cell[rows]], number), number, genes)
+        self._sums = SparseSums(
+            lambda rows: one_hot(self.group[self.cell[rows]], number), number, genes
+        )
         self._squares = SparseSums(
-            lambda rows: one_hot(context[cell[rows]], len(self.contexts)), len(self.contexts), genes
+            lambda rows: one_hot(context[self.cell[rows]], len(self.contexts)),
+            len(self.contexts),
+            genes,
         )
 
     def add(self, block: np.ndarray) -> None:
@@ -239,17 +242,22 @@ class ProfileSums:
         self._squares.add(np.square(block, dtype=np.float64))
 
     def profiles(self) -> Profiles:
-        values, number = self._sums.values, self.controls
-        sizes = np.bincount(self.group, weights=self.sizes, minlength=len(values)).astype(np.int64)
+        """Of the samples that were added. They stay the same when others are added."""
+        numbers = np.bincount(self.cell[: self._sums.samples], minlength=len(self.cells))
+        added = np.flatnonzero(numbers)
+        cells, numbers = self.cells.iloc[added], numbers[added]
+        names, first, group = np.unique(self.group[added], return_index=True, return_inverse=True)
+        sizes = np.bincount(group, weights=numbers).astype(np.int64)
+        values = self._sums.values[names]  # a copy
         values /= sizes[:, None]
-        _, first = np.unique(self.group, return_index=True)
-        treated = self.group >= number
+        controls = int(np.searchsorted(names, self.controls))
+        treated = group >= controls
         return Profiles(
             self.data,
-            Groups(self.cells.iloc[first], sizes, values),
-            number,
-            Cells(self.cells[treated], self.sizes[treated], self.group[treated] - number),
-            pd.DataFrame(self._squares.values, index=self.contexts),
+            Groups(cells.iloc[first], sizes, values),
+            controls,
+            Cells(cells[treated], numbers[treated], group[treated] - controls),
+            pd.DataFrame(self._squares.values.copy(), index=self.contexts),
         )
 
 

@@ -16,6 +16,7 @@ from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.evaluation.baselines.profiles import SparseSums
 
 RIDGE_PENALTIES = tuple(10.0**power for power in np.arange(-2, 4.5, 0.5))
+DEFAULT_PENALTY = 1.0  # without a selection split
 CLOSED_FORM_COLUMNS = 2048  # above, a decomposition takes longer than conjugate gradients
 CG_TOLERANCE, CG_GENES = 1e-6, 64
 
@@ -37,19 +38,10 @@ class Ridge:
         cls,
         encoder: MetadataEncoder,
         equations: "NormalEquations",
-        selection: tuple[pd.DataFrame, np.ndarray] | None,
+        penalty: float = DEFAULT_PENALTY,
     ) -> "Ridge":
-        """The penalty with the least mse on `selection` (samples, expression); 1 without it.
-
-        In closed form up to CLOSED_FORM_COLUMNS columns, by conjugate gradients above.
-        """
-        is_wide = len(equations.centre) > CLOSED_FORM_COLUMNS
-        least_squares = (ConjugateGradients if is_wide else ClosedForm)(equations)
-        penalty = 1.0
-        if selection is not None:
-            design = Design(encoder, selection[0]).rows(slice(None))
-            penalty = least_squares.best_penalty(design, selection[1])
-        coefficients = least_squares.solve(penalty)
+        """`equations` of the design of `encoder`."""
+        coefficients = least_squares(equations).solve(penalty)
         intercept = equations.mean - equations.centre @ coefficients
         return cls(encoder, coefficients, intercept, penalty)
 
@@ -57,6 +49,18 @@ class Ridge:
         """(N, G)"""
         design = Design(self.encoder, samples).rows(slice(None))
         return design @ self.coefficients + self.intercept
+
+
+def best_penalty(
+    encoder: MetadataEncoder,
+    equations: "NormalEquations",
+    samples: pd.DataFrame,
+    expression: np.ndarray,
+) -> float:
+    """Of RIDGE_PENALTIES the one with the least mse on samples (N, ...) and their expression
+    (N, G), by a fit to `equations` of other samples."""
+    design = Design(encoder, samples).rows(slice(None))
+    return least_squares(equations).best_penalty(design, expression)
 
 
 class Design:
@@ -81,7 +85,7 @@ class NormalEquations:
     gram: csr_array  # (D, D) of the design, not centred
     centre: np.ndarray  # (D,) mean of the design
     mean: np.ndarray  # (G,) mean expression
-    right: np.ndarray  # (D, G) centred design times centred expression
+    products: np.ndarray  # (D, G) design times expression, not centred
 
     @classmethod
     def of(
@@ -94,28 +98,38 @@ class NormalEquations:
             sums.add(block)
         return sums.equations()
 
+    def right(self, genes: slice | np.ndarray = slice(None)) -> np.ndarray:
+        """(D, g) centred design times centred expression of some genes."""
+        return self.products[:, genes] - np.outer(self.samples * self.centre, self.mean[genes])
+
 
 class NormalSums:
     """The sums of `NormalEquations`, block after block of expression."""
 
     def __init__(self, rows: Callable[[slice], csr_array], columns: int, genes: int):
-        self._right = SparseSums(rows, columns, genes)
+        self._products = SparseSums(rows, columns, genes)
         self._gram = csr_array((columns, columns))
         self._design, self._expression = np.zeros(columns), np.zeros(genes)
 
     def add(self, block: np.ndarray) -> None:
         """The next rows (B, G)."""
-        design = self._right.add(block)
+        design = self._products.add(block)
         self._gram = self._gram + design.T @ design
         self._design += design.sum(axis=0)
         self._expression += block.sum(axis=0, dtype=np.float64)
 
     def equations(self) -> NormalEquations:
-        samples, right = self._right.samples, self._right.values
+        """Of the samples that were added. To save memory they share `products` with the sums, so
+        they are valid until others are added."""
+        samples = self._products.samples
         centre, mean = self._design / samples, self._expression / samples
-        for column, share in enumerate(centre):
-            right[column] -= samples * share * mean
-        return NormalEquations(samples, self._gram.tocsr(), centre, mean, right)
+        return NormalEquations(samples, self._gram.tocsr(), centre, mean, self._products.values)
+
+
+def least_squares(equations: NormalEquations) -> "ClosedForm | ConjugateGradients":
+    """In closed form up to CLOSED_FORM_COLUMNS columns, by conjugate gradients above."""
+    is_wide = len(equations.centre) > CLOSED_FORM_COLUMNS
+    return (ConjugateGradients if is_wide else ClosedForm)(equations)
 
 
 class ClosedForm:
@@ -126,7 +140,7 @@ class ClosedForm:
         gram = equations.gram.toarray()
         gram -= equations.samples * np.outer(self.centre, self.centre)
         self.values, self.vectors = np.linalg.eigh(gram)
-        self.projected = self.vectors.T @ equations.right
+        self.projected = self.vectors.T @ equations.right()
 
     def solve(self, penalty: float) -> np.ndarray:
         """(D, G) coefficients"""
@@ -157,11 +171,11 @@ class ConjugateGradients:
 
     def solve(self, penalty: float) -> np.ndarray:
         """(D, G) float32 coefficients"""
-        right = self.equations.right
-        coefficients = np.empty(right.shape, dtype=np.float32)
-        for start in range(0, right.shape[1], CG_GENES):
+        coefficients = np.empty(self.equations.products.shape, dtype=np.float32)
+        for start in range(0, coefficients.shape[1], CG_GENES):
             block = slice(start, start + CG_GENES)
-            coefficients[:, block] = self._solve(penalty, right[:, block], CG_TOLERANCE)
+            right = self.equations.right(block)
+            coefficients[:, block] = self._solve(penalty, right, CG_TOLERANCE)
         return coefficients
 
     def best_penalty(self, design: csr_array, expression: np.ndarray) -> float:
@@ -170,7 +184,7 @@ class ConjugateGradients:
         solution of the last."""
         genes = np.unique(np.linspace(0, expression.shape[1] - 1, CG_GENES).astype(int))
         mean = self.equations.mean[genes]
-        right, coefficients = self.equations.right[:, genes], None
+        right, coefficients = self.equations.right(genes), None
         best, least = RIDGE_PENALTIES[-1], np.inf
         for penalty in RIDGE_PENALTIES[::-1]:
             coefficients = self._solve(penalty, right, 100 * CG_TOLERANCE, coefficients)

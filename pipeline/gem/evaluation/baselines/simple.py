@@ -1,4 +1,4 @@
-"""Simple predictors that any model must beat, fitted on the training split, and the replicate.
+"""Simple predictors that any model must beat, and the replicate.
 
 Ridge regression is in `ridge.py`, the bilinear model in `bilinear.py`. N samples, G genes,
 T treatments, C contexts. Expression is log-CPM, an effect a difference of log-CPM.
@@ -25,9 +25,9 @@ from pipeline.gem.evaluation.baselines.profiles import (
 _NEAREST_ROWS = 1024
 
 
-def training_mean(train: Profiles, rows: int) -> np.ndarray:
-    """(rows, G) the mean of all training samples, in every row."""
-    mean = train.mean
+def training_mean(profiles: Profiles, rows: int) -> np.ndarray:
+    """(rows, G) the mean of all samples of `profiles`, in every row."""
+    mean = profiles.mean
     return np.broadcast_to(mean, (rows, len(mean)))
 
 

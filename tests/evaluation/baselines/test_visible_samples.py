@@ -1,4 +1,4 @@
-"""One pass over the training split: the sums, the axes, and memory that does not grow with it."""
+"""One pass over the visible samples: sums, axes, and memory that does not grow with samples."""
 
 import tracemalloc
 
@@ -8,9 +8,15 @@ import pytest
 from scipy.sparse import csr_array
 from sklearn.decomposition import PCA
 
-from pipeline.gem.evaluation.baselines import training_split
-from pipeline.gem.evaluation.baselines.profiles import Profiles, SparseSums, one_hot
-from pipeline.gem.evaluation.baselines.training_split import TrainingSplit, principal_axes
+from pipeline.gem.data.splits import TRAIN, VISIBLE
+from pipeline.gem.evaluation.baselines import visible_samples
+from pipeline.gem.evaluation.baselines.profiles import (
+    Profiles,
+    ProfileSums,
+    SparseSums,
+    one_hot,
+)
+from pipeline.gem.evaluation.baselines.visible_samples import VisibleSamples, principal_axes
 
 
 def test_principal_axes_are_those_of_a_full_decomposition(rng):
@@ -24,24 +30,34 @@ def test_principal_axes_are_those_of_a_full_decomposition(rng):
     assert principal_axes(expression[:20, :8]).shape == (8, 8)
 
 
-def test_one_pass_keeps_rows_and_the_axes_of_the_first_samples(cohort, monkeypatch):
-    expression = cohort.expression(["train"])
-    monkeypatch.setattr(training_split, "AXES_SAMPLES", 100)
-    kept = np.array([0, 3, len(expression) - 1])
-    train = TrainingSplit.read(cohort, kept)
-    np.testing.assert_array_equal(train.expression(kept[[2, 0, 2]]), expression[kept[[2, 0, 2]]])
-    np.testing.assert_array_equal(train.axes, principal_axes(expression[:100]))
+def test_one_pass_keeps_rows_of_all_visible_samples(cohort):
+    expression = cohort.expression(VISIBLE)
+    kept = np.array([0, 3, len(cohort.rows([TRAIN])), len(expression) - 1])
+    visible = VisibleSamples.read(cohort, kept)
+    assert visible.samples["sample_id"].tolist() == cohort.rows(VISIBLE)["sample_id"].tolist()
+    np.testing.assert_array_equal(visible.kept[kept[[2, 0, 3, 2]]], expression[kept[[2, 0, 3, 2]]])
+
+
+@pytest.mark.parametrize("most", [100, 10**6])
+def test_axes_are_those_of_samples_spread_over_training_and_validation(cohort, monkeypatch, most):
+    monkeypatch.setattr(visible_samples, "AXES_SAMPLES", most)
+    expression = cohort.expression(VISIBLE)
+    number = min(most, len(expression))
+    rows = [row * len(expression) // number for row in range(number)]
+    axes = VisibleSamples.read(cohort, np.empty(0, int)).axes
+    np.testing.assert_array_equal(axes, principal_axes(expression[rows]))
+    assert len(set(rows)) == number and rows[-1] > len(cohort.rows([TRAIN]))
 
 
 def test_the_normal_equations_are_those_of_the_whole_centred_design(cohort):
-    train, expression = TrainingSplit.read(cohort, np.empty(0, int)), cohort.expression(["train"])
-    encoded = train.identities.encode(train.samples)
+    visible, expression = VisibleSamples.read(cohort, np.empty(0, int)), cohort.expression(VISIBLE)
+    encoded = visible.identities.encode(visible.samples)
     parts = [group.matrix().toarray().astype(float) for group in encoded.values()]
     design = np.concatenate(parts, axis=1)
     centred = design - design.mean(axis=0)
     expected = centred.T @ (expression - expression.mean(axis=0, dtype=float))
-    np.testing.assert_allclose(train.equations.right, expected, rtol=1e-7, atol=1e-4)
-    np.testing.assert_allclose(train.equations.gram.toarray(), design.T @ design, atol=1e-9)
+    np.testing.assert_allclose(visible.equations.right(), expected, rtol=1e-7, atol=1e-4)
+    np.testing.assert_allclose(visible.equations.gram.toarray(), design.T @ design, atol=1e-9)
 
 
 @pytest.mark.parametrize("blocks", [1, 4])
@@ -70,6 +86,28 @@ def table(rng, samples: int) -> pd.DataFrame:
             "perturbation_dose": dose,
         }
     )
+
+
+def test_profiles_of_the_first_samples_are_those_of_a_table_without_the_others(dosed, rng):
+    samples, expression = table(rng, 60), rng.normal(5, 1, (60, 3))
+    sums = ProfileSums(dosed, samples, 3)
+    sums.add(expression[:20])
+    part = sums.profiles()
+    sums.add(expression[20:])
+    expected = [
+        Profiles.of(dosed, samples[:stop], [expression[:stop]]) for stop in (20, len(samples))
+    ]
+    assert len(expected[0].groups.sizes) < len(expected[1].groups.sizes)
+    for profiles, other in zip((part, sums.profiles()), expected, strict=True):
+        pd.testing.assert_frame_equal(profiles.groups.samples, other.groups.samples)
+        np.testing.assert_array_equal(profiles.groups.sizes, other.groups.sizes)
+        np.testing.assert_allclose(profiles.groups.values, other.groups.values, atol=1e-12)
+        assert profiles.control_groups == other.control_groups
+        for field in ("sizes", "group"):
+            own, others = (getattr(each.treated_cells, field) for each in (profiles, other))
+            np.testing.assert_array_equal(own, others)
+        squares = profiles.squares.loc[other.squares.index]
+        np.testing.assert_allclose(squares, other.squares, atol=1e-12)
 
 
 def test_shifts_are_the_means_of_differences_to_the_matched_controls(dosed, rng):

@@ -25,7 +25,7 @@ class PredictorInfo:
 # In the order of tables and figures: from floor to ceiling.
 PREDICTORS: dict[str, PredictorInfo] = {
     "no_change": PredictorInfo("floor", "mean of the matched controls: no perturbation effect"),
-    "training_mean": PredictorInfo("floor", "mean of all training samples"),
+    "training_mean": PredictorInfo("floor", "mean of all training and validation samples"),
     "perturbed_mean": PredictorInfo("floor", "mean of all treated samples, or of all controls"),
     "matched_mean": PredictorInfo("baseline", "perturbed mean within the sample's context"),
     "additive": PredictorInfo("baseline", "matched control plus the mean effect of the treatment"),

@@ -40,7 +40,7 @@ METRICS = {
     "sample_pearson": _correlation("per sample over genes, averaged"),
     "gene_pearson": _correlation("per gene over samples, weighted by the gene's variance"),
     "delta_pearson": _correlation("of changes from control over genes, per treated condition"),
-    "delta_pearson_systema": _correlation("of changes from the mean of training perturbations"),
+    "delta_pearson_systema": _correlation("of changes from the mean of visible perturbations"),
     "discrimination": _share("conditions less like a prediction than its own one (chance 0.5)"),
     "de_direction": _share("differential genes predicted with the right sign (chance 0.5)"),
     "de_jaccard": _share("overlap of predicted and observed (or true) differential genes"),
@@ -142,7 +142,7 @@ def gene_pearson(observed: GeneMoments, predicted: np.ndarray) -> np.ndarray:
 def delta_pearson(observed_change: np.ndarray, predicted_change: np.ndarray) -> np.ndarray:
     """(C,) correlation over genes of predicted and observed changes (C, G).
 
-    Changes are from the control, or from the mean of the centroids of training perturbations
+    Changes are from the control, or from the mean of the centroids of visible perturbations
     (Systema, Nature Biotechnology 2025). The controls of the two sides must be disjoint samples: a
     shared control correlates with itself (0.7 for the perfect prediction of no effect). Scores from
     shared controls are marked (`EvaluationSplit.shared_control`).

@@ -64,7 +64,7 @@ def known_perturbations(treated: pd.DataFrame, data: Data) -> frozenset[str]:
 
 
 class PerturbedMean:
-    """The mean of all treated training samples; for a control, of all training controls.
+    """The mean of all treated samples; for a control, of all controls.
 
     "Mean" in the comparison of Ahlmann-Eltze et al. (Nature Methods 2025).
     """
@@ -84,7 +84,7 @@ class PerturbedMean:
 
 
 class MatchedMean(PerturbedMean):
-    """The perturbed mean within the sample's context; over all contexts if training has none."""
+    """The perturbed mean within the sample's context; over all contexts if it has none."""
 
     def _keys(self, samples: pd.DataFrame) -> list[pd.Series]:
         groups = SampleGroups(samples, self.data)
@@ -178,7 +178,7 @@ class AdditiveNearest:
 
     The treatment is the same perturbation, dose and time, else the same perturbation at any. The
     sample's own context is the most similar one; others are ordered by the correlation over genes
-    of their mean training controls (all studies pooled). Where no similarity is known (a context
+    of their mean controls (all studies pooled). Where no similarity is known (a context
     that training lacks, or without controls), the effect is the treatment's mean over contexts;
     for an unknown perturbation, the mean effect in the sample's context, else overall. That of a
     set which training lacks is the sum of those of its labels.

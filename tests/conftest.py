@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import chdir
 from pathlib import Path
 
 # Before torch, as in a stage: the threads of a forked stage do not spin either.
@@ -208,7 +209,9 @@ def migrated_store(shared_folder) -> Path:
     import mlflow
 
     def fill(folder: Path) -> None:
-        mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
+        # MLflow writes the working directory into it, and this repository may have artifacts.
+        with chdir(folder):
+            mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
 
     return shared_folder("store", fill) / "mlflow.db"
 

@@ -153,7 +153,7 @@ def test_without_validation_samples_or_with_refit_zero_there_is_none(
 def test_the_schedule_of_a_refit_is_a_share_of_the_epochs_at_a_lower_rate(params):
     train = params.override({"train.epochs": 30, "train.refit": 0.2}).train
     fit_schedule = TrainingSchedule.of(5000, train)
-    refit = fit_schedule.of_refit(train)
+    refit = fit_schedule.of_refit(5000, train)
     assert (refit.epochs, refit.patience, refit.kl_warmup, refit.stage) == (6, 6, 0.0, "refit")
     assert refit.learning_rate == pytest.approx(fit_schedule.learning_rate / 3)
     assert (

@@ -112,7 +112,8 @@ def fit(
         gem.network.initialise(data.moments)
         schedule = TrainingSchedule.of(len(data.train), params.train)
         if start is not None:
-            gem, schedule = warm_start(gem, start), schedule.of_refit(params.train)
+            gem = warm_start(gem, start)
+            schedule = schedule.of_refit(len(data.train), params.train)
         generator = torch.Generator(device).manual_seed(seed)
         trainer = Trainer(data, params.train, gem, generator, on_step, schedule)
         result = trainer.run(on_epoch, checkpoint)

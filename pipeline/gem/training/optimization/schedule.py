@@ -68,10 +68,12 @@ class TrainingSchedule:
             params.kl_warmup,
         )
 
-    def of_refit(self, params: Train) -> "TrainingSchedule":
-        """Of a model that was trained with this schedule: `refit` times the epochs, a lower
-        learning rate, and the whole KL from the first step on."""
-        epochs = math.ceil(params.refit * self.epochs)
+    def of_refit(self, samples: int, params: Train) -> "TrainingSchedule":
+        """Of a model that was trained with this schedule: `refit` times the epochs, and half of the
+        least number of steps, with a lower learning rate and the whole KL from the first step."""
+        steps_per_epoch = -(-samples // self.batch_size)
+        least = math.ceil(params.min_steps / 2 / steps_per_epoch)
+        epochs = max(math.ceil(params.refit * self.epochs), least)
         return replace(
             self,
             epochs=epochs,

@@ -167,3 +167,9 @@ def test_the_schedule_of_a_refit_is_a_share_of_the_epochs_at_a_lower_rate(params
         )
         == fit_schedule
     )
+
+
+def test_a_refit_has_half_of_the_least_number_of_steps(params):
+    train = params.override({"train.min_steps": 300, "train.refit": 0.2}).train
+    refit = TrainingSchedule.of(64, train).of_refit(71, train)
+    assert 150 <= refit.epochs * -(-71 // refit.batch_size) < 150 + 71 / refit.batch_size + 1

@@ -1,7 +1,7 @@
 """Fitting GEM: the training loop, and the metrics of each epoch. Imports no tracker.
 
-A fit on the training split chooses the epoch by the selection split. A refit goes on from there,
-for fewer epochs, with all samples but those of the test.
+A fit on the training split chooses an epoch by the selection split. A refit goes on from there with
+all samples but those of the test.
 
 N samples, B batch, G genes. Losses are in nats per sample.
 """
@@ -71,8 +71,7 @@ class EpochMetrics:
 
 @dataclass(frozen=True)
 class FitResult:
-    """The model of the best epoch on the selection split, and the metrics of all epochs. Of a
-    refit the model of the last epoch."""
+    """The model of the best epoch on the selection split, of a refit of the last, and all metrics."""
 
     gem: TrainedGEM
     history: list[EpochMetrics]
@@ -110,10 +109,10 @@ def fit(
         gem = build_model(data, params)
         gem.network.to(device)
         gem.network.initialise(data.moments)
-        schedule = TrainingSchedule.of(len(data.train), params.train)
+        samples = len(data.train)
+        schedule = TrainingSchedule.of(samples, params.train)
         if start is not None:
-            gem = warm_start(gem, start)
-            schedule = schedule.of_refit(len(data.train), params.train)
+            gem, schedule = warm_start(gem, start), schedule.of_refit(samples, params.train)
         generator = torch.Generator(device).manual_seed(seed)
         trainer = Trainer(data, params.train, gem, generator, on_step, schedule)
         result = trainer.run(on_epoch, checkpoint)

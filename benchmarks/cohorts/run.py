@@ -43,7 +43,7 @@ STAGE = "cohorts"  # tag of the runs in MLflow
 STAGES = (
     "pipeline.gem.simulation.write",
     "pipeline.gem.preparation.prepare",
-    "pipeline.gem.training.trainer",
+    "pipeline.gem.training.multi_seed",
     "pipeline.gem.training.blend",
     "pipeline.gem.evaluation.predictors",
 )

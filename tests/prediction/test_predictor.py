@@ -9,6 +9,7 @@ from support.generation import counts_from_log_cpm, generate
 from pipeline.gem import GEM
 from pipeline.gem.common.errors import InputError
 from pipeline.gem.data.expression import log_cpm
+from pipeline.gem.data.splits import VISIBLE
 from pipeline.gem.prediction import predictor
 from pipeline.gem.prediction.predictor import Predictor, Request
 from pipeline.gem.prediction.query_table import QueryFrame
@@ -99,7 +100,7 @@ def test_latents_are_the_means_of_the_prior(gem, query):
 def test_a_combination_outside_the_training_split_is_extrapolated_and_missing_values_match_any(
     gem, cohort
 ):
-    train = cohort.rows(["train"])
+    train = cohort.rows(VISIBLE)  # of the refit
     contexts = set(zip(train["tissue"], train["cell_type"], strict=True))
     trained = set(zip(train["tissue"], train["cell_type"], train["perturbation"], strict=True))
     tissue, cell_type = train[["tissue", "cell_type"]].iloc[0]

@@ -103,5 +103,5 @@ class Checkpoint:
 @cache
 def _code() -> dict[str, str]:
     """The hashes of the files that decide the bits of a fit."""
-    files = import_closure("pipeline.gem.training.trainer")
+    files = import_closure("pipeline.gem.training.multi_seed")
     return {file: sha256(ROOT / file) for file in files}

@@ -71,7 +71,7 @@ class EpochMetrics:
 
 @dataclass(frozen=True)
 class FitResult:
-    """The model of the best epoch on the selection split, of a refit of the last, and all metrics."""
+    """The model of the best epoch on the selection split, or of the last, and all metrics."""
 
     gem: TrainedGEM
     history: list[EpochMetrics]

@@ -103,10 +103,12 @@ def test_a_combination_outside_the_training_split_is_extrapolated_and_missing_va
     train = cohort.rows(VISIBLE)  # of the refit
     contexts = set(zip(train["tissue"], train["cell_type"], strict=True))
     trained = set(zip(train["tissue"], train["cell_type"], train["perturbation"], strict=True))
-    tissue, cell_type = train[["tissue", "cell_type"]].iloc[0]
-    cells, drugs = train["cell_type"].unique(), train["perturbation"].unique()
-    other_cell = next(cell for cell in cells if (tissue, cell) not in contexts)
-    new_drug = next(drug for drug in drugs if (tissue, cell_type, drug) not in trained)
+    held_out = cohort.rows(["test_combination"])[["tissue", "cell_type", "perturbation"]]
+    tissue, cell_type, new_drug = held_out.iloc[0]
+    assert (tissue, cell_type, new_drug) not in trained
+    other_cell = next(
+        cell for cell in train["cell_type"].unique() if (tissue, cell) not in contexts
+    )
     rows = {
         (tissue, cell_type, "control"): False,
         (tissue, cell_type, None): False,

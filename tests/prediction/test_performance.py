@@ -10,11 +10,14 @@ from benchmarks.prediction import compare, peak_memory, random_model_and_query
 @pytest.mark.integration
 def test_prediction_is_not_slower_than_a_simple_loop_and_has_its_numbers(tmp_path):
     gem, query = random_model_and_query(8000, 1000, 256)
-    seconds, shares = compare(gem, query, 2, tmp_path)
-    simple, predictor = seconds["by processor time"].values()
-    ratios = [slow / fast for slow, fast in zip(simple, predictor, strict=True)]
-    assert max(ratios) > 1.2  # 1.4 to 1.6 on a busy machine
-    assert sum(shares.values()) == pytest.approx(1)
+    ratios: list[float] = []
+    # 1.4 to 1.6 on a busy machine. Other work lowers a ratio: the best of some turns counts.
+    while len(ratios) < 8 and max(ratios, default=0) < 1.2:
+        seconds, shares = compare(gem, query, 2, tmp_path)
+        simple, predictor = seconds["by processor time"].values()
+        ratios += [slow / fast for slow, fast in zip(simple, predictor, strict=True)]
+        assert sum(shares.values()) == pytest.approx(1)
+    assert max(ratios) > 1.2
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux has the peak of memory")

@@ -1,6 +1,6 @@
 """The encoding of one covariate, and functional dependencies between covariates.
 
-Both are learned from the training split alone.
+Both are learned from the training split alone, but for the further labels of a refit.
 """
 
 from collections import Counter

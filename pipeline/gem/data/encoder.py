@@ -1,7 +1,7 @@
 """The encoding of metadata as sparse rows, one per sample and covariate group.
 
-A missing value has no entries and is always valid. An unknown value, one that is not in the
-training split, is an error unless the caller treats it as missing. Each distinct value is encoded
+A missing value has no entries and is always valid. An unknown value, one that the encoder was not
+fitted to, is an error unless the caller treats it as missing. Each distinct value is encoded
 once, and each distinct row is stored once: memory grows neither with samples times columns nor with
 values times columns.
 

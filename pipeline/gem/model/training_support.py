@@ -1,5 +1,5 @@
-"""The combinations of context and perturbation in the training split: a prediction for any other is
-extrapolated.
+"""The combinations of context and perturbation in the samples of training, for a refitted model with
+those of the validation: a prediction for any other is extrapolated.
 
 N rows of a query, C columns.
 """

@@ -1,4 +1,4 @@
-"""The combinations of context and perturbation in the samples of training, for a refitted model with
+"""The combinations of context and perturbation in the samples of training, after a refit also in
 those of the validation: a prediction for any other is extrapolated.
 
 N rows of a query, C columns.

@@ -13,6 +13,7 @@ import pipeline  # noqa: F401
 # isort: split
 import filelock
 import numpy as np
+import psutil
 import pytest
 import torch
 from support.processes import TrackingServer
@@ -24,6 +25,8 @@ from pipeline.gem.common.config import Covariates, Data, Latent, Model, Params, 
 from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.sources import open_source
 from pipeline.gem.preparation.prepare import write_cohort
+
+TEMPORARY_BYTES = 8 * 2**30  # ten times what the folders of all tests take
 
 # The longest integration tests, longest first. One process runs a whole file (`--dist loadfile`),
 # so a long file that starts last would keep the other processes waiting.
@@ -43,6 +46,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--times", type=int, default=1, help="repetitions of each fault in tests/faults"
     )
+
+
+def pytest_configure() -> None:
+    """Folders of tests lie in memory where there is enough: on a disk that takes long for each
+    fsync, hundreds of databases take most of the time."""
+    memory, variable = Path("/dev/shm"), "PYTEST_DEBUG_TEMPROOT"
+    if variable not in os.environ and memory.is_dir() and os.access(memory, os.W_OK):
+        can_execute = not os.statvfs(memory).f_flag & os.ST_NOEXEC
+        free = min(shutil.disk_usage(memory).free, psutil.virtual_memory().available)
+        if can_execute and free > TEMPORARY_BYTES:
+            os.environ[variable] = str(memory)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -85,9 +85,11 @@ def test_mask_fields_masks_whole_fields_and_every_number_of_them_equally_often(g
     torch.testing.assert_close(shares, torch.full((4,), 0.25), atol=0.04, rtol=0)
 
 
-def test_mask_fields_accepts_a_group_without_fields(generator):
-    _, fields = fields_of()
+@pytest.mark.parametrize("sizes", [(), (0, 0)])
+def test_groups_without_fields_and_without_a_value_in_training_are_masked(generator, sizes):
+    _, fields = fields_of(*sizes)
     assert len(mask_fields(full_rows(4, 0), fields, generator)) == 4
+    assert len(dropout_fields(full_rows(4, 0), fields, 0.5, 0.0, generator)) == 4
 
 
 def test_batch_effects_have_the_requested_share_and_the_spread_of_studies(generator):

@@ -19,7 +19,7 @@ class Fields:
     """Which field each column of a group belongs to."""
 
     number: int
-    of_column: Tensor  # (C,) int64
+    of_column: Tensor  # (C,) int64; one entry if the group has no column
     is_identity: Tensor  # (C,) bool: levels of labels that have features
     any_identity: bool
 
@@ -29,7 +29,8 @@ class Fields:
 
     @classmethod
     def of(cls, columns: list[FieldColumns], device: torch.device) -> "Fields":
-        width = columns[-1].features.stop if columns else 0
+        # Without columns too, rows are filled with entries of value 0 in column 0.
+        width = max(1, columns[-1].features.stop if columns else 0)
         of_column, is_identity = np.zeros(width, dtype=np.int64), np.zeros(width, dtype=bool)
         for number, part in enumerate(columns):
             of_column[part.own] = of_column[part.features] = number

@@ -13,6 +13,7 @@ from pipeline.gem.data.cohort import Cohort
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.data.sources import open_source
 from pipeline.gem.data.splits import TRAIN, VISIBLE, role_of
+from pipeline.gem.model.gem import TrainedGEM
 from pipeline.gem.model.query import decode
 from pipeline.gem.preparation.prepare import write_cohort
 from pipeline.gem.training.checkpoint import Checkpoint
@@ -94,6 +95,21 @@ def test_a_warm_start_predicts_as_the_model_that_it_starts_from(fitted, visible,
         known = own[field.name][:, position]
         known /= known.sum(axis=1, keepdims=True)
         np.testing.assert_allclose(known, other[field.name], atol=1e-5)
+
+
+def test_a_warm_start_takes_no_weights_of_covariates_that_training_never_had(data, short, cohort):
+    """Neither of labels nor of numbers, also where a whole group had no value: those weights were
+    not trained."""
+    empty = {
+        group: [replace(field, levels=()) for field in fields]
+        for group, fields in data.encoder.groups.items()
+    }
+    start = TrainedGEM.build(data.genes, MetadataEncoder(empty), data.targets, short.model)
+    gem = warm_start(build_model(data, short), start)
+    samples = cohort.rows([TRAIN]).head(50)
+    np.testing.assert_allclose(
+        mean_prediction(gem, samples), mean_prediction(start, samples), atol=1e-5
+    )
 
 
 def gem_levels(gem, name: str) -> list[str]:

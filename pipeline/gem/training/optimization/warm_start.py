@@ -16,19 +16,21 @@ Row = tuple[str, str | None]  # covariate and label; no label for a number
 def warm_start(gem: TrainedGEM, start: TrainedGEM) -> TrainedGEM:
     """`gem`, which is untrained, with the weights and temperatures of `start`.
 
-    Its labels include those of `start`. The weights of the others are zero: at first they change
-    nothing, as labels that are unknown.
+    Its labels include those of `start`. The weights of the others, and of a number that `start`
+    never had, are zero: at first they change nothing, as values that are unknown.
     """
     weights, trained = gem.network.state_dict(), start.network.state_dict()
+    had_values = {field.name for field in start.metadata.fields if field.levels}
     rows, trained_rows = _rows(gem), _rows(start)
     for name, value in weights.items():
         if name not in rows:
             value.copy_(trained[name])
         elif name in trained:
-            position = {row: number for number, row in enumerate(trained_rows[name])}
+            known = trained_rows.get(name, ())  # none: a group without a value in training
+            position = {row: number for number, row in enumerate(known)}
             value.zero_()
             for number, row in enumerate(rows[name]):
-                if row in position:
+                if row in position and row[0] in had_values:
                     value[number] = trained[name][position[row]]
     return replace(gem, temperatures={**gem.temperatures, **start.temperatures})
 

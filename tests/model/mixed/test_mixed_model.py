@@ -9,7 +9,7 @@ import torch
 
 from pipeline.gem.common.config import Control, Covariates
 from pipeline.gem.data.encoder import MetadataEncoder, joined_rows
-from pipeline.gem.model.mixed import fit
+from pipeline.gem.model.mixed import fit, terms
 from pipeline.gem.model.mixed.fit import MixedFit, MixedSamples
 from pipeline.gem.model.mixed.mixed_model import MixedModel
 from pipeline.gem.model.mixed.terms import LENGTH_SCALES, Design, Factor
@@ -337,3 +337,17 @@ def test_genes_of_a_class_share_variances_and_have_their_own_noise(encoder, decl
         np.testing.assert_allclose(
             predictions(mixed, encoder, table)[:, genes], expected, atol=5e-3
         )
+
+
+def test_a_design_in_chunks_of_rows_gives_the_same_model(
+    encoder, declared, table, expression, monkeypatch
+):
+    samples = samples_of(encoder, table, expression, size=13)
+    whole = MixedFit.of(encoder, declared, samples, GENES).model(encoder, samples)
+    for module in (fit, terms):
+        monkeypatch.setattr(module, "ROWS", 7)
+    assert samples.rows.shape[0] > 7
+    again = MixedFit.of(encoder, declared, samples, GENES).model(encoder, samples)
+    assert again.design == whole.design
+    torch.testing.assert_close(again.coefficients, whole.coefficients, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(again.intercept, whole.intercept)

@@ -10,6 +10,7 @@ N samples of U distinct metadata rows, C columns of the encoded metadata, D of t
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from pipeline.gem.common.config import Data
 from pipeline.gem.data.encoder import MetadataEncoder
 from pipeline.gem.model.mixed.mixed_model import MixedModel, Variances
-from pipeline.gem.model.mixed.terms import Design
+from pipeline.gem.model.mixed.terms import ROWS, Design
 from pipeline.gem.model.mixed.variance_components import fit_variances, projection
 
 VARIANCE_ROWS = 256  # metadata rows at most that variances are fitted on
@@ -197,13 +198,20 @@ def _class_variances(
 
 
 def _solve(fit: MixedFit, encoder: MetadataEncoder, samples: MixedSamples) -> tuple[Tensor, Tensor]:
-    """(intercept (G,), effects (D, G)) of the mixed model equations."""
+    """(intercept (G,), effects (D, G)) of the mixed model equations. The design of ROWS metadata
+    rows is in memory at a time."""
     genes, width = len(fit.gene_class), fit.design.width
     groups = list(fit.gene_groups(samples.gene_noise))
     group_of = np.empty(genes, dtype=np.int64)
     for number, (_, _, alike) in enumerate(groups):
         group_of[alike] = number
-    matrix = fit.design.matrix(encoder, samples.rows).astype(np.float64)
+    rows = samples.rows.shape[0]
+
+    @lru_cache(maxsize=1)
+    def matrix(start: int) -> csr_array:
+        chunk = samples.rows[start : start + ROWS]
+        return fit.design.matrix(encoder, chunk).astype(np.float64)
+
     # The mean of n samples of a row has variance row + noise / n.
     precision = np.stack(
         [1 / (v.row + (v.noise + known) / samples.numbers) for v, known, _ in groups], axis=1
@@ -213,11 +221,17 @@ def _solve(fit: MixedFit, encoder: MetadataEncoder, samples: MixedSamples) -> tu
         index = samples.index[chosen]
         values = expression.double().numpy() * weights[index][:, group_of]
         right[0] += values.sum(axis=0)
-        right[1:] += matrix[index].T @ values
+        if rows > ROWS:
+            right[1:] += fit.design.matrix(encoder, samples.rows[index]).T @ values
+        else:
+            right[1:] += matrix(0)[index].T @ values
     solution = np.empty_like(right)
     for number, (variances, _, alike) in enumerate(groups):
         scale = np.concatenate([[1.0], variances.deviations(fit.design)])
-        gram = _bordered(matrix, precision[:, number])
+        gram = sum(
+            _bordered(matrix(start), precision[start : start + ROWS, number])
+            for start in range(0, rows, ROWS)
+        )
         gram *= scale[:, None] * scale
         gram[np.arange(1, width + 1), np.arange(1, width + 1)] += 1
         factor = cho_factor(gram, lower=True, overwrite_a=True)

@@ -24,6 +24,7 @@ LENGTH_SCALES = (0.5, 2.0)
 LARGEST_BASIS = 12  # knots
 _JITTER = 1e-6
 MAX_SIMILAR = 64  # contexts whose similarity is used
+ROWS = 2**14  # whose design is in memory together
 MAX_COLUMNS, MAX_VALUES = 2048, 2**24  # of the coefficients; the most frequent columns are kept
 
 Kind = Literal["levels", "features", "smooth", "treatment", "treated", "similarity"]
@@ -158,16 +159,30 @@ class Design:
     def with_columns(self, encoder: MetadataEncoder, rows: csr_array, genes: int) -> "Design":
         """With the columns that training rows (N, C) have, as many as memory allows: of the terms
         in their order, the most frequent ones."""
-        left = min(MAX_COLUMNS, MAX_VALUES // genes)
-        matrices, terms = self._factor_matrices(encoder, rows), []
-        for term in self.terms:
-            products = _product([matrices[factor] for factor in term.factors])
-            columns, numbers = np.unique(products.indices, return_counts=True)
+        left, terms = min(MAX_COLUMNS, MAX_VALUES // genes), []
+        for term, (columns, numbers) in zip(
+            self.terms, self._column_counts(encoder, rows), strict=True
+        ):
             kept = np.sort(np.argsort(-numbers, kind="stable")[:left])
             left -= len(kept)
             if len(kept):
                 terms.append(replace(term, columns=tuple(columns[kept].tolist())))
         return replace(self, terms=tuple(terms))
+
+    def _column_counts(
+        self, encoder: MetadataEncoder, rows: csr_array
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(columns that rows (N, C) have, number of their rows) of each term."""
+        counts = [(np.empty(0, np.int64), np.empty(0, np.int64)) for _ in self.terms]
+        for start in range(0, rows.shape[0], ROWS):
+            matrices = self._factor_matrices(encoder, rows[start : start + ROWS])
+            for position, term in enumerate(self.terms):
+                product = _product([matrices[factor] for factor in term.factors])
+                more = np.unique(product.indices, return_counts=True)
+                columns, numbers = map(np.concatenate, zip(counts[position], more, strict=True))
+                columns, index = np.unique(columns, return_inverse=True)
+                counts[position] = columns, np.bincount(index, numbers).astype(np.int64)
+        return counts
 
     @property
     def width(self) -> int:

@@ -27,7 +27,7 @@ objective: {{metric: predictive_log_likelihood, direction: maximize}}
 sampler: {{name: random, seed: 1}}
 pruner: {{name: none}}
 trials: {TRIALS}
-epochs: 10
+epochs: 20
 seeds: [1]
 confirm: {{top: 1, seeds: [2, 3], epochs: 1}}
 """
@@ -63,7 +63,7 @@ def running_trials(repository: Repository) -> list[int]:
     """Numbers of the trials that trained an epoch, and have as many before them, if two do."""
     query = (
         "SELECT number FROM trials JOIN trial_intermediate_values USING (trial_id) "
-        "WHERE state = 'RUNNING' GROUP BY number HAVING count(*) <= 5"
+        "WHERE state = 'RUNNING' GROUP BY number HAVING count(*) <= 10"
     )
     database = repository.folder / ".gem" / "optuna.db"
     if not database.exists():
@@ -89,13 +89,14 @@ def paused(repository: Repository, workers: list[int]) -> Iterator[list[int]]:
             os.kill(pid, number)
 
     def pause() -> list[int]:
+        assert any(map(is_alive, workers)), "the search ended before two trials ran together"
         send(signal.SIGSTOP)
         numbers = running_trials(repository)
         if not numbers:
             send(signal.SIGCONT)
         return numbers
 
-    numbers = until(pause)
+    numbers = until(pause, interval=0.02)
     try:
         yield numbers
     finally:
@@ -134,7 +135,7 @@ def test_the_trial_of_a_killed_worker_is_run_again_and_a_second_process_is_refus
     assert stage.wait(timeout=900) == 0, repository.log("pipeline.tune")
     log = repository.log("pipeline.tune")
     assert f"worker {workers[0]} was ended by SIGKILL; its trial is run again" in log
-    lines = re.findall(r"^search killed: trial \d complete after 10 epochs, -.* left$", log, re.M)
+    lines = re.findall(r"^search killed: trial \d complete after 20 epochs, -.* left$", log, re.M)
     assert len(lines) == TRIALS
 
     table = check_results(repository)
@@ -165,10 +166,10 @@ def test_a_stopped_search_returns_its_trials_and_the_next_call_runs_them(reposit
 
 def test_workers_end_with_their_parent_and_the_parent_with_its_workers(repository, tune):
     stage = tune()
-    until(lambda: running_trials(repository))
-    workers = children(stage.pid)
-    stage.kill()
-    stage.wait()
+    workers = workers_of(stage)
+    with paused(repository, workers):
+        stage.kill()
+        stage.wait()
     until(lambda: not any(is_alive(pid) for pid in workers), seconds=30)
 
     stage = tune()

@@ -17,13 +17,14 @@ from pathlib import Path
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # folders of programs
 
 
-def until(condition: Callable[[], object], seconds: float = 600.0) -> object:
-    """The first true value of `condition`. AssertionError after `seconds`."""
+def until(condition: Callable[[], object], seconds: float = 300.0, interval: float = 0.1) -> object:
+    """The first true value of `condition`, asked every `interval` seconds. AssertionError after
+    `seconds`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if result := condition():
             return result
-        time.sleep(0.1)
+        time.sleep(interval)
     raise AssertionError(f"nothing within {seconds} s")
 
 

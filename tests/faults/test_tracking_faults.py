@@ -35,8 +35,15 @@ def hanging_server() -> Iterator[tuple[str, list[socket.socket]]]:
                 except OSError:
                     return
 
-        threading.Thread(target=accept, daemon=True).start()
-        yield f"http://127.0.0.1:{server.getsockname()[1]}", connections
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.getsockname()[1]}", connections
+        finally:
+            server.shutdown(socket.SHUT_RDWR)  # ends the thread's `accept`
+            thread.join()
+            for connection in connections:
+                connection.close()
 
 
 def test_a_server_that_hangs_costs_seconds(repository, record_property):

@@ -24,8 +24,10 @@ from benchmarks.cohorts.scores import (
     mean_scores,
 )
 from benchmarks.cohorts.sums import by_condition, summed_predictions, summed_rivals
+from benchmarks.workers import Check
 from pipeline.gem.common.config import Params
 from pipeline.gem.data.cohort import Cohort
+from pipeline.gem.data.labels import label_texts
 from pipeline.gem.data.sources import open_source
 from pipeline.gem.data.splits import VISIBLE
 from pipeline.gem.evaluation import metrics
@@ -49,8 +51,6 @@ log = logging.getLogger(__name__)
 
 HALF = "half"  # one half of a condition's samples predicted by the other
 MEANS, SUMS = "means", "sums"  # over the samples of a condition: of log-CPM; of counts
-
-Check = Callable[[], None]  # raises StoppedError after a signal
 
 
 def run_fold(fold: Fold, params: Params, cells: bool, folder: Path, check: Check) -> list[dict]:
@@ -92,11 +92,16 @@ class HeldOut:
 
     cohort: Cohort
     split: EvaluationSplit
+    excluded: tuple[dict[str, str], ...] = ()  # values of columns of samples that are not scored
 
     @cached_property
     def conditions(self) -> dict[str, np.ndarray]:
         """Name of each treated condition to its rows in the split."""
-        codes = np.where(self.split.treated, self.split.condition, -1)
+        scored = self.split.treated.copy()
+        for mapping in self.excluded:
+            texts = [label_texts(self.split.samples[name]) == mapping[name] for name in mapping]
+            scored &= ~np.logical_and.reduce(texts)
+        codes = np.where(scored, self.split.condition, -1)
         rows = [np.flatnonzero(codes == code) for code in np.unique(codes[codes >= 0])]
         return {self.split.condition_name[each[0]]: each for each in rows}
 

@@ -7,7 +7,7 @@ and any controls do.
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -43,6 +43,7 @@ class Fold:
     mappings: tuple[dict[str, str], ...] = ()  # column to value, of each held-out entity
     seed: int | None = None  # of the splits, for `samples`
     share: float | None = None
+    excluded: tuple[dict[str, str], ...] = ()  # held out too, and not scored
 
     @property
     def split(self) -> str:
@@ -51,7 +52,7 @@ class Fold:
 
     def params(self, params: Params) -> Params:
         """`params` with the splits of the fold."""
-        key, held_out = SPLITS[self.hold_out][1], list(self.mappings)
+        key, held_out = SPLITS[self.hold_out][1], [*self.mappings, *self.excluded]
         changes = _NOTHING | {key: self.share if self.hold_out == "samples" else held_out}
         if self.seed is not None:
             changes["splits.seed"] = self.seed
@@ -72,14 +73,37 @@ def draw_folds(samples: pd.DataFrame, declaration: Declaration, params: Params) 
         if not chosen:
             break
         left = [index for index in left if index not in chosen]
-        names = [candidates.names[index] for index in chosen]
-        mappings = tuple(candidates.mappings[index] for index in chosen)
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        folds.append(Fold(names[0] + more, hold_out, mappings))
+        folds.append(candidates.fold(chosen))
     if not folds:
         raise InputError(
             f"{params.data.source}: hold_out: {hold_out}: none can be held out: the context or a "
             "perturbation of each occurs nowhere else, or all controls do; hold out samples"
+        )
+    return folds
+
+
+def inner_folds(samples: pd.DataFrame, declaration: Declaration, params: Params) -> list[Fold]:
+    """A fold inside the training part of each of `draw_folds` that has one: it excludes what that
+    fold holds out, and holds out and scores others. Of `samples`: draws of other seeds."""
+    outer = draw_folds(samples, declaration, params)
+    if declaration.hold_out == "samples":
+        return [
+            replace(fold, name=f"seed {fold.seed + len(outer)}", seed=fold.seed + len(outer))
+            for fold in outer
+        ]
+    candidates = _Candidates.of(samples, params.data, declaration.hold_out)
+    folds = []
+    for number, fold in enumerate(outer):
+        first = [candidates.mappings.index(mapping) for mapping in fold.mappings]
+        rng = np.random.default_rng([params.splits.seed, number])
+        rest = [place for place in rng.permutation(len(candidates.names)) if place not in first]
+        chosen = candidates.choose([*first, *rest], len(first) + declaration.at_once)
+        if inner := chosen[len(first) :]:
+            folds.append(candidates.fold(inner, excluded=fold.mappings))
+    if not folds:
+        raise InputError(
+            f"{params.data.source}: hold_out: {declaration.hold_out}: no fold leaves another one "
+            "in its training part; leave the cohort out"
         )
     return folds
 
@@ -135,6 +159,13 @@ class _Candidates:
             controls=[int(of_controls.get(name, 0)) for name in first],
             all_controls=int(entities.control.sum()),
         )
+
+    def fold(self, chosen: list[int], excluded: tuple[dict[str, str], ...] = ()) -> Fold:
+        """That scores the candidates `chosen`."""
+        names = [self.names[index] for index in chosen]
+        mappings = tuple(self.mappings[index] for index in chosen)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return Fold(names[0] + more, self.hold_out, mappings, excluded=excluded)
 
     def choose(self, order: list[int], number: int) -> list[int]:
         """The first of `order`, at most `number`, that leave the parts of each in training."""

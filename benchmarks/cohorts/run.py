@@ -6,29 +6,23 @@ again. In MLflow a cohort is a run, and each of its folds a child.
 
 import json
 import logging
-import multiprocessing
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import pandas as pd
-from threadpoolctl import threadpool_limits
 
 from benchmarks.cohorts.declarations import CohortTask, at_source
 from benchmarks.cohorts.fold_run import run_fold
 from benchmarks.cohorts.folds import Fold, draw_folds
 from benchmarks.cohorts.scores import SCORES
 from benchmarks.cohorts.table import SIMPLE
+from benchmarks.workers import Check, Workers, started
 from pipeline.gem.common.code_version import ROOT, import_closure
 from pipeline.gem.common.errors import StoppedError
 from pipeline.gem.common.files import sha256, sha256_of, write_json
-from pipeline.gem.common.processes import StopSignal, end_with_parent
 from pipeline.gem.common.progress import duration
 from pipeline.gem.data.sources import open_source
 from pipeline.gem.evaluation.catalogue import GEM
@@ -48,7 +42,6 @@ STAGES = (
     "pipeline.gem.evaluation.predictors",
 )
 OWN = ("controls", "folds", "fold_run", "rivals", "scores", "sums")
-_POLL_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -81,14 +74,12 @@ def run_cohorts(tasks: list[CohortTask], workers: int, name: str) -> pd.DataFram
 
     StoppedError after a signal: finished folds are kept.
     """
-    with StopSignal() as stop, tempfile.TemporaryDirectory() as folder, _pool(workers) as pool:
-        tables = [_run_cohort(task, Path(folder), pool, stop, name) for task in tasks]
+    with tempfile.TemporaryDirectory() as folder, started(workers) as pool:
+        tables = [_run_cohort(task, Path(folder), pool, name) for task in tasks]
     return pd.concat(tables, ignore_index=True)
 
 
-def _run_cohort(
-    task: CohortTask, folder: Path, pool: ProcessPoolExecutor, stop: StopSignal, name: str
-) -> pd.DataFrame:
+def _run_cohort(task: CohortTask, folder: Path, workers: Workers, name: str) -> pd.DataFrame:
     identity = sha256_of(task.identity(), code_sha256())
     jobs = _jobs(task, identity, folder)
     missing = [job for job in jobs if not job.result.exists()]
@@ -99,7 +90,7 @@ def _run_cohort(
         run.log_params(task.params.flat("model", "train"))
         run.set_tags({"cohort": task.name, "benchmark": name})
         run.log_dataset(task.name, sha256_of(task.identity()), "evaluation")
-        for job in _finished(missing, pool, stop):
+        for job in workers.finished(_run_job, missing):
             log.info("%s: %s", job.label, _summary(job.read(), task.scale))
         for job in jobs:
             _log_fold(job, run, sha256_of(identity, job.fold.name), name)
@@ -122,12 +113,20 @@ def score_table(jobs: list[FoldJob]) -> pd.DataFrame:
 
 def _jobs(task: CohortTask, identity: str, folder: Path) -> list[FoldJob]:
     """The folds of a cohort. Writes the source of a simulated one below `folder`."""
-    if task.declaration.synthesize is not None:
-        write_source(task.params.synthesize, folder / task.name)
-        task = replace(task, params=at_source(task.params, folder / task.name))
+    task = with_source(task, folder / task.name)
     folds = draw_folds(open_source(task.params.data).samples, task.declaration, task.params)
     results = [WORK / task.name / f"{sha256_of(identity, repr(fold))[:24]}.json" for fold in folds]
     return [FoldJob(task, fold, path) for fold, path in zip(folds, results, strict=True)]
+
+
+def with_source(task: CohortTask, folder: Path) -> CohortTask:
+    """The task itself, or of a simulated cohort one whose source is in `folder`, written if it is
+    absent."""
+    if task.declaration.synthesize is None:
+        return task
+    if not folder.exists():
+        write_source(task.params.synthesize, folder)
+    return replace(task, params=at_source(task.params, folder))
 
 
 def _log_fold(job: FoldJob, parent: Run, identity: str, name: str) -> None:
@@ -154,55 +153,9 @@ def _summary(result: dict, scale: str) -> str:
     return f"mse {mse[GEM]:.4f}, best simple {mse[simple]:.4f} ({simple}), in {took}"
 
 
-# processes
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread each, which end with this one."""
-    # Not forked: the parent has threads, and connections to the tracking store.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process)
-    try:
-        yield pool
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()  # its fold ends at the next step
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_stop = StopSignal()  # of a process of the pool
-
-
-def _start_process() -> None:
-    end_with_parent()
-    _stop.__enter__()
-
-
-def _finished(
-    jobs: list[FoldJob], pool: ProcessPoolExecutor, stop: StopSignal
-) -> Iterator[FoldJob]:
-    """The jobs in the order in which they end. The exception of a fold ends all."""
-    running = {pool.submit(_run_job, job): job for job in jobs}
-    while running:
-        stop.check()
-        done, _ = wait(running, _POLL_INTERVAL_S, FIRST_COMPLETED)
-        for future in done:
-            job = running.pop(future)
-            try:
-                future.result()
-            except BrokenProcessPool:
-                raise StoppedError(
-                    f"{job.label}: its process was killed; is there enough memory?"
-                ) from None
-            yield job
-
-
-def _run_job(job: FoldJob) -> None:
+def _run_job(job: FoldJob, check: Check) -> None:
     started, cells = time.monotonic(), job.task.declaration.cells is not None
-    with threadpool_limits(1), tempfile.TemporaryDirectory() as folder:
-        rows = run_fold(job.fold, job.task.params, cells, Path(folder), _stop.check)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run_fold(job.fold, job.task.params, cells, Path(folder), check)
     seconds = time.monotonic() - started
     write_json(job.result, {"fold": job.label, "seconds": seconds, "rows": rows})

@@ -36,6 +36,7 @@ TEXT_COMMANDS = {
     "MLFLOW_TRACKING_URI=http": "tests/integration/test_outage.py",
     "torchrun": "tests/integration/test_ranks.py",
     "benchmarks.cohorts": "tests/benchmarks/cohorts/test_run.py",
+    "benchmarks.settings": "tests/benchmarks/settings/test_settings.py",
 }
 # Commands that another test runs, and checks.
 COVERED = {"dvc repro --single-item": "tests/integration/test_pipeline.py"}

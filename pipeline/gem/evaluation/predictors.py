@@ -49,8 +49,8 @@ class Predictors:
         """`models`: the trained models, one per training seed, of `gem` and of `gem_tuned`."""
         fitted = _fit_baselines(splits) | {REPLICATE: partial(_replicate, splits)}
         for name, seeds in models.items():
-            fitted[name] = partial(_predict_gem, seeds, splits.params, False)
-            fitted[name + REFERENCE_SUFFIX] = partial(_predict_gem, seeds, splits.params, True)
+            fitted[name] = partial(predict_gem, seeds, splits.params, False)
+            fitted[name + REFERENCE_SUFFIX] = partial(predict_gem, seeds, splits.params, True)
         self.true_change = None
         if splits.cohort.truth_folder is not None:
             oracles = OraclePredictors(splits)
@@ -100,9 +100,10 @@ def _replicate(splits: EvaluationSplits, split: EvaluationSplit) -> list[Predict
     return [PredictedSplit(mean, draw=draw, uses_study_controls=True)]
 
 
-def _predict_gem(
+def predict_gem(
     seeds: list[TrainedGEM], params: Evaluate, from_reference: bool, split: EvaluationSplit
 ) -> list[PredictedSplit]:
+    """A prediction of each of the models, from metadata or from references."""
     if from_reference and split.reference is None:
         return [PredictedSplit(None, reason=NO_REFERENCE)] * len(seeds)
 

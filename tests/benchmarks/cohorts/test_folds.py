@@ -1,15 +1,16 @@
 """What a fold holds out, and that the rest stays in training."""
 
+import numpy as np
 import pandas as pd
 import pytest
 from support.settings import ROOT
 
 from benchmarks.cohorts.declarations import Declaration, read_task
-from benchmarks.cohorts.folds import draw_folds
+from benchmarks.cohorts.folds import draw_folds, inner_folds
 from pipeline.gem.common.config import read_params
 from pipeline.gem.common.errors import InputError
 from pipeline.gem.data.cleaning import clean_samples
-from pipeline.gem.data.labels import LabelForm
+from pipeline.gem.data.labels import LabelForm, label_texts
 from pipeline.gem.preparation.assign_splits import assign_splits
 
 DEFAULTS = read_params(ROOT / "params.yaml")
@@ -161,3 +162,41 @@ def test_samples_are_drawn_anew_in_each_fold(samples, params):
     assert [each.test_random for each in splits] == [0.25] * 3
     assert len({each.seed for each in splits}) == 3
     assert all(each.combination == 0 for each in splits)
+
+
+@pytest.mark.parametrize("hold_out", ["pairs", "conditions", "contexts"])
+def test_an_inner_fold_lies_in_the_training_part_of_a_fold(samples, whole_params, hold_out):
+    declaration = Declaration(data={}, hold_out=hold_out)
+    outer = draw_folds(samples, declaration, whole_params)
+    inner = inner_folds(samples, declaration, whole_params)
+    table = samples.rename_axis("sample_id").reset_index()
+    data = whole_params.data
+    table = clean_samples(LabelForm.of(data).table(table), data.covariates, "here")
+    assert inner == inner_folds(samples.iloc[::-1], declaration, whole_params)
+    for fold in inner:
+        assert fold.excluded in [each.mappings for each in outer]
+        assert fold.mappings and not set(map(str, fold.mappings)) & set(map(str, fold.excluded))
+        split, _ = assign_splits(table, data, fold.params(whole_params).splits)
+        for mapping in (*fold.mappings, *fold.excluded):
+            equal = [label_texts(table[name]) == value for name, value in mapping.items()]
+            rows = np.logical_and.reduce(equal)
+            rows &= (table["perturbation"] != "control").to_numpy() | (hold_out != "contexts")
+            assert rows.any() and set(split[rows]) == {fold.split}
+
+
+def test_inner_folds_of_samples_have_other_seeds(samples, params):
+    declaration = Declaration(data={}, hold_out="samples", at_most=3)
+    outer, inner = (
+        draw_folds(samples, declaration, params),
+        inner_folds(samples, declaration, params),
+    )
+    assert not {fold.seed for fold in outer} & {fold.seed for fold in inner}
+    assert len(inner) == len(outer) and not any(fold.excluded for fold in inner)
+
+
+def test_without_a_second_fold_there_is_no_inner_one(samples, params):
+    two = samples[samples["donor"] != "donor 2"]
+    two = two[two["perturbation"] != "drug B"]
+    assert len(folds_of(two, params)) == 2
+    with pytest.raises(InputError, match="no fold leaves another one"):
+        inner_folds(two, Declaration(data={}, hold_out="pairs"), params)

@@ -1,0 +1,117 @@
+"""The comparison of settings on a tiny .h5ad: inner folds, parts of GEM, resuming, files."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from support.settings import ROOT, TINY
+
+from benchmarks.cohorts.declarations import read_task, with_settings
+from benchmarks.settings import inner_run
+from benchmarks.settings.__main__ import SETTINGS, main, read_settings
+from pipeline.gem.common import yaml_file
+from pipeline.gem.common.config import read_params
+from pipeline.gem.common.errors import InputError
+from pipeline.gem.data.cohort import Cohort
+
+DEFAULTS = read_params(ROOT / "params.yaml")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, migrated_store) -> Path:
+    """A working directory with params.yaml, settings and an MLflow store."""
+    before = mlflow.get_tracking_uri()
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    yaml_file.edit(tmp_path / "params.yaml", TINY | {"train.epochs": 2, "train.min_steps": 0})
+    (tmp_path / "settings.yaml").write_text("longer: {train.epochs: 4}\nlost: {train.lost: 1}\n")
+    shutil.copy(migrated_store, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    yield tmp_path
+    mlflow.set_tracking_uri(before)
+
+
+def call(monkeypatch, *arguments: object) -> None:
+    arguments = [*arguments, "--settings", "settings.yaml", "--workers", 1]
+    monkeypatch.setattr(sys, "argv", ["settings", *map(str, arguments)])
+    main()
+
+
+@pytest.mark.slow
+def test_a_setting_is_compared_with_the_defaults(project, cohorts, monkeypatch, capsys):
+    arguments = (cohorts, "tiny", "--only", "longer", "--name", "try", "--genes", 60)
+    call(monkeypatch, *arguments)
+    folds = pd.read_csv("experiments/settings/try/folds.csv")
+    keys = ["setting", "fold", "predictor"]
+    assert len(folds) == 2 * 2 * 3 and not folds[keys].duplicated().any()
+    assert np.isfinite(folds["mse"]).all()
+    by_part = folds.pivot(index=["setting", "fold"], columns="predictor", values="mse")
+    # Both settings have the same mixed model; the network differs.
+    assert by_part["mixed_model"].groupby("fold").nunique().eq(1).all()
+    assert by_part["network"].groupby("fold").nunique().eq(2).all()
+    assert "| longer |" in capsys.readouterr().out
+    assert Path("experiments/settings/try/figure.png").exists()
+    runs = mlflow.search_runs(experiment_names=[DEFAULTS.tracking.experiment])
+    runs = runs[runs["tags.benchmark"] == "try"].set_index("tags.setting")
+    assert set(runs.index) == {"default", "longer"} and set(runs["status"]) == {"FINISHED"}
+    assert runs.loc["longer", "params.train.epochs"] == "4"
+    expected = by_part.loc["longer", "gem"].mean()
+    assert runs.loc["longer", "metrics.gem/tiny/mse"] == pytest.approx(expected)
+
+    # A second call with the same settings trains nothing.
+    results = {path: path.stat().st_mtime_ns for path in inner_run.WORK.rglob("*.json")}
+    assert len(results) == 4
+    call(monkeypatch, *arguments)
+    assert {path: path.stat().st_mtime_ns for path in inner_run.WORK.rglob("*.json")} == results
+
+
+def test_wrong_settings_are_refused_before_anything_runs(project, cohorts, monkeypatch):
+    with pytest.raises(InputError, match=r"lost: --set: train\.lost"):
+        call(monkeypatch, cohorts, "tiny")
+    with pytest.raises(InputError, match=r"--only longr: .*longer"):
+        call(monkeypatch, cohorts, "tiny", "--only", "longr")
+    (project / "settings.yaml").write_text("train.epochs: 3\n")
+    with pytest.raises(InputError, match="expected names of settings"):
+        call(monkeypatch, cohorts, "tiny")
+    (project / "settings.yaml").write_text("default: {train.epochs: 3}\n")
+    with pytest.raises(InputError, match="rename it"):
+        call(monkeypatch, cohorts, "tiny")
+    with pytest.raises(InputError) as error:
+        call(monkeypatch, cohorts, "tiny", "--folds", 0, "--genes", -1, "--name", "a/b")
+    assert len(error.value.problems) == 3
+    assert not Path(".gem").exists() and not Path("experiments").exists()
+
+
+def test_each_setting_of_the_file_changes_a_default():
+    settings = read_settings(SETTINGS, None)
+    for name, changes in settings.items():
+        before, after = DEFAULTS.flat("model", "train"), with_settings(DEFAULTS, changes)
+        assert after.flat("model", "train") != before, name
+    assert len(settings) > 30
+
+
+@pytest.mark.slow
+def test_an_inner_fold_sees_neither_its_own_condition_nor_the_excluded_one(
+    cohorts, tmp_path, monkeypatch
+):
+    params = with_settings(DEFAULTS, TINY | {"train.epochs": 2})
+    task = read_task("tiny", cohorts, params)
+    seen = []
+
+    def train(cohort: Cohort, *_):
+        seen.append(cohort)
+        raise InterruptedError
+
+    monkeypatch.setattr(inner_run, "train", train)
+    for number, job in enumerate(inner_run._jobs("default", task, None)):
+        (own,), (excluded,) = job.fold.mappings, job.fold.excluded
+        assert own != excluded and job.params.train.seeds == (number + 1,)
+        with pytest.raises(InterruptedError):
+            inner_run.run_inner_fold(job, tmp_path / str(number), lambda: None)
+        visible = seen[-1].rows(["train", "validation_combination"])
+        for mapping in (own, excluded):
+            assert not (visible[list(mapping)] == pd.Series(mapping)).all(axis=1).any()

@@ -27,7 +27,6 @@ TINY = {
     "model.prior_blocks": 0,
     "train.epochs": 6,
     "train.min_steps": 0,
-    "train.small_cohort": 0,
     "train.batch_size": 32,
     "train.threads": 1,
     "train.predictive_draws": 4,

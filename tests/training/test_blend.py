@@ -60,13 +60,13 @@ def test_weight_minimises_the_error_on_the_selection_split_but_for_its_shrinkage
     )
     errors = errors.groupby(condition).sum()
     best = errors.sum().idxmin()
-    shrinkage = len(errors) / (len(errors) + blend.PRIOR_CONDITIONS)
     weight = network_weight(fitted.gem, mixed, data.validation, at_random=False)
-    assert weight == pytest.approx(best * shrinkage, abs=2e-3)
+    assert weight == pytest.approx(best * len(errors) / (len(errors) + 2), abs=2e-3)
     more = errors.sub(errors[best], axis=0)
     within = more.mean() <= more.sem()
     weight = network_weight(fitted.gem, mixed, data.validation, at_random=True)
-    assert weight == pytest.approx(0.5 * within[within].index[0] * shrinkage, abs=2e-3)
+    smallest = within[within].index[0]
+    assert weight == pytest.approx(smallest * len(errors) / (len(errors) + 32), abs=2e-3)
 
 
 def test_weight_is_the_smallest_within_one_standard_error_of_the_best(rng):

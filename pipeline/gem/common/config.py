@@ -301,7 +301,6 @@ class Train(Frozen):
     batch_size: Count
     learning_rate: number(1e-8, 1)
     weight_decay: number(0, 1000)
-    small_cohort: integer(0, 10**6)
     gradient_clip: number(1e-6, 1e9)
     predictive_draws: integer(1, 10**4)
     device: Literal["auto", "cpu", "cuda"]

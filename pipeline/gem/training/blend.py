@@ -8,8 +8,8 @@ error on the selection split. Its conditions are a sample of those to come: with
 weight shrinks towards the mixed model by C / (C + PRIOR_CONDITIONS). Samples at random, whose
 conditions training has, are weak evidence for new conditions: then the weight is the smallest one
 whose error exceeds the least by no more than its standard error over conditions (the rule of
-Breiman et al., 1984), and half of it. Without a selection split there is no evidence for the
-network, and the weight is 0.
+Breiman et al., 1984), and shrinks by C / (C + PRIOR_KNOWN_CONDITIONS). Without a selection split
+there is no evidence for the network, and the weight is 0.
 
 The weight is chosen with a network and a mixed model of the training split. After a refit the
 average is that of the network and of a mixed model of all samples outside the test.
@@ -46,8 +46,7 @@ from pipeline.gem.training.trainer import FitResult
 
 log = logging.getLogger(__name__)
 
-PRIOR_CONDITIONS = 2.0
-RANDOM_EVIDENCE = 0.5
+PRIOR_CONDITIONS, PRIOR_KNOWN_CONDITIONS = 2.0, 32.0
 WEIGHTS, WEIGHT_SAMPLES = 21, 1024  # candidates, and samples that decide
 PRIOR_COUNTS = 0.5
 _POOLED = 2**27  # values
@@ -204,11 +203,11 @@ def network_weight(
         number += len(samples.totals)
         if number >= WEIGHT_SAMPLES:  # the samples of a cohort lie in random order
             break
-    shrinkage = len(errors) / (len(errors) + PRIOR_CONDITIONS)
+    prior = PRIOR_KNOWN_CONDITIONS if at_random else PRIOR_CONDITIONS
+    shrinkage = len(errors) / (len(errors) + prior)
     errors = errors[np.unique(condition[:number])]
-    if at_random:
-        return float(RANDOM_EVIDENCE * grid[smallest_weight(errors)] * shrinkage)
-    return float(grid[errors.sum(axis=0).argmin()] * shrinkage)
+    best = smallest_weight(errors) if at_random else errors.sum(axis=0).argmin()
+    return float(grid[best] * shrinkage)
 
 
 def smallest_weight(errors: np.ndarray) -> int:

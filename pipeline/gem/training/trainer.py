@@ -312,7 +312,7 @@ class Trainer:
                 group: masking.dropout_fields(
                     samples.metadata[group],
                     self.fields[group],
-                    self.schedule.metadata_dropout[group],
+                    getattr(self.params.metadata_dropout, group),
                     self.params.identity_dropout,
                     self.generator,
                 )

@@ -1,4 +1,4 @@
-"""Batches, epochs and regularisation by cohort size; learning rate and KL weight by step."""
+"""Batches, epochs and weight decay by cohort size; learning rate and KL weight by step."""
 
 import math
 
@@ -43,7 +43,7 @@ def test_batches_above_64_samples_leave_48_steps_an_epoch(params):
 def test_adam_follows_the_batch_size_by_the_square_root_rule(params):
     """In k times as many samples a step: k times the variance of the gradient's mean is gone, so
     steps are longer by the root of k, and means and decay forget k times as fast a step."""
-    settings = {"learning_rate": 1.5e-3, "weight_decay": 0.2, "batch_size": 128, "small_cohort": 0}
+    settings = {"learning_rate": 1.5e-3, "weight_decay": 0.2, "batch_size": 128}
     settings |= {"epochs": 30, "min_steps": 300}
     train = params.train.model_copy(update=settings)
     for samples, growth in ((64, 1), (640, 1), (10**6, 2)):
@@ -54,19 +54,6 @@ def test_adam_follows_the_batch_size_by_the_square_root_rule(params):
         assert decay == pytest.approx(1.5e-3 * 0.2 * growth)
     huge = train.model_copy(update={"batch_size": 4096})
     assert TrainingSchedule.of(10**6, huge).betas == (0.0, pytest.approx(1 - 0.064))
-
-
-def test_regularisation_grows_in_proportion_to_missing_samples(params):
-    dropout = {"technical": 0.0, "biological": 0.3, "perturbation": 0.02}
-    settings = {"small_cohort": 3000, "weight_decay": 0.2, "metadata_dropout": dropout}
-    train = params.override({f"train.{name}": value for name, value in settings.items()}).train
-    for samples, scarcity in ((9600, 1), (3000, 1), (1000, 3), (100, 30)):
-        schedule = TrainingSchedule.of(samples, train)
-        assert schedule.weight_decay == pytest.approx(0.2 * scarcity)
-        expected = dropout | {"perturbation": min(0.02 * scarcity, 0.15)}
-        assert schedule.metadata_dropout == pytest.approx(expected)
-    unchanged = train.model_copy(update={"small_cohort": 0})
-    assert TrainingSchedule.of(100, unchanged).weight_decay == 0.2
 
 
 def test_kl_warmup_rises_linearly_to_one():

@@ -1,7 +1,6 @@
-"""Batches, epochs and regularisation of a fit; learning rate and KL weight by step."""
+"""Batches, epochs and weight decay of a fit; learning rate and KL weight by step."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,12 +13,11 @@ _MIN_BATCH_SIZE = 8
 _REFERENCE_BATCH_SIZE = 64  # of the learning rate, weight decay and betas
 _EPOCH_STEPS = 48  # larger batches leave so many
 _BETAS = 0.9, 0.999
-_MAX_SCALED_DROPOUT = 0.15  # up to which metadata dropout grows in a small cohort
 
 
 @dataclass(frozen=True)
 class TrainingSchedule:
-    """Batch size, epochs and regularisation, adapted to the number of training samples."""
+    """Batch size, epochs and weight decay, adapted to the number of training samples."""
 
     batch_size: int
     learning_rate: float  # its peak
@@ -27,7 +25,6 @@ class TrainingSchedule:
     epochs: int
     patience: int  # epochs
     weight_decay: float
-    metadata_dropout: Mapping[str, float]  # by group
     kl_warmup: float  # fraction of the steps
     stage: Literal["train", "refit"] = "train"
 
@@ -37,18 +34,11 @@ class TrainingSchedule:
         then more epochs and patience.
 
         A hundred samples in batches of 64 would make 60 steps in 30 epochs, too few to train.
-        Regularisation acts as a prior, whose weight grows as samples get fewer: below
-        `small_cohort` samples it grows in proportion.
 
         Batches have more than 64 samples only where an epoch then has 48 steps or more. Adam's
         settings follow their size, so that an epoch has the same effect (Malladi et al. 2022, the
         square root scaling rule).
         """
-        scarcity = max(1.0, params.small_cohort / samples)
-        dropout = {
-            group: max(rate, min(rate * scarcity, _MAX_SCALED_DROPOUT))
-            for group, rate in params.metadata_dropout.model_dump().items()
-        }
         batch_size = params.batch_size
         if params.min_steps:
             largest = samples * params.epochs // params.min_steps
@@ -63,8 +53,7 @@ class TrainingSchedule:
             tuple(max(0.0, 1 - growth * (1 - beta)) for beta in _BETAS),
             epochs,
             patience,
-            params.weight_decay * scarcity * math.sqrt(growth),
-            dropout,
+            params.weight_decay * math.sqrt(growth),
             params.kl_warmup,
         )
 

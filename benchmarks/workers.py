@@ -56,7 +56,7 @@ class Workers:
 
 
 @contextmanager
-def started(number: int) -> Iterator[Workers]:
+def worker_pool(number: int) -> Iterator[Workers]:
     """`number` processes until the end of the context."""
     # Not forked: the parent has threads, and connections to the tracking store.
     context = multiprocessing.get_context("spawn")

@@ -6,22 +6,16 @@ Writes  experiments/cohorts/NAME/: folds.csv, scores.csv, comparisons.csv, table
 Run     python -m benchmarks.cohorts FOLDER [COHORT ...] [--set KEY=VALUE ...] [--name NAME]
 """
 
-import argparse
 import logging
 from pathlib import Path
 
-from benchmarks.cohorts.declarations import (
-    FOLDS,
-    cohort_names,
-    parse_settings,
-    read_task,
-    with_settings,
-)
+from benchmarks.cohorts.command_line import check_options, cohort_parser, read_tasks
+from benchmarks.cohorts.declarations import FOLDS, parse_settings, with_settings
 from benchmarks.cohorts.figure import draw
 from benchmarks.cohorts.run import run_cohorts
 from benchmarks.cohorts.table import Comparison, markdown
 from pipeline.gem.common.config import read_params
-from pipeline.gem.common.errors import GemError, InputError, exit_with
+from pipeline.gem.common.errors import exit_with
 from pipeline.gem.common.files import write_atomically, write_table
 from pipeline.gem.tracking import mlflow_client
 
@@ -31,32 +25,12 @@ OUTPUT = Path("experiments/cohorts")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", metavar="FOLDER", type=Path)
-    parser.add_argument(
-        "cohorts", metavar="COHORT", nargs="*", help="default: all, and the simulated ones"
-    )
+    parser = cohort_parser(__doc__, "default", f"of a cohort at most (its YAML, else {FOLDS})")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--name", default="default", help="of the run and its output folder")
-    parser.add_argument("--folds", type=int, help=f"of a cohort at most (its YAML, else {FOLDS})")
-    parser.add_argument("--workers", type=int, default=2, help="folds at a time (%(default)s)")
     options = parser.parse_args()
-    for key in ("folds", "workers"):
-        if (number := getattr(options, key)) is not None and number < 1:
-            raise InputError(f"--{key} {number}: expected 1 or more")
-    if Path(options.name).name != options.name:
-        raise InputError(f"--name {options.name}: expected the name of a folder, without /")
+    check_options(options)
     params = with_settings(read_params(), parse_settings(options.set))
-    tasks, problems = [], []
-    for name in options.cohorts or cohort_names(options.folder):
-        try:
-            tasks.append(read_task(name, options.folder, params, options.folds))
-        except GemError as error:
-            problems += error.problems
-    if problems:
-        raise InputError(*problems)
+    tasks = read_tasks(options, params)
     mlflow_client.connect(params.tracking.experiment)
     scores = run_cohorts(tasks, options.workers, options.name)
     scales = {task.name: task.scale for task in tasks}

@@ -19,7 +19,7 @@ from benchmarks.cohorts.fold_run import run_fold
 from benchmarks.cohorts.folds import Fold, draw_folds
 from benchmarks.cohorts.scores import SCORES
 from benchmarks.cohorts.table import SIMPLE
-from benchmarks.workers import Check, Workers, started
+from benchmarks.workers import Check, Workers, worker_pool
 from pipeline.gem.common.code_version import ROOT, import_closure
 from pipeline.gem.common.errors import StoppedError
 from pipeline.gem.common.files import sha256, sha256_of, write_json
@@ -74,7 +74,7 @@ def run_cohorts(tasks: list[CohortTask], workers: int, name: str) -> pd.DataFram
 
     StoppedError after a signal: finished folds are kept.
     """
-    with tempfile.TemporaryDirectory() as folder, started(workers) as pool:
+    with tempfile.TemporaryDirectory() as folder, worker_pool(workers) as pool:
         tables = [_run_cohort(task, Path(folder), pool, name) for task in tasks]
     return pd.concat(tables, ignore_index=True)
 

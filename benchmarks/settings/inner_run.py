@@ -8,7 +8,9 @@ import json
 import logging
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from benchmarks.cohorts.declarations import CohortTask
 from benchmarks.cohorts.fold_run import HeldOut, train
 from benchmarks.cohorts.folds import Fold, inner_folds
 from benchmarks.cohorts.run import code_sha256, with_source
-from benchmarks.workers import Check, started
+from benchmarks.workers import Check, worker_pool
 from pipeline.gem.common.code_version import ROOT
 from pipeline.gem.common.config import Data, Params
 from pipeline.gem.common.files import sha256, sha256_of, write_atomically, write_json
@@ -60,17 +62,22 @@ class SettingJob:
 
 
 def run_settings(
-    tasks: dict[str, list[CohortTask]], workers: int, genes: int | None
+    tasks: list[CohortTask], settings: Mapping[str, Mapping], workers: int, genes: int | None
 ) -> pd.DataFrame:
-    """A row per setting, cohort, fold, scale and part of GEM, with its scores. `tasks`: the cohorts
-    by setting. The n-th fold of a cohort is trained with seed n. StoppedError after a signal:
-    finished folds are kept."""
-    with tempfile.TemporaryDirectory() as folder, started(workers) as pool:
+    """A row per setting, cohort, fold, scale and part of GEM, with its scores. `settings`: name to
+    changes. The n-th fold of a cohort is trained with seed n under each. StoppedError after a
+    signal: finished folds are kept."""
+    with tempfile.TemporaryDirectory() as folder, worker_pool(workers) as pool:
+        tasks = [with_source(task, Path(folder) / task.name) for task in tasks]
+        folds = [
+            inner_folds(open_source(task.params.data).samples, task.declaration, task.params)
+            for task in tasks
+        ]
         jobs = [
-            job
-            for setting, of_setting in tasks.items()
-            for task in of_setting
-            for job in _jobs(setting, with_source(task, Path(folder) / task.name), genes)
+            _job(setting, changes, task, fold, number, genes)
+            for setting, changes in settings.items()
+            for task, of_task in zip(tasks, folds, strict=True)
+            for number, fold in enumerate(of_task, 1)
         ]
         missing = [job for job in jobs if not job.result.exists()]
         log.info(
@@ -85,21 +92,18 @@ def run_settings(
     return pd.DataFrame(row for job in jobs for row in job.rows())
 
 
-def _jobs(setting: str, task: CohortTask, genes: int | None) -> list[SettingJob]:
-    samples = open_source(task.params.data).samples
-    folds = inner_folds(samples, task.declaration, task.params)
+def _job(
+    setting: str, changes: Mapping, task: CohortTask, fold: Fold, seed: int, genes: int | None
+) -> SettingJob:
+    params = task.params.override({**changes, "train.seeds": [seed]})
+    identity = replace(task, params=params).identity()
+    name = sha256_of(identity, repr(fold), genes, _code_sha256())[:24]
     cells = task.declaration.cells is not None
-    jobs = []
-    for number, fold in enumerate(folds, 1):
-        params = task.params.override({"train.seeds": [number]})
-        identity = sha256_of(
-            replace(task, params=params).identity(), repr(fold), genes, _code_sha256()
-        )
-        path = WORK / task.name / f"{identity[:24]}.json"
-        jobs.append(SettingJob(setting, task.name, fold, params, cells, genes, path))
-    return jobs
+    path = WORK / task.name / f"{name}.json"
+    return SettingJob(setting, task.name, fold, params, cells, genes, path)
 
 
+@cache
 def _code_sha256() -> str:
     return sha256_of(code_sha256(), sha256(ROOT / "benchmarks/settings/inner_run.py"))
 

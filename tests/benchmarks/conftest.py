@@ -1,11 +1,16 @@
-"""A folder with a tiny .h5ad and its YAML."""
+"""A folder with a tiny .h5ad and its YAML, and a project with an MLflow store."""
 
+import shutil
 from pathlib import Path
 
 import anndata
+import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from support.settings import ROOT, TINY
+
+from pipeline.gem.common import yaml_file
 
 DECLARATION = """\
 data:
@@ -51,3 +56,18 @@ def cohorts(tmp_path, samples) -> Path:
     anndata.AnnData(counts, obs=samples, var=var).write_h5ad(folder / "tiny.h5ad")
     (folder / "tiny.yaml").write_text(DECLARATION)
     return folder
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, migrated_store) -> Path:
+    """A working directory with params.yaml and an MLflow store."""
+    before = mlflow.get_tracking_uri()
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    yaml_file.edit(
+        tmp_path / "params.yaml", TINY | {"train.epochs": 2, "tracking.experiment": "gem"}
+    )
+    shutil.copy(migrated_store, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    yield tmp_path
+    mlflow.set_tracking_uri(before)

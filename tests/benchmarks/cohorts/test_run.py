@@ -1,10 +1,8 @@
 """The whole benchmark on a tiny .h5ad: processes, resuming, MLflow, files."""
 
 import json
-import shutil
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -20,7 +18,6 @@ from benchmarks.cohorts.fold_run import HeldOut, run_fold
 from benchmarks.cohorts.folds import draw_folds
 from benchmarks.cohorts.run import FoldJob, code_sha256, score_table
 from benchmarks.cohorts.table import SIMPLE
-from pipeline.gem.common import yaml_file
 from pipeline.gem.common.code_version import import_closure
 from pipeline.gem.common.config import read_params
 from pipeline.gem.common.errors import InputError
@@ -31,19 +28,6 @@ from pipeline.gem.data.splits import role_of
 from pipeline.gem.evaluation.catalogue import GEM, REFERENCE_SUFFIX
 
 SMALL = TINY | {"train.epochs": 2, "tracking.experiment": "gem"}
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch, migrated_store) -> Path:
-    """A working directory with params.yaml and an MLflow store."""
-    before = mlflow.get_tracking_uri()
-    shutil.copy(ROOT / "params.yaml", tmp_path)
-    yaml_file.edit(tmp_path / "params.yaml", SMALL)
-    shutil.copy(migrated_store, tmp_path / "mlflow.db")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    yield tmp_path
-    mlflow.set_tracking_uri(before)
 
 
 def benchmark(monkeypatch, *arguments: object) -> None:

@@ -1,6 +1,5 @@
 """The comparison of settings on a tiny .h5ad: inner folds, parts of GEM, resuming, files."""
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -11,28 +10,23 @@ import pytest
 from support.settings import ROOT, TINY
 
 from benchmarks.cohorts.declarations import read_task, with_settings
+from benchmarks.cohorts.folds import inner_folds
 from benchmarks.settings import inner_run
 from benchmarks.settings.__main__ import SETTINGS, main, read_settings
 from pipeline.gem.common import yaml_file
 from pipeline.gem.common.config import read_params
 from pipeline.gem.common.errors import InputError
 from pipeline.gem.data.cohort import Cohort
+from pipeline.gem.data.sources import open_source
 
 DEFAULTS = read_params(ROOT / "params.yaml")
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch, migrated_store) -> Path:
-    """A working directory with params.yaml, settings and an MLflow store."""
-    before = mlflow.get_tracking_uri()
-    shutil.copy(ROOT / "params.yaml", tmp_path)
-    yaml_file.edit(tmp_path / "params.yaml", TINY | {"train.epochs": 2, "train.min_steps": 0})
-    (tmp_path / "settings.yaml").write_text("longer: {train.epochs: 4}\nlost: {train.lost: 1}\n")
-    shutil.copy(migrated_store, tmp_path / "mlflow.db")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    yield tmp_path
-    mlflow.set_tracking_uri(before)
+@pytest.fixture(autouse=True)
+def settings_file(project):
+    (project / "settings.yaml").write_text(
+        "longer: {train.epochs: 4}\nlost: {train.lost: 1}\nother: {splits.seed: 1}\n"
+    )
 
 
 def call(monkeypatch, *arguments: object) -> None:
@@ -58,7 +52,7 @@ def test_a_setting_is_compared_with_the_defaults(project, cohorts, monkeypatch, 
     runs = mlflow.search_runs(experiment_names=[DEFAULTS.tracking.experiment])
     runs = runs[runs["tags.benchmark"] == "try"].set_index("tags.setting")
     assert set(runs.index) == {"default", "longer"} and set(runs["status"]) == {"FINISHED"}
-    assert runs.loc["longer", "params.train.epochs"] == "4"
+    assert runs["params.train.epochs"].to_dict() == {"default": "2", "longer": "4"}
     expected = by_part.loc["longer", "gem"].mean()
     assert runs.loc["longer", "metrics.gem/tiny/mse"] == pytest.approx(expected)
 
@@ -70,7 +64,9 @@ def test_a_setting_is_compared_with_the_defaults(project, cohorts, monkeypatch, 
 
 
 def test_wrong_settings_are_refused_before_anything_runs(project, cohorts, monkeypatch):
-    with pytest.raises(InputError, match=r"lost: --set: train\.lost"):
+    with pytest.raises(
+        InputError, match=r"lost: --set: train\.lost.*\n.*other: splits\.seed: expected a key of"
+    ):
         call(monkeypatch, cohorts, "tiny")
     with pytest.raises(InputError, match=r"--only longr: .*longer"):
         call(monkeypatch, cohorts, "tiny", "--only", "longr")
@@ -87,7 +83,8 @@ def test_wrong_settings_are_refused_before_anything_runs(project, cohorts, monke
 
 
 def test_the_file_has_every_setting_that_changes_a_fit_and_nothing_else():
-    settings = read_settings(SETTINGS, None)
+    settings = read_settings(SETTINGS, None, DEFAULTS)
+    assert settings.pop("default") == {}
     for name, changes in settings.items():
         before, after = DEFAULTS.flat("model", "train"), with_settings(DEFAULTS, changes)
         assert after.flat("model", "train") != before, name
@@ -118,7 +115,9 @@ def test_an_inner_fold_sees_neither_its_own_condition_nor_the_excluded_one(
         raise InterruptedError
 
     monkeypatch.setattr(inner_run, "train", train)
-    for number, job in enumerate(inner_run._jobs("default", task, None)):
+    folds = inner_folds(open_source(task.params.data).samples, task.declaration, task.params)
+    for number, fold in enumerate(folds):
+        job = inner_run._job("default", {}, task, fold, number + 1, None)
         (own,), (excluded,) = job.fold.mappings, job.fold.excluded
         assert own != excluded and job.params.train.seeds == (number + 1,)
         with pytest.raises(InterruptedError):

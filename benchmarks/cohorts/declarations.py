@@ -256,14 +256,15 @@ def _assignment(text: str) -> tuple[str, object]:
     return key.strip(), yaml_file.parse_scalar(value)
 
 
-def with_settings(params: Params, changes: Mapping[str, object]) -> Params:
-    """InputError, with the key, for a change that params.yaml does not allow."""
+def with_settings(params: Params, changes: Mapping[str, object], where: str = "--set") -> Params:
+    """InputError, with the key, for a change that params.yaml does not allow. `where`: the place of
+    the changes, for its messages."""
     try:
         return params.override(changes)
     except ValidationError as error:
-        raise InputError(*(f"--set: {line}" for line in _lines(error))) from None
+        raise InputError(*(f"{where}: {line}" for line in _lines(error))) from None
     except GemError as error:
-        raise InputError(*(f"--set {line}" for line in error.problems)) from None
+        raise InputError(*(f"{where}: {line}" for line in error.problems)) from None
 
 
 def _lines(error: ValidationError) -> Iterator[str]:

@@ -98,9 +98,9 @@ def read_settings(path: Path, only: list[str] | None, params: Params) -> dict[st
             if str(key).partition(".")[0] not in FIT_SECTIONS
         ]
         try:
-            with_settings(params, changes)
+            with_settings(params, changes, f"{path}: {name}")
         except InputError as error:
-            problems += [f"{path}: {name}: {problem}" for problem in error.problems]
+            problems += error.problems
     if problems:
         raise InputError(*problems)
     return {DEFAULT: {}} | settings

@@ -65,7 +65,7 @@ def test_a_setting_is_compared_with_the_defaults(project, cohorts, monkeypatch, 
 
 def test_wrong_settings_are_refused_before_anything_runs(project, cohorts, monkeypatch):
     with pytest.raises(
-        InputError, match=r"lost: --set: train\.lost.*\n.*other: splits\.seed: expected a key of"
+        InputError, match=r"lost: train\.lost.*\n.*other: splits\.seed: expected a key of"
     ):
         call(monkeypatch, cohorts, "tiny")
     with pytest.raises(InputError, match=r"--only longr: .*longer"):
